@@ -1,0 +1,94 @@
+"""Every error that raycomp raises for a user: what went wrong, where, and how to mend it.
+
+All of them survive pickling, because Ray carries them from workers to the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class RaycompError(Exception):
+    """The root of raycomp's errors.
+
+    Args:
+        message: what is wrong, with the value that is wrong.
+        where: the place: a file and line, a key's path, a module's name, a URI.
+        remedy: what would be right.
+    """
+
+    def __init__(self, message: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        mend = f" ({self.remedy})" if self.remedy else ""
+        return f"{place}{self.message}{mend}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.__dict__.copy())
+
+
+def _rebuild(kind: type[RaycompError], state: dict[str, object]) -> RaycompError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, state.get("message", ""))
+    error.__dict__.update(state)
+    return error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong in a configuration.
+
+    Args:
+        where: key path, with the line in the file where it is known: `job.yaml:12 stages[0].compressors[1].type`.
+        message: what is wrong, with the value.
+        remedy: what would be right (nearest names, the allowed range), or an empty string.
+    """
+
+    where: str
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+class ConfigError(RaycompError):
+    """A configuration that can't be run; `problems` lists everything that is wrong with it."""
+
+    def __init__(self, problems: Iterable[Problem], *, where: str | None = None) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''}", where=where)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class TaskError(RaycompError):
+    """The user's task can't be imported, built, or raised while it ran."""
+
+
+class CompressionError(RaycompError):
+    """A compressor was used in a way that can't work: wrong order of calls, a missing evaluator, diverged state."""
+
+
+class SpeedupError(RaycompError):
+    """A model can't be traced, cut, verified, lowered or exported."""
+
+
+class StorageError(RaycompError):
+    """Object storage can't be reached, read or written."""
+
+
+class ArtifactError(StorageError):
+    """An artifact is not there, not whole, or not what its manifest says."""
+
+
+class ClusterError(RaycompError):
+    """Ray can't be reached, lacks the resources, or lost the workers more often than allowed."""
