@@ -1,0 +1,297 @@
+"""What every settings class shares: strict frozen values, and errors that say everything at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from raycomp.errors import ConfigError, Problem
+
+KeyPath = tuple[str | int, ...]
+_T = TypeVar("_T")
+
+UNKNOWN_KEY = "unknown_key"
+_CONFLICT = "conflict"
+
+
+def _closest(name: str, choices: Iterable[str]) -> str | None:
+    lowered = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
+
+
+def nearest(name: str, choices: Iterable[str], *, limit: int = 12) -> str:
+    """A remedy for a name that is not among `choices`: the one that was probably meant, or what there is."""
+    names = list(dict.fromkeys(choices))
+    close = _closest(name, names)
+    if close:
+        return f"did you mean '{close}'?"
+    if not names:
+        return "there is none to choose from"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"choose from {', '.join(names[:limit])}{rest}"
+
+
+def shown(value: object, *, limit: int = 80) -> str:
+    """A value as an error quotes it, in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = f"a {type(value).__name__}" if isinstance(value, Settings) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def format_path(path: Sequence[str | int], root: str = "") -> str:
+    """`("stages", 0, "name")` as `stages[0].name`, behind `root` if there is one."""
+    text = root
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def expects(text: str) -> WrapValidator:
+    """An annotation for a leaf type: whatever is wrong, the error quotes the value and says what would be right."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "value", "{message}", {"message": f"got {shown(value)}", "remedy": f"should be {text}"}
+            ) from None
+
+    return WrapValidator(check)
+
+
+def by_type(*choices: str) -> Discriminator:
+    """Chooses among settings classes by their key `type`; a misspelt one by what was probably meant, so that the other
+    keys are checked as well."""
+
+    def chosen(value: object) -> str | None:
+        given = getattr(value, "type", None) if isinstance(value, Settings) else Given(value).values.get("type")
+        if given is None or given in choices:
+            return given
+        return _closest(str(given), choices) or str(given)
+
+    return Discriminator(chosen)
+
+
+def refuse(message: str, remedy: str = "") -> PydanticCustomError:
+    """The error that a field validator raises."""
+    return PydanticCustomError("value", "{message}", {"message": message, "remedy": remedy})
+
+
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Items = Annotated[tuple[_T, ...], BeforeValidator(_list_as_tuple)]
+"""A list in a file, a tuple in Python."""
+
+Text = Annotated[str, Field(min_length=1), expects("a text that is not empty")]
+Flag = Annotated[bool, expects("true or false")]
+Number = Annotated[float, expects("a number")]
+Positive = Annotated[float, Field(gt=0), expects("a number above 0")]
+NonNegative = Annotated[float, Field(ge=0), expects("a number, at least 0")]
+Count = Annotated[int, Field(ge=1), expects("a whole number, at least 1")]
+CountOrZero = Annotated[int, Field(ge=0), expects("a whole number, at least 0")]
+Slug = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"),
+    expects("a name of at most 63 letters, digits, '-', '_' and '.', that starts with a letter or a digit"),
+]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Keys that are right one by one and wrong together.
+
+    Args:
+        key: where to report it, relative to the settings that hold the keys.
+        message: what is wrong.
+        remedy: what would be right.
+    """
+
+    key: KeyPath
+    message: str
+    remedy: str = ""
+
+
+class Given:
+    """What the user gave for some settings, before it is known to be right: absent and mistyped values read as None."""
+
+    def __init__(self, values: object) -> None:
+        if isinstance(values, Settings):
+            values = {key: getattr(values, key) for key in values.model_fields_set}
+        self.values: Mapping[str, Any] = values if isinstance(values, Mapping) else {}
+
+    def has(self, key: str) -> bool:
+        """Whether the key was given, and is not null."""
+        return self.values.get(key) is not None
+
+    def number(self, key: str) -> float | None:
+        value = self.values.get(key)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else None
+
+    def sequence(self, key: str) -> tuple[object, ...]:
+        value = self.values.get(key)
+        return tuple(value) if isinstance(value, list | tuple) else ()
+
+    def child(self, key: str) -> Given:
+        return Given(self.values.get(key))
+
+    def children(self, key: str) -> tuple[Given, ...]:
+        return tuple(Given(item) for item in self.sequence(key))
+
+
+class Settings(BaseModel):
+    """The root of all settings. Construction raises one `ConfigError` with every problem."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(problems_of(error, values, lambda path: format_path(path, type(self).__name__))) from None
+
+    # Otherwise pydantic would call this method for nested settings too, and stop at the first that is wrong.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        """What is wrong with the keys taken together; seen even where single keys are wrong as well."""
+        yield from ()
+
+    @classmethod
+    def key_names(cls) -> list[str]:
+        """The keys as a file spells them."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _gather(cls, values: Any, handler: Callable[[Any], Any]) -> Any:
+        found = list(cls.conflicts(Given(values))) if isinstance(values, Mapping) else []
+        lines = [_line(conflict.key, _CONFLICT, conflict.message, conflict.remedy, values) for conflict in found]
+        try:
+            result = handler(values)
+        except ValidationError as error:
+            lines = [_explained(cls, dict(line)) for line in error.errors(include_url=False)] + lines
+        if lines:
+            raise ValidationError.from_exception_data(cls.__name__, lines)
+        return result
+
+
+def problems_of(error: ValidationError, raw: object, locate: Callable[[KeyPath], str]) -> list[Problem]:
+    """Everything that is wrong, in the order of the settings.
+
+    Args:
+        error: what validation of `raw` raised.
+        raw: the values as they were given. Parts of an error's path that are not keys in them, such as pydantic's union
+            tags, are left out.
+        locate: says where a key path is.
+    """
+    problems = []
+    for line in error.errors(include_url=False):
+        context = line.get("ctx", {})
+        path = _key_path(line["loc"], raw, keep_last=line["type"] != _CONFLICT)
+        problems.append(Problem(locate(path), context.get("message", line["msg"]), context.get("remedy", "")))
+    return list(dict.fromkeys(problems))
+
+
+def unknown_keys(error: ValidationError, raw: object) -> Iterator[tuple[KeyPath, str]]:
+    """The path and the remedy of each unknown key among what validation of `raw` raised."""
+    for line in error.errors(include_url=False):
+        if line["type"] == UNKNOWN_KEY:
+            yield _key_path(line["loc"], raw, keep_last=True), line["ctx"]["remedy"]
+
+
+def _key_path(loc: Sequence[str | int], raw: object, *, keep_last: bool) -> KeyPath:
+    path: list[str | int] = []
+    for position, part in enumerate(loc):
+        if isinstance(raw, Settings):
+            raw = {key: getattr(raw, key) for key in type(raw).model_fields}
+        if isinstance(raw, list | tuple):
+            raw = dict(enumerate(raw))
+        if isinstance(raw, Mapping) and part in raw:
+            raw = raw[part]
+        elif not (keep_last and position == len(loc) - 1):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _tags(annotation: object) -> list[str]:
+    """The types of the settings classes that an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation.model_fields["type"].default]
+    return [tag for part in get_args(annotation) for tag in _tags(part)]
+
+
+def _line(loc: KeyPath, kind: str, message: str, remedy: str, value: object) -> InitErrorDetails:
+    custom = PydanticCustomError(kind, "{message}", {"message": message, "remedy": remedy})
+    return InitErrorDetails(type=custom, loc=loc, input=value)
+
+
+def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
+    """One of pydantic's errors, in our words."""
+    kind, loc, value, context = line["type"], line["loc"], line["input"], line.get("ctx", {})
+    if "message" in context:
+        return _line(loc, kind, context["message"], context["remedy"], value)
+    if kind == "extra_forbidden":
+        return _line(loc, UNKNOWN_KEY, f"unknown key '{loc[-1]}'", nearest(str(loc[-1]), cls.key_names()), value)
+    if kind == "missing":
+        field = next(f for n, f in cls.model_fields.items() if loc[-1] in (n, f.alias))
+        return _line(loc, kind, f"the key '{loc[-1]}' is missing", (field.description or "").partition("\n")[0], value)
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tags = _tags(cls.model_fields[str(loc[0])].annotation)
+        message = f"there is no '{context['tag']}'" if "tag" in context else "the key 'type' is missing"
+        return _line((*loc, "type"), kind, message, nearest(context.get("tag", ""), tags), value)
+    if kind == "too_short":
+        return _line(loc, kind, "it is empty", f"at least {context['min_length']} needed", value)
+    if kind == "literal_error":
+        return _line(loc, kind, f"got {shown(value)}", f"should be {context['expected']}", value)
+    wanted = _CONTAINERS.get(kind)
+    if wanted:
+        return _line(loc, kind, f"got {shown(value)}", f"should be {wanted}", value)
+    return _line(loc, kind, f"got {shown(value)}: {line['msg']}", "", value)
+
+
+_CONTAINERS = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping of keys to values",
+    "mapping_type": "a mapping of keys to values",
+    "model_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+}
