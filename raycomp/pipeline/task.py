@@ -1,0 +1,231 @@
+"""What a user writes: a model, its data, and what differs from the usual way of training it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import default_collate
+
+from raycomp.errors import TaskError
+from raycomp.pipeline import batch as batches
+from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
+
+LABEL_KEYS = ("labels", "label", "target", "targets")
+
+
+class Task:
+    """A model and how it is trained and judged. Subclass it; `model`, `train_data` and `eval_data` are required.
+
+    A job's `task.arguments` are the constructor's keyword arguments. Every worker constructs the task for itself and
+    must get the same; what is costly to make (a trained teacher) is made once in `prepare`.
+
+    Batches may have any form. The defaults know `(input, ..., target)` and mappings with a key `labels`, `label`, `target`
+    or `targets`, and models that give logits, or an output with `loss` and `logits` as Hugging Face's do.
+    """
+
+    prepared: Path | None = None
+    """The folder that `prepare` filled; set before anything else is called on a worker."""
+
+    def prepare(self, folder: Path) -> None:
+        """Writes files that every worker needs; runs once per job, on the driver. Default: nothing.
+
+        The files are shipped to each worker; `prepared_file(name)` gives their place there.
+        """
+
+    def prepared_file(self, name: str) -> Path:
+        """The place of a file that `prepare` wrote.
+
+        Raises:
+            TaskError: `prepare` has not run, or wrote no such file.
+        """
+        if self.prepared is None or not (self.prepared / name).is_file():
+            raise TaskError(
+                f"{name!r} has not been prepared",
+                where=type(self).__name__,
+                remedy="a job prepares its task by itself; elsewhere call prepare_task(task, folder) first",
+            )
+        return self.prepared / name
+
+    def model(self) -> nn.Module:
+        """The model to compress, with its dense weights."""
+        raise self._required("model")
+
+    def train_data(self) -> Any:
+        """What the model trains on.
+
+        Returns:
+            A map-style Dataset (raycomp batches, shuffles and shares it out), an iterable Dataset, a function of
+            `LoaderContext` that gives an iterable of batches, or a `ray.data.Dataset`.
+        """
+        raise self._required("train_data")
+
+    def eval_data(self) -> Any:
+        """What the model is judged on, in any form that `train_data` may have."""
+        raise self._required("eval_data")
+
+    def teacher(self) -> nn.Module | None:
+        """The trained model that distillers hold the student against. Default: None."""
+        return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch of samples. Default: torch's `default_collate`."""
+        return default_collate(samples)
+
+    def augment(self, sample: Any, generator: Generator) -> Any:
+        """A training sample, changed at random. Default: unchanged.
+
+        Args:
+            sample: what the dataset gave.
+            generator: seeded by the job's seed, the epoch and the sample, so the same on any number of workers.
+        """
+        return sample
+
+    def count_samples(self, batch: Any) -> int:
+        """The number of samples in a batch. Default: the leading size of its first tensor."""
+        return batches.count_samples(batch)
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments without the target, positional and by name.
+
+        Default: all but the last of a tuple or list, all but the label of a mapping, else the batch itself.
+        """
+        if isinstance(batch, Mapping):
+            return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+        if isinstance(batch, tuple | list):
+            return tuple(batch[:-1]), {}
+        return (batch,), {}
+
+    def target(self, batch: Any) -> Any:
+        """What the model should say. Default: the last of a tuple or list, the label of a mapping."""
+        if isinstance(batch, Mapping):
+            key = _label_key(batch)
+            if key is not None:
+                return batch[key]
+        elif isinstance(batch, tuple | list) and len(batch) > 1:
+            return batch[-1]
+        raise self._undefined("target", f"finds no target in a batch of type {type(batch).__name__}")
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """The model's output for a batch. Default: `model(*args, **kwargs)` of `inputs`.
+
+        A mapping's label goes along where the model's forward has an argument of that name.
+        """
+        args, kwargs = self.inputs(batch)
+        key = _label_key(batch) if isinstance(batch, Mapping) else None
+        if key is not None and key not in kwargs and _has_argument(model, key):
+            kwargs = {**kwargs, key: batch[key]}
+        return model(*args, **kwargs)
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """The mean loss over the batch's samples, of shape [].
+
+        Default: the output's own `loss`, else cross entropy of logits [n, classes, ...] against integers [n, ...].
+        """
+        own = _part(output, "loss")
+        if isinstance(own, Tensor):
+            return own
+        logits, target = _logits(output), self.target(batch)
+        if not _fits_classes(logits, target):
+            raise self._undefined("loss", "knows classification alone: logits [n, classes, ...] and integer targets")
+        return F.cross_entropy(logits, target)
+
+    def training_step(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch, of shape []. Default: `loss(forward(model, batch), batch)`."""
+        return self.loss(self.forward(model, batch), batch)
+
+    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        """Each metric's value for every sample, of shape [n]; the mean over all samples of all workers is reported.
+
+        The first one is the job's main metric. Default: accuracy of logits [n, classes] against integers [n].
+        """
+        logits, target = _logits(output), self.target(batch)
+        if not _fits_classes(logits, target) or logits.ndim != 2:
+            raise self._undefined("metrics", "knows accuracy alone: logits [n, classes] and integer targets [n]")
+        return {"accuracy": (logits.argmax(dim=1) == target).double()}
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of the model's parameters. Default: AdamW with learning rate 1e-3."""
+        return AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1e-3)
+
+    def scheduler(self, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
+        """A learning-rate schedule, stepped after every optimizer step. Default: none."""
+        return None
+
+    def example_input(self) -> Tensor | tuple[Any, ...] | dict[str, Any]:
+        """Inputs to trace the model with: one tensor, positional arguments, or arguments by name; batch size 2 or more.
+
+        Default: `inputs` of the first two training samples.
+        """
+        args, kwargs = self.inputs(self._first_batch(self.train_data()))
+        if args and kwargs:
+            raise self._undefined("example_input", "can't hold both positional and named inputs")
+        if kwargs:
+            return kwargs
+        return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+
+    def teacher_predict(self, batch: Any, teacher: nn.Module) -> Any:
+        """The teacher's output for a batch. Default: `forward(teacher, batch)`."""
+        return self.forward(teacher, batch)
+
+    def overrides(self, method: str) -> bool:
+        """Whether the task's class brings its own `method`."""
+        return getattr(type(self), method) is not getattr(Task, method)
+
+    def _first_batch(self, data: Any) -> Any:
+        if is_map_style(data):
+            return self.collate([data[index] for index in range(min(2, len(data)))])
+        loader: Iterable[Any] = as_loader_factory(self, data)(LoaderContext(0, 1, 2, 0, 0))
+        return next(iter(loader))
+
+    def _required(self, method: str) -> TaskError:
+        return TaskError(f"the task has no {method}()", where=type(self).__name__, remedy=f"define {method}(self)")
+
+    def _undefined(self, method: str, why: str) -> TaskError:
+        return TaskError(
+            f"the default {method}() {why}", where=type(self).__name__, remedy=f"define {method} in the task"
+        )
+
+
+def prepare_task(task: Task, folder: Path) -> None:
+    """Runs `task.prepare` in `folder`, which is made, and lets the task use what it wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task.prepare(folder)
+    task.prepared = folder
+
+
+def _label_key(batch: Mapping[str, Any]) -> str | None:
+    return next((key for key in LABEL_KEYS if key in batch), None)
+
+
+def _has_argument(model: nn.Module, name: str) -> bool:
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    return name in inspect.signature(plain.forward).parameters
+
+
+def _part(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _logits(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    named = _part(output, "logits")
+    if named is None and isinstance(output, tuple | list) and output:
+        return output[0]
+    return named
+
+
+def _fits_classes(logits: Any, target: Any) -> bool:
+    if not isinstance(logits, Tensor) or not isinstance(target, Tensor) or logits.ndim < 2:
+        return False
+    integers = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
+    return integers and logits.shape[:1] + logits.shape[2:] == target.shape

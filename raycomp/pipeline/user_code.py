@@ -1,0 +1,46 @@
+"""Errors of the user's own code, told as one error with its cause and its place."""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raycomp.errors import RaycompError, TaskError
+
+_LIBRARIES = tuple(
+    str(Path(folder).resolve())
+    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parents[1])
+)
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Runs the user's code within the block: what it raises becomes a TaskError that says `what` raised, and where.
+
+    Args:
+        what: the part of the task that runs: `Digits.train_data()`.
+
+    Raises:
+        TaskError: from any other exception; raycomp's own errors pass as they are.
+    """
+    try:
+        yield
+    except RaycompError:
+        raise
+    except Exception as error:
+        text = str(error)
+        message = f"{what} raised {type(error).__name__}" + (f": {text}" if text else "")
+        raise TaskError(message, where=_place(error)) from error
+
+
+def _place(error: BaseException) -> str | None:
+    """File and line of the innermost frame that is neither raycomp's nor a library's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith("<") or str(Path(filename).resolve()).startswith(_LIBRARIES)
