@@ -1,0 +1,198 @@
+"""From config-list entries to targets: which modules an entry selects, and which of their targets it sets.
+
+Selection is `((op_names ∪ op_names_re) ∩ op_types) − (exclude_op_names ∪ exclude_op_names_re ∪ exclude_op_types)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, SelectionEntry, nearest
+from raycomp.config.entries import canonical_target
+from raycomp.core.target import TargetId, target_kind
+from raycomp.errors import ConfigError, Problem
+
+Kind = Literal["pruner", "quantizer", "distiller"]
+TargetSettings = PruneTarget | QuantizeTarget | DistillTarget
+
+_CONVOLUTIONS = tuple(f"Conv{transpose}{dim}d" for transpose in ("", "Transpose") for dim in (1, 2, 3))
+_TEMPLATES: dict[Kind, dict[str, tuple[str, ...]]] = {
+    "pruner": {
+        **{name: ("weight", "bias") for name in ("Linear", *_CONVOLUTIONS)},
+        **{f"BatchNorm{dim}d": ("weight", "bias") for dim in (1, 2, 3)},
+        "Embedding": ("weight",),
+    },
+    "quantizer": {
+        **{name: ("_input_0", "weight", "bias", "_output_0") for name in ("Linear", *_CONVOLUTIONS)},
+        **{f"BatchNorm{dim}d": ("_input_0", "weight", "bias", "_output_0") for dim in (1, 2)},
+        **{name: ("_input_0", "_output_0") for name in ("ReLU", "ReLU6", "Hardtanh", "MaxPool2d")},
+    },
+    "distiller": {},
+}
+
+
+def register_template(kind: Kind, class_name: str, targets: Sequence[str]) -> None:
+    """Says which targets a config entry means by default in modules of a user's class.
+
+    Raises:
+        ValueError: the class has a template already.
+    """
+    if class_name in _TEMPLATES[kind]:
+        raise ValueError(f"{class_name} already has a {kind} template: {_TEMPLATES[kind][class_name]}")
+    _TEMPLATES[kind][class_name] = tuple(canonical_target(target) for target in targets)
+
+
+def default_targets(kind: Kind, class_name: str) -> tuple[str, ...]:
+    """The targets that an entry without `target_names` means."""
+    return ("_output_0",) if kind == "distiller" else _TEMPLATES[kind].get(class_name, ())
+
+
+def type_name(module: nn.Module) -> str:
+    """The name of the module's class as the user wrote it, below what compression put on top."""
+    kind = type(module)
+    while getattr(kind, "raycomp_swapped", False) or (
+        parametrize.is_parametrized(module) and kind.__name__.startswith("Parametrized")
+    ):
+        if kind.__dict__.get("raycomp_swapped"):
+            kind = kind.__bases__[1]
+        elif kind.__name__.startswith("Parametrized"):
+            kind = kind.__bases__[0]
+        else:
+            break
+    return kind.__name__
+
+
+def module_names(model: nn.Module) -> dict[str, str]:
+    """Name → class name of every module that the user put into the model."""
+    found = {}
+    for name, module in model.named_modules():
+        if "parametrizations" not in name.split(".") and "raycomp_targets" not in name.split("."):
+            found[name] = type_name(module)
+    return found
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One selected target.
+
+    Args:
+        target_id: the target.
+        settings: the entry's settings for it.
+        where: the entry's place in the config list, for messages.
+        own_keys: the keys that the entry gives in `target_settings` for this very target.
+    """
+
+    target_id: TargetId
+    settings: TargetSettings
+    where: str
+    own_keys: frozenset[str] = frozenset()
+
+
+def resolve(model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], where: str) -> dict[TargetId, Selected]:
+    """Every target that a config list sets, in the order of the entries.
+
+    Raises:
+        ConfigError: with all that is wrong: a name or type that the model lacks, an entry that selects nothing, a
+            target that a module lacks, a target set twice.
+    """
+    problems: list[Problem] = []
+    selected: dict[TargetId, Selected] = {}
+    for index, entry in enumerate(entries):
+        place = f"{where}[{index}]"
+        names = _select(model, entry, place, problems)
+        found = [target for name in names for target in _targets(model, kind, name, entry, place, problems)]
+        if names and not found:
+            problems.append(_no_targets(model, kind, names, place))
+        for target in found:
+            if target.target_id in selected:
+                earlier = selected[target.target_id].where
+                problems.append(Problem(place, f"{target.target_id} is set already by {earlier}", "exclude it in one"))
+            selected[target.target_id] = target
+    if problems:
+        raise ConfigError(problems)
+    return selected
+
+
+def select(model: nn.Module, entry: SelectionEntry, where: str) -> list[str]:
+    """The names of the modules that one entry selects, in the model's order.
+
+    Raises:
+        ConfigError: a key that matches nothing.
+    """
+    problems: list[Problem] = []
+    names = _select(model, entry, where, problems)
+    if problems:
+        raise ConfigError(problems)
+    return names
+
+
+def _select(model: nn.Module, entry: SelectionEntry, where: str, problems: list[Problem]) -> list[str]:
+    types = module_names(model)
+    known = len(problems)
+    for key in ("op_names", "exclude_op_names"):
+        for name in getattr(entry, key):
+            if name not in types:
+                problems.append(Problem(f"{where}.{key}", f"the model has no module {name!r}", nearest(name, types)))
+    classes = sorted(set(types.values()))
+    for key in ("op_types", "exclude_op_types"):
+        for name in getattr(entry, key):
+            if name not in classes:
+                problems.append(Problem(f"{where}.{key}", f"no module is of type {name!r}", nearest(name, classes)))
+    for key in ("op_names_re", "exclude_op_names_re"):
+        for pattern in getattr(entry, key):
+            if not any(re.fullmatch(pattern, name) for name in types):
+                remedy = "the pattern must match a module's whole name"
+                problems.append(Problem(f"{where}.{key}", f"{pattern!r} matches no module", remedy))
+    if len(problems) > known:
+        return []
+    chosen = [name for name in types if _chosen(name, types[name], entry)]
+    if not chosen:
+        problems.append(Problem(where, "the entry selects no module", "its keys exclude one another for this model"))
+    return chosen
+
+
+def _chosen(name: str, kind: str, entry: SelectionEntry) -> bool:
+    named = name in entry.op_names or any(re.fullmatch(pattern, name) for pattern in entry.op_names_re)
+    if (entry.op_names or entry.op_names_re) and not named:
+        return False
+    if entry.op_types and kind not in entry.op_types:
+        return False
+    excluded = name in entry.exclude_op_names or kind in entry.exclude_op_types
+    return not excluded and not any(re.fullmatch(pattern, name) for pattern in entry.exclude_op_names_re)
+
+
+def _targets(
+    model: nn.Module, kind: Kind, name: str, entry: SelectionEntry, where: str, problems: list[Problem]
+) -> list[Selected]:
+    module = model.get_submodule(name)
+    found = []
+    for target in entry.target_names or default_targets(kind, type_name(module)):
+        if target_kind(target) == "parameter" and not _has_parameter(module, target):
+            if not hasattr(module, target):
+                parameters = [key for key, _ in module.named_parameters(recurse=False)]
+                message = f"{name or 'the model'} ({type_name(module)}) has no parameter {target!r}"
+                problems.append(Problem(f"{where}.target_names", message, nearest(target, parameters)))
+            continue
+        found.append(Selected(TargetId(name, target), entry.settings_for(target), where, _own_keys(entry, target)))
+    return found
+
+
+def _own_keys(entry: SelectionEntry, target: str) -> frozenset[str]:
+    own = entry.target_settings.get(target)  # type: ignore[attr-defined]
+    return frozenset(own.model_fields_set if own is not None else ())
+
+
+def _has_parameter(module: nn.Module, name: str) -> bool:
+    return module._parameters.get(name) is not None or parametrize.is_parametrized(module, name)
+
+
+def _no_targets(model: nn.Module, kind: Kind, names: list[str], where: str) -> Problem:
+    types = sorted({type_name(model.get_submodule(name)) for name in names})
+    message = f"{', '.join(types)} has no {kind} targets by default"
+    return Problem(where, message, "name them with target_names, or register_template for the class")

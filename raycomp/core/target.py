@@ -1,0 +1,106 @@
+"""A target: one parameter, input or output of a module, and the chain of transforms that stand on it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.errors import CompressionError
+
+TargetKind = Literal["parameter", "input", "output"]
+Slot = Literal["tracker", "quantizer", "mask", "recorder"]
+SLOTS: tuple[Slot, ...] = ("tracker", "quantizer", "mask", "recorder")
+
+
+class TargetId(NamedTuple):
+    """Where a target is: the module's name in the model, and the target's name in the module."""
+
+    module: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.target}" if self.module else self.target
+
+
+def target_kind(name: str) -> TargetKind:
+    """The kind that a target's name tells: `_input_…`, `_output_…`, else a parameter."""
+    if name.startswith("_input_"):
+        return "input"
+    if name.startswith("_output_"):
+        return "output"
+    return "parameter"
+
+
+class AdoptsShapes(nn.Module):
+    """A module whose buffers take the shape that a loaded state dict brings: statistics grow to their size in training."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and loaded is not None and loaded.shape != buffer.shape:
+                self._buffers[name] = torch.empty_like(loaded, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
+
+
+def set_buffer_(module: nn.Module, name: str, value: Tensor) -> None:
+    """Gives a buffer a new value, in place where the shape stays, so that DDP's references hold."""
+    buffer = module.get_buffer(name)
+    if buffer.shape == value.shape:
+        buffer.copy_(value)
+    else:
+        module._buffers[name] = value.to(device=buffer.device, dtype=buffer.dtype)
+
+
+class Target(nn.Module):
+    """The transforms of one target, run in the order track → quantize → mask → record.
+
+    A slot holds one module, put there by one compressor. The target is itself a module, so that buffers and learned
+    parameters of its slots move, train, synchronise and save with the model.
+
+    Args:
+        target_id: which target this is.
+    """
+
+    def __init__(self, target_id: TargetId) -> None:
+        super().__init__()
+        self.target_id = target_id
+        self.owners: dict[str, str] = {}
+        self.defer_quantizer = False
+        for slot in SLOTS:
+            self.register_module(slot, None)
+
+    @property
+    def kind(self) -> TargetKind:
+        """Whether a parameter, an input or an output is meant."""
+        return target_kind(self.target_id.target)
+
+    def claim(self, slot: Slot, transform: nn.Module, owner: str) -> None:
+        """Puts `transform` into an empty slot.
+
+        Raises:
+            CompressionError: another compressor has claimed this slot.
+        """
+        if slot in self.owners:
+            raise CompressionError(
+                f"both {self.owners[slot]} and {owner} set the {slot} of this target",
+                where=str(self.target_id),
+                remedy="exclude it from one of the two config lists",
+            )
+        self.owners[slot] = owner
+        self.add_module(slot, transform)
+
+    def forward(self, value: Any) -> Any:
+        """The target's value as the compressed model sees it; what isn't a floating-point tensor passes through."""
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if self.tracker is not None:
+            self.tracker(value)
+        if self.quantizer is not None and not self.defer_quantizer:
+            value = self.quantizer(value)
+        if self.mask is not None:
+            value = self.mask(value)
+        if self.recorder is not None:
+            self.recorder(value)
+        return value

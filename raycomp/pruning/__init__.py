@@ -1,0 +1,9 @@
+"""Pruners: masks on the targets of a model, made while it trains."""
+
+from raycomp.pruning.agp import AGPPruner
+from raycomp.pruning.l1_norm import L1NormPruner
+from raycomp.pruning.linear import LinearPruner
+from raycomp.pruning.pruner import Pruner
+from raycomp.pruning.taylor import TaylorPruner
+
+__all__ = ["AGPPruner", "L1NormPruner", "LinearPruner", "Pruner", "TaylorPruner"]

@@ -1,0 +1,6 @@
+"""Quantizers: fake quantization on the targets of a model while it trains."""
+
+from raycomp.quantization.qat import QATQuantizer
+from raycomp.quantization.quantizer import Quantizer
+
+__all__ = ["QATQuantizer", "Quantizer"]

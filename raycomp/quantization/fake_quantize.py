@@ -1,0 +1,70 @@
+"""The module that stands on a quantized target."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raycomp.config import QuantizeTarget
+from raycomp.core.target import AdoptsShapes, set_buffer_
+from raycomp.quantization.functional import IntegerRange, bits_of, fake_quantize, scale_and_zero_point
+
+
+class FakeQuantize(AdoptsShapes):
+    """Rounds its target to the integers that it will be stored in, and back; the identity until `active`.
+
+    Args:
+        settings: dtype and scheme.
+        axis: the dimension whose entries have a scale each; None for one scale.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    tracked_min: Tensor
+    tracked_max: Tensor
+
+    def __init__(self, settings: QuantizeTarget, axis: int | None) -> None:
+        super().__init__()
+        self.settings = settings
+        self.axis = axis
+        self.limits = IntegerRange.of(settings.quant_dtype)
+        self.active = False
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("tracked_min", torch.tensor(torch.inf))
+        self.register_buffer("tracked_max", torch.tensor(-torch.inf))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The quantized and dequantized value."""
+        if not self.active or self.settings.apply_method == "bypass":
+            return value
+        return fake_quantize(value, self.scale.to(_precise(value)), self.zero_point, self.limits, self.axis)
+
+    @torch.no_grad()
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Takes over a range: scale and zero point follow from it."""
+        scale, zero_point = scale_and_zero_point(low, high, self.settings.quant_dtype, self.settings.quant_scheme)
+        for name, value in (("tracked_min", low), ("tracked_max", high), ("scale", scale), ("zero_point", zero_point)):
+            self._buffers[name] = self._buffers[name].to(value.dtype)  # type: ignore[union-attr]
+            set_buffer_(self, name, value)
+
+    def calibration(self) -> dict[str, Any]:
+        """The target's part of a calibration config."""
+        return {
+            "scale": self.scale.detach().clone(),
+            "zero_point": self.zero_point.detach().clone(),
+            "quant_dtype": self.settings.quant_dtype,
+            "quant_scheme": self.settings.quant_scheme,
+            "quant_bits": bits_of(self.settings.quant_dtype),
+            "quant_min": self.limits.quant_min,
+            "quant_max": self.limits.quant_max,
+            "axis": self.axis,
+            "tracked_min": self.tracked_min.detach().clone(),
+            "tracked_max": self.tracked_max.detach().clone(),
+        }
+
+
+def _precise(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32

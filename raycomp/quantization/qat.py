@@ -1,0 +1,77 @@
+"""Quantization-aware training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from raycomp.core.chain import Chain
+from raycomp.core.compressor import ConfigList
+from raycomp.core.evaluator import TorchEvaluator
+from raycomp.core.reduction import Statistic
+from raycomp.quantization.functional import moving_average
+from raycomp.quantization.quantizer import Quantizer
+
+
+class QATQuantizer(Quantizer):
+    """Trains with fake quantization in the forward pass and the straight-through gradient in the backward pass.
+
+    Activations keep a moving average (0.99) of each step's range over the global batch, parameters the range that they
+    have (Jacob et al., Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference,
+    CVPR 2018). The ranges of all targets and workers merge once, after each optimizer step, so a step quantizes
+    activations by what the steps before it have seen, and the first one not at all.
+
+    Args:
+        model: the model, changed in place.
+        config_list: see `QuantizeEntry`.
+        evaluator: how to train.
+        quant_start_step: optimizer steps before which ranges are only watched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Chain,
+        config_list: ConfigList,
+        evaluator: TorchEvaluator | None = None,
+        quant_start_step: int = 0,
+    ) -> None:
+        self.quant_start_step = quant_start_step
+        super().__init__(model, config_list, evaluator)
+
+    @classmethod
+    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> QATQuantizer:
+        """As `Compressor.from_compressor`; NNI's argument order `(compressor, config_list, quant_start_step, evaluator)` holds."""
+        if args and isinstance(args[0], int):
+            start, *rest = args
+            kwargs = {"quant_start_step": start, **({"evaluator": rest[0]} if rest else {}), **kwargs}
+            args = ()
+        return cls(compressor.chain, config_list, *args, **kwargs)
+
+    def is_due(self, step: int) -> bool:
+        return True
+
+    @torch.no_grad()
+    def statistics(self) -> list[Statistic]:
+        watched = [item for tracker in self.trackers.values() for item in tracker.statistics()]
+        self._parameter_ranges = {key: self.parameter_range(key) for key in self.quantizers if key not in self.trackers}
+        for low, high in self._parameter_ranges.values():
+            watched += [Statistic(low, "min"), Statistic(high, "max")]
+        return watched
+
+    @torch.no_grad()
+    def decide(self, step: int) -> None:
+        """Takes over the merged ranges."""
+        started = step >= self.quant_start_step
+        for target_id, tracker in self.trackers.items():
+            quantizer = self.quantizers[target_id]
+            if bool(torch.isfinite(tracker.low).all()):
+                low = moving_average(quantizer.tracked_min.to(tracker.low), tracker.low)
+                high = moving_average(quantizer.tracked_max.to(tracker.high), tracker.high)
+                quantizer.set_range(low, high)
+            tracker.reset()
+            quantizer.active = started and bool(torch.isfinite(quantizer.tracked_min).all())
+        for target_id, (low, high) in self._parameter_ranges.items():
+            self.quantizers[target_id].set_range(low, high)
+            self.quantizers[target_id].active = started
