@@ -1,0 +1,95 @@
+"""Folding of batch norms and activations into the layer that hosts them, as quantization-aware training simulates it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from raycomp.errors import SpeedupError
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def fold_(model: nn.Module, folds: Sequence[Sequence[str]]) -> None:
+    """Fold in place: each tuple's first module takes over the work of the others, which become identities.
+
+    A batch norm behind a convolution or linear layer goes into its weight and bias, with the running statistics; any
+    other module behind the host is applied to the host's output (before the output is quantized).
+
+    Raises:
+        SpeedupError: an unknown module, a batch norm without running statistics, or a host that cannot hold it.
+    """
+    for fold in folds:
+        host = _module(model, fold[0])
+        for name in fold[1:]:
+            folded = _module(model, name)
+            if isinstance(folded, _BATCH_NORMS):
+                _fold_batch_norm_(host, folded, f"{fold[0]} and {name}")
+            else:
+                host.register_forward_hook(_then(folded))
+            _replace_(model, folded, nn.Identity())
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise SpeedupError(f"the model has no module {name!r}", remedy="the folds belong to another model") from None
+
+
+def _then(module: nn.Module) -> Any:
+    return lambda _host, _args, output: module(output)
+
+
+def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+@torch.no_grad()
+def _fold_batch_norm_(host: nn.Module, norm: nn.Module, where: str) -> None:
+    assert isinstance(norm, _BATCH_NORMS)
+    if norm.running_mean is None or norm.running_var is None:
+        raise SpeedupError("a batch norm without running statistics cannot be folded", where=where)
+    scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
+    shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    statistics = (norm.running_mean, norm.running_var, norm.eps, scale, shift)
+    if isinstance(host, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        if isinstance(host, _TRANSPOSED):
+            weight, bias = _fold_transposed(host, norm.running_mean, norm.running_var, norm.eps, scale, shift)
+        else:
+            weight, bias = fuse_conv_bn_weights(host.weight, host.bias, *statistics)
+    elif isinstance(host, nn.Linear):
+        weight, bias = fuse_linear_bn_weights(host.weight, host.bias, *statistics)
+    else:
+        raise SpeedupError(
+            f"a {type(host).__name__} cannot host a batch norm",
+            where=where,
+            remedy="convolutions and linear layers can",
+        )
+    host.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    host.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+
+def _fold_transposed(
+    host: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # torch's own fold takes the second weight dimension for the output channels, which holds for one group only
+    factor = scale * torch.rsqrt(var + eps)
+    per_group = factor.view(host.groups, 1, -1).expand(-1, host.in_channels // host.groups, -1)
+    weight = host.weight * per_group.reshape(host.in_channels, -1, *[1] * (host.weight.ndim - 2))
+    bias = torch.zeros_like(mean) if host.bias is None else host.bias
+    return weight, (bias - mean) * factor + shift
