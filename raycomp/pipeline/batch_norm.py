@@ -7,7 +7,7 @@ process computes on the whole batch: output, gradients and running statistics (I
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,39 +16,59 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from raycomp.core.reduction import Statistic, communication_device, is_distributed, reduce_, world_size
 from raycomp.core.share import current_share, is_idle
+from raycomp.errors import CompressionError
 
 
 def synchronise_batch_norm_(model: nn.Module) -> list[str]:
     """Lets every batch norm of `model` train on the moments of the global batch.
 
-    The module stays what it is (class, parameters, buffers, parametrizations, hooks): only its forward is replaced, and
-    `restore_batch_norm_` gives it back. In evaluation, and without a process group, it computes what it always did.
-    While a norm trains, each of its forward and backward passes is a collective.
+    Comes before compressors are attached. A norm's class becomes a subclass of the same name; its parameters, buffers and
+    hooks stay, and `restore_batch_norm_` gives the class back. In evaluation, and without a process group, it computes
+    what it always did. While a norm trains, each of its forward and backward passes is a collective.
 
     Returns:
         The names of the norms.
+
+    Raises:
+        CompressionError: a norm has a forward of its own, or is parametrized already.
     """
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
-            module.__dict__["forward"] = MethodType(_forward, module)
-            names.append(name)
-    return names
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and not is_synchronised(module)
+    }
+    for name, norm in norms.items():
+        if type(norm).forward is not _BatchNorm.forward or is_parametrized(norm):
+            raise CompressionError(
+                f"this {type(norm).__name__} has a forward of its own or a parametrization, so it can't be synchronised",
+                where=name,
+                remedy="synchronise before compressors are attached, or leave sync_batch_norm out",
+            )
+    for norm in norms.values():
+        norm.__class__ = _synchronised_class(type(norm))  # type: ignore[arg-type]  # mypy: a module class has no hash
+    return list(norms)
 
 
 def restore_batch_norm_(model: nn.Module) -> None:
-    """Undoes `synchronise_batch_norm_`."""
-    for module in model.modules():
+    """Undoes `synchronise_batch_norm_`, once compressors are detached.
+
+    Raises:
+        CompressionError: a compressor is still attached to a norm.
+    """
+    for name, module in model.named_modules():
         if is_synchronised(module):
-            del module.__dict__["forward"]
+            if type(module).__bases__[0] is not _Synchronised:
+                raise CompressionError("a compressor is still attached", where=name, remedy="unwrap the model first")
+            module.__class__ = type(module).__bases__[1]
 
 
 def is_synchronised(module: nn.Module) -> bool:
     """Whether `module` is a batch norm that trains on the moments of the global batch."""
-    return getattr(module.__dict__.get("forward"), "__func__", None) is _forward
+    return isinstance(module, _Synchronised)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,17 +120,24 @@ def _all_but_channels(input: Tensor) -> list[int]:
     return [dim for dim in range(input.ndim) if dim != 1]
 
 
-def _forward(self: _BatchNorm, input: Tensor) -> Tensor:
-    if not (self.training and is_distributed()):
-        return type(self).forward(self, input)
-    self._check_input_dim(input)
-    share = current_share()
-    samples = share.total if share is not None else world_size() * input.shape[0]
-    if samples * input[0, 0].numel() <= 1:
-        raise ValueError(f"batch norm needs more than one value per channel to train on, got input {list(input.shape)}")
-    moments = global_moments(input)
-    _update_running_(self, moments)
-    return _Normalise.apply(input, self.weight, self.bias, moments, self.eps)
+class _Synchronised(_BatchNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training and is_distributed()):
+            return super().forward(input)
+        self._check_input_dim(input)
+        share = current_share()
+        samples = share.total if share is not None else world_size() * input.shape[0]
+        if samples * input[0, 0].numel() <= 1:
+            found = list(input.shape)
+            raise ValueError(f"batch norm needs more than one value per channel to train on, got input {found}")
+        moments = global_moments(input)
+        _update_running_(self, moments)
+        return _Normalise.apply(input, self.weight, self.bias, moments, self.eps)
+
+
+@cache
+def _synchronised_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return type(kind.__name__, (_Synchronised, kind), {"__module__": kind.__module__})
 
 
 @torch.no_grad()

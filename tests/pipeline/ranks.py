@@ -1,0 +1,33 @@
+"""Runs a function on several gloo ranks, each a process of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """`function(rank, world, *args)` on every rank; its results, which must be picklable, by rank."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(world, mp_context=multiprocessing.get_context("fork")) as pool,
+    ):
+        futures = [pool.submit(_work, rank, world, f"{folder}/store", function, args) for rank in range(world)]
+        return [future.result() for future in futures]
+
+
+def _work(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=30)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    try:
+        return function(rank, world, *args)
+    finally:
+        dist.destroy_process_group()
