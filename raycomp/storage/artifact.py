@@ -1,0 +1,198 @@
+"""Artifacts: published whole or not at all, never overwritten, verified when they are read."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from raycomp.config import nearest
+from raycomp.errors import ArtifactError, ConfigError, StorageError
+from raycomp.storage.explain import explained
+from raycomp.storage.filesystem import CHUNK_BYTES, Store, open_store
+from raycomp.storage.manifest import MANIFEST, FileRecord, Manifest, local_files
+
+_CLAIM = ".publishing"
+_ATTEMPT = "attempt-"
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """A published artifact: its id, and the URI that `open_artifact` takes."""
+
+    id: str
+    uri: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact, to read from."""
+
+    store: Store
+    manifest: Manifest
+
+    @property
+    def uri(self) -> str:
+        return self.store.uri
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its files, sorted."""
+        return tuple(sorted(self.manifest.files))
+
+    def fetch(self, name: str, folder: Path) -> Path:
+        """Copies a file into a local folder, verified.
+
+        Returns:
+            The copy; it is there only if size and sha256 are the manifest's.
+
+        Raises:
+            ArtifactError: there is no such file, or it is not what the manifest says.
+        """
+        record = self._record(name)
+        target = folder / name
+        with explained(str(target)):
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"'{name}' would be written outside of {folder}", where=self.uri)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                with temporary.open("xb") as stream:
+                    for chunk in self._verified(name, record):
+                        stream.write(chunk)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return target
+
+    def read_bytes(self, name: str) -> bytes:
+        """A file's content, verified as in `fetch`."""
+        return b"".join(self._verified(name, self._record(name)))
+
+    def _record(self, name: str) -> FileRecord:
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise ArtifactError(f"it holds no '{name}'", where=self.uri, remedy=nearest(name, self.names))
+        return record
+
+    def _verified(self, name: str, record: FileRecord) -> Iterator[bytes]:
+        """The file's pieces; raises behind the last one if they are not what was published."""
+        digest, size = hashlib.sha256(), 0
+        actual = self.store.size(record.path)
+        if actual != record.bytes:
+            found = "it is missing" if actual is None else f"it has {actual} bytes instead of {record.bytes}"
+            raise ArtifactError(f"'{name}' is not what was published: {found}", where=self.uri)
+        for chunk in self.store.read_chunks(record.path):
+            digest.update(chunk)
+            size += len(chunk)
+            yield chunk
+        if size != record.bytes or digest.hexdigest() != record.sha256:
+            raise ArtifactError(f"'{name}' is not what was published: its sha256 differs", where=self.uri)
+
+
+def open_artifact(uri: str, endpoint: str | None = None, region: str | None = None) -> Artifact:
+    """The artifact at a place, its manifest read; see `open_store` for the arguments.
+
+    Raises:
+        ArtifactError: there is none, or its manifest is not right.
+        StorageError: the place can't be read.
+    """
+    store = open_store(uri, endpoint, region)
+    if not store.exists(MANIFEST):
+        inside = [name for name in store.folders() if store.join(name).exists(MANIFEST)][:8]
+        hint = f"artifacts below it: {', '.join(inside)}" if inside else "is the URI right, and did the job end?"
+        raise ArtifactError("there is no artifact", where=store.uri, remedy=hint)
+    return Artifact(store, Manifest.from_json(store.read_bytes(MANIFEST), store.uri))
+
+
+def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Mapping[str, Any]) -> ArtifactRef:
+    """Publishes the files of a local folder as an artifact. It is there once its manifest is, which is written last.
+
+    Of several that publish the same id one wins. Who comes second, or after one that was cut short, writes into a
+    folder of its own, so that no file of a published artifact is ever overwritten.
+
+    Args:
+        store: where artifacts are; this one comes into the folder of its id.
+        artifact_id: its name.
+        local_dir: its files.
+        manifest_fields: the manifest's job, run, lineage, versions and figures.
+
+    Raises:
+        ArtifactError: an artifact of this id exists, or the folder or the fields are not right.
+        StorageError: the place can't be written.
+    """
+    with explained(str(local_dir)):
+        found = [path.relative_to(local_dir) for path in local_dir.rglob("*") if path.is_file()]
+    names = local_files([PurePosixPath(path) for path in found])
+    if not names:
+        raise ArtifactError("there are no files to publish", where=str(local_dir))
+    _manifest(artifact_id, {}, manifest_fields)
+    place = store.join(artifact_id)
+    attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
+    alone = place.create_bytes(_CLAIM, attempt.encode())
+    # Looked at behind the claim: a winner takes its claim away only when its manifest is there.
+    if place.exists(MANIFEST):
+        _discard(place, [_CLAIM] if alone else [])
+        raise _taken(place)
+    paths = {name: name if alone else f"{attempt}/{name}" for name in names}
+    try:
+        files = {name: _upload(local_dir / name, place, path) for name, path in paths.items()}
+    except StorageError:
+        _discard(place, paths.values())
+        raise
+    if not place.create_bytes(MANIFEST, _manifest(artifact_id, files, manifest_fields).to_json()):
+        _discard(place, paths.values())
+        raise _taken(place)
+    _discard(place, set(place.files()) - set(paths.values()) - {MANIFEST})
+    return ArtifactRef(artifact_id, place.uri)
+
+
+def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping[str, Any]) -> Manifest:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        return Manifest(**{"created": created, **fields, "id": artifact_id, "files": dict(files)})
+    except ConfigError as error:
+        raise ArtifactError(f"the manifest would not be right: {error}") from None
+
+
+def _upload(file: Path, place: Store, path: str) -> FileRecord:
+    digest, size = hashlib.sha256(), 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal size
+        with explained(str(file)), file.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+                yield chunk
+
+    place.write_chunks(path, pieces())
+    stored = place.size(path)
+    if stored != size:
+        raise StorageError(f"{stored} of {size} bytes arrived", where=place.join(path).uri)
+    return FileRecord(bytes=size, sha256=digest.hexdigest(), path=path)
+
+
+def _discard(place: Store, paths: Iterable[str]) -> None:
+    """Deletes what no manifest names. It costs room alone, so that a failure is none of the publication's."""
+    for path in paths:
+        with contextlib.suppress(StorageError):
+            place.delete(path)
+    with contextlib.suppress(StorageError):
+        kept = place.files()
+        for folder in place.folders():
+            if folder.startswith(_ATTEMPT) and not any(name.startswith(f"{folder}/") for name in kept):
+                place.delete_dir(folder)
+
+
+def _taken(place: Store) -> ArtifactError:
+    return ArtifactError(
+        "an artifact of this id is already there, and is never overwritten",
+        where=place.uri,
+        remedy="publish under another id",
+    )

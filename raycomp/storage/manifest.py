@@ -1,0 +1,101 @@
+"""What an artifact says about itself: its files with their hashes, where it comes from, and its figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, JsonValue, ValidationError
+
+from raycomp.config.base import CountOrZero, Settings, Slug, Text, expects, format_path, problems_of
+from raycomp.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+def safe_name(name: str) -> str:
+    """A file's name that stays inside the folder it is joined to, on any system.
+
+    Raises:
+        ValueError: it does not.
+    """
+    parts = name.split("/")
+    if not name or any(part in ("", ".", "..") for part in parts) or re.search(r'[\\:*?"<>|\x00-\x1f\x7f]', name):
+        raise ValueError(f"'{name}' is not a plain relative file name")
+    return name
+
+
+_FileName = Annotated[Text, AfterValidator(safe_name), expects("a relative file name without '..'")]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$"), expects("a sha256 in hex")]
+
+
+class FileRecord(Settings):
+    """One file of an artifact."""
+
+    bytes: CountOrZero
+    sha256: _Digest
+    path: _FileName
+    """Where it is below the artifact's place; its name, unless another publication was cut short there."""
+
+
+class Manifest(Settings):
+    """The file that makes an artifact: written last, so that where it is, everything is."""
+
+    format_version: CountOrZero = FORMAT_VERSION
+    id: Slug
+    job: Text
+    run: Text
+    created: Text
+    """UTC, ISO 8601."""
+    files: dict[_FileName, FileRecord]
+    lineage: dict[str, JsonValue] = Field(default_factory=dict)
+    """What it was made from."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """The versions of the packages that made it."""
+    figures: dict[str, JsonValue] = Field(default_factory=dict)
+    """What was measured."""
+
+    def to_json(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            ArtifactError: it is not one, or this raycomp is too old for it.
+        """
+        try:
+            raw: Any = json.loads(data)
+        except ValueError as error:
+            raise ArtifactError(f"the manifest is not JSON: {error}", where=where) from None
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ArtifactError(
+                f"the artifact has format {version}, and this raycomp reads up to {FORMAT_VERSION}",
+                where=where,
+                remedy="update raycomp",
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            problems = problems_of(error, raw, format_path)
+            raise ArtifactError(f"the manifest is not right: {'; '.join(map(str, problems))}", where=where) from None
+
+
+def local_files(names: list[PurePosixPath]) -> list[str]:
+    """The names of an artifact's files, checked.
+
+    Raises:
+        ArtifactError: a name that no artifact can hold.
+    """
+    try:
+        checked = [safe_name(name.as_posix()) for name in sorted(names)]
+    except ValueError as error:
+        raise ArtifactError(str(error)) from None
+    if MANIFEST in checked:
+        raise ArtifactError(f"{MANIFEST} is written by the publication itself", remedy="leave it out of the folder")
+    return checked

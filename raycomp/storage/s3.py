@@ -1,0 +1,159 @@
+"""S3 and what speaks like it: where a URI points, with which credentials, and the one write that Arrow lacks."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import http.client
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from pyarrow import fs
+
+from raycomp.errors import StorageError
+
+_CONNECT_TIMEOUT_S = 3
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_OTHER_CREDENTIALS = (
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+
+
+@dataclass(frozen=True)
+class S3Location:
+    """A place in an S3 store.
+
+    Args:
+        path: the bucket and, behind a slash, the prefix.
+        host: the endpoint's host and port; None for Amazon's own.
+        scheme: http or https.
+        region: the store's region.
+    """
+
+    path: str
+    host: str | None
+    scheme: str
+    region: str | None
+
+    @property
+    def uri(self) -> str:
+        """The place with all that is needed to come back to it, as pyarrow spells it, without credentials."""
+        options = {"endpoint_override": self.host, "scheme": self.scheme if self.host else None, "region": self.region}
+        query = urlencode({key: value for key, value in options.items() if value}, safe=":/")
+        return f"s3://{self.path}" + (f"?{query}" if query else "")
+
+
+def locate(uri: str, endpoint: str | None, region: str | None) -> S3Location:
+    """Where a URI points; what it leaves open comes from the arguments, then from AWS_* variables."""
+    parts = urlsplit(uri, allow_fragments=False)
+    options = dict(parse_qsl(parts.query))
+    endpoint = (
+        endpoint
+        or options.get("endpoint_override")
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+    )
+    scheme, host = options.get("scheme", "https"), endpoint
+    if endpoint and "://" in endpoint:
+        scheme, _, host = endpoint.rstrip("/").partition("://")
+    region = (
+        region or options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+    )
+    path = "/".join(part for part in (parts.netloc + parts.path).split("/") if part)
+    return S3Location(path, host, scheme, region or ("us-east-1" if host else None))
+
+
+def require_credentials(location: S3Location) -> None:
+    """Raises StorageError if the environment holds no credentials.
+
+    Amazon's own store may also take those of the machine's role, which only a request shows.
+    """
+    missing = [key for key in _KEYS if not os.environ.get(key)]
+    if not missing or any(os.environ.get(key) for key in _OTHER_CREDENTIALS):
+        return
+    if len(missing) == len(_KEYS) and location.host is None:
+        return
+    raise StorageError(
+        f"there are no credentials: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set",
+        where=location.uri,
+        remedy="set the AWS_* variables in the environment",
+    )
+
+
+def connect(location: S3Location, *, request_timeout_s: float = 30, attempts: int = 3) -> fs.S3FileSystem:
+    """Arrow's file system for a location, with the environment's credentials; asks the store only for its region."""
+    return fs.S3FileSystem(
+        region=location.region or fs.resolve_s3_region(location.path.partition("/")[0]),
+        endpoint_override=location.host,
+        scheme=location.scheme,
+        connect_timeout=_CONNECT_TIMEOUT_S,
+        request_timeout=request_timeout_s,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+    )
+
+
+def can_sign() -> bool:
+    """Whether the environment holds the keys themselves, so that a request can be signed here."""
+    return all(os.environ.get(key) for key in _KEYS)
+
+
+class InDoubtError(OSError):
+    """A write of which it is not known whether it happened."""
+
+
+def put_if_absent(location: S3Location, path: str, data: bytes, *, timeout_s: float = 10) -> bool:
+    """Creates an object unless it exists: a PUT with If-None-Match, which pyarrow does not offer.
+
+    Args:
+        path: the bucket and the object's key.
+
+    Returns:
+        Whether the object was created.
+
+    Raises:
+        InDoubtError: the request failed, and may or may not have created the object.
+        OSError: the store refuses the request.
+    """
+    host = location.host or f"s3.{location.region}.amazonaws.com"
+    target = "/" + quote(path, safe="/-_.~")
+    headers = {"If-None-Match": "*", **_signature(host, location.region or "us-east-1", target, data)}
+    kind = http.client.HTTPSConnection if location.scheme == "https" else http.client.HTTPConnection
+    connection = kind(host, timeout=timeout_s)
+    try:
+        connection.request("PUT", target, body=data, headers=headers)
+        response = connection.getresponse()
+        text = " ".join(response.read().decode(errors="replace").split())
+    except (OSError, http.client.HTTPException) as error:
+        raise InDoubtError(f"the store can't be reached: {error or type(error).__name__}") from error
+    finally:
+        connection.close()
+    if response.status in (200, 412):
+        return response.status == 200
+    refusal = f"the store answers {response.status} {response.reason}: {text[:300]}"
+    raise InDoubtError(refusal) if response.status == 409 or response.status >= 500 else OSError(refusal)
+
+
+def _signature(host: str, region: str, target: str, data: bytes) -> dict[str, str]:
+    """The headers of AWS Signature Version 4 for a PUT without a query."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    digest = hashlib.sha256(data).hexdigest()
+    signed = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": now}
+    if token := os.environ.get("AWS_SESSION_TOKEN"):
+        signed["x-amz-security-token"] = token
+    names = ";".join(signed)
+    fields = "".join(f"{name}:{value}\n" for name, value in signed.items())
+    request = "\n".join(("PUT", target, "", fields, names, digest))
+    scope = f"{now[:8]}/{region}/s3/aws4_request"
+    summary = "\n".join(("AWS4-HMAC-SHA256", now, scope, hashlib.sha256(request.encode()).hexdigest()))
+    key = f"AWS4{os.environ['AWS_SECRET_ACCESS_KEY']}".encode()
+    for part in scope.split("/"):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    signature = hmac.new(key, summary.encode(), hashlib.sha256).hexdigest()
+    credential = f"{os.environ['AWS_ACCESS_KEY_ID']}/{scope}"
+    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders={names}, Signature={signature}"
+    return signed
