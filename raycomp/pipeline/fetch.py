@@ -47,7 +47,7 @@ def fetched_batches(
     """
     fetcher = _Fetcher(task, dataset, seed, epoch, augment)
     if num_data_workers == 0:
-        return map(_raise_failure, map(fetcher.__getitem__, wanted))
+        return _until_failure(map(fetcher.__getitem__, wanted))
     loader = DataLoader(
         fetcher,
         batch_size=None,
@@ -56,7 +56,7 @@ def fetched_batches(
         collate_fn=_as_it_is,
         generator=torch.Generator().manual_seed(sample_seed(seed, epoch)),
     )
-    return map(_raise_failure, loader)
+    return _until_failure(iter(loader))
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,17 @@ class _Failure:
     error: TaskError
 
 
-def _raise_failure(batch: Any) -> Any:
-    if isinstance(batch, _Failure):
-        raise batch.error
-    return batch
+def _until_failure(batches: Iterator[Any]) -> Iterator[Any]:
+    failure = None
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            failure = batch.error
+            break
+        yield batch
+    # Otherwise the error's traceback keeps loading processes, whose end the garbage collector would then wait 5 s for.
+    del batches
+    if failure is not None:
+        raise failure
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -112,7 +119,7 @@ class _Fetcher(Dataset[Any]):
         if not self._augments:
             return sample
         with user_code(f"{name}.augment()"):
-            return self._task.augment(sample, torch.Generator().manual_seed(seed))
+            return self._task.augment(sample, torch.Generator().manual_seed(sample_seed(seed, 1)))
 
 
 def _without_subsets(dataset: Any) -> tuple[Any, Tensor | None]:

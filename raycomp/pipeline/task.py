@@ -35,6 +35,9 @@ class Task:
     prepared: Path | None = None
     """The folder that `prepare` filled; set before anything else is called on a worker."""
 
+    unused_parameters: bool = False
+    """Whether a training step may leave parameters without a gradient; DDP then looks for them, which costs time."""
+
     def prepare(self, folder: Path) -> None:
         """Writes files that every worker needs; runs once per job, on the driver. Default: nothing.
 

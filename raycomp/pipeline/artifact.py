@@ -1,0 +1,102 @@
+"""The files of an artifact: everything that is needed to trust, serve and repeat a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from raycomp.core.chain import Calibration, Masks
+from raycomp.errors import SpeedupError
+from raycomp.pipeline.stage import StageResult
+from raycomp.report.html import write_report
+from raycomp.report.summary import RunSummary
+from raycomp.speedup.export import export_pt2
+from raycomp.speedup.lower import Int8Model
+from raycomp.speedup.onnx_export import export_onnx
+from raycomp.storage import save_tensors
+
+REPORT, SUMMARY, PLAN, MODEL, PROGRAM, ONNX, INT8 = (
+    "report.html",
+    "summary.json",
+    "plan.json",
+    "model.safetensors",
+    "model.pt2",
+    "model.onnx",
+    "int8.onnx",
+)
+
+
+def write_models(folder: Path, result: StageResult, int8: Int8Model | None, example: Any) -> tuple[str, ...]:
+    """Writes the sped-up model in every form, and returns what could not be written and why."""
+    notes = []
+    save_tensors(folder / MODEL, dict(result.model.state_dict()))
+    (folder / PLAN).write_text(result.plan.to_json())
+    for name, export in ((PROGRAM, export_pt2), (ONNX, export_onnx)):
+        try:
+            export(result.model, example, folder / name)
+        except SpeedupError as error:
+            notes.append(f"there is no {name}: {error}")
+    if int8 is not None:
+        int8.save(folder / INT8)
+    return tuple(notes)
+
+
+def write_statistics(folder: Path, results: Sequence[StageResult]) -> None:
+    """Writes the masks of all stages and the final calibration."""
+    masks: Masks = {}
+    for result in results:
+        for module, targets in result.masks.items():
+            masks.setdefault(module, {}).update(targets)
+    named = {f"{module}.{target}": mask for module, targets in masks.items() for target, mask in targets.items()}
+    save_tensors(folder / "masks.safetensors", named)
+    final = results[-1]
+    content = {"folds": final.folds, "targets": _plain(final.calibration)}
+    (folder / "calibration.json").write_text(json.dumps(content, indent=1))
+
+
+def write_summary(folder: Path, summary: RunSummary) -> None:
+    """Writes the report, the summary, the job file and the history of the metrics."""
+    (folder / "job.yaml").write_text(summary.config_yaml)
+    (folder / SUMMARY).write_text(summary.to_json())
+    write_report(summary, folder / REPORT)
+    names = list(dict.fromkeys(name for event in summary.history for name in event.metrics))
+    rows = [
+        {
+            "stage": event.stage,
+            "epoch": event.epoch,
+            "step": event.step,
+            "loss": event.loss,
+            "sparsity": event.sparsity,
+            "workers": event.workers,
+            "elapsed_s": event.elapsed_s,
+            **{f"metric.{name}": event.metrics.get(name) for name in names},
+        }
+        for event in summary.history
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "metrics.parquet")
+
+
+def load_calibration(content: Mapping[str, Any]) -> Calibration:
+    """The calibration that `write_statistics` wrote, with tensors again."""
+
+    def entry(values: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = {name: torch.tensor(values[name]) for name in ("scale", "tracked_min", "tracked_max")}
+        return {**values, **tensors, "zero_point": torch.tensor(values["zero_point"], dtype=torch.int32)}
+
+    targets: Mapping[str, Any] = content["targets"]
+    return {module: {name: entry(values) for name, values in found.items()} for module, found in targets.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,204 @@
+"""Measures every form of a model: metric, parameters, MACs, size, latency, and the int8 model against its simulation."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.config import JobConfig
+from raycomp.core.selection import module_names
+from raycomp.errors import SpeedupError
+from raycomp.pipeline.evaluate import evaluate
+from raycomp.pipeline.stage import StageResult, real_inputs
+from raycomp.pipeline.task import Task
+from raycomp.report.summary import Int8Figures, LayerFigures, ModelFigures, UnprunedFigures, VerificationFigures
+from raycomp.speedup.call import as_call, describe, flatten
+from raycomp.speedup.lower import Int8Model, sqnr_db
+from raycomp.speedup.measure import count_macs, count_parameters, hardware, latencies_s
+from raycomp.speedup.onnx_export import export_onnx
+from raycomp.speedup.onnx_runtime import load_onnx
+from raycomp.storage import save_tensors
+
+_SQNR_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of one model, dense to int8; int8 only where it was made."""
+
+    dense: nn.Module
+    simulated: nn.Module
+    sped_up: nn.Module
+    int8: Int8Model | None
+
+
+def model_figures(job: JobConfig, task: Task, forms: Forms) -> tuple[tuple[ModelFigures, ...], tuple[str, ...]]:
+    """One row per form, and what must be said about how they were timed."""
+    modules = {"dense": forms.dense, "simulated": forms.simulated, "sped-up": forms.sped_up}
+    if forms.int8 is not None:
+        modules["int8"] = forms.int8.as_module(threads=1)
+    metrics = {name: _metrics(job, task, module) for name, module in modules.items()}
+    sizes = {name: _stored_bytes(forms.dense if name == "simulated" else modules[name]) for name in ("dense", "sped-up")}
+    sizes |= {"simulated": sizes["dense"]}
+    if forms.int8 is not None:
+        sizes["int8"] = len(forms.int8.onnx)
+    timed, notes = _timed(task, modules)
+    example = _single(real_inputs(task, torch.float32))
+    batches = {str(size): size for size in (1, job.evaluation.latency_batch_size)}
+    latency = {
+        key: latencies_s(timed, example, size, job.evaluation.latency_runs, threads=1) for key, size in batches.items()
+    }
+    shapes = {"dense": forms.dense, "simulated": forms.dense, "sped-up": forms.sped_up, "int8": forms.sped_up}
+    rows = tuple(
+        ModelFigures(
+            name,
+            metrics[name],
+            count_parameters(shapes[name]),
+            _macs(shapes[name], task),
+            sizes[name],
+            {key: seconds[name] for key, seconds in latency.items()},
+        )
+        for name in modules
+    )
+    return rows, notes
+
+
+def verification_figures(result: StageResult) -> VerificationFigures | None:
+    """The stage's verification as the report holds it."""
+    found = result.verification
+    if found is None:
+        return None
+    return VerificationFigures(
+        found.max_abs_diff, found.output_range, found.relative, found.tolerance, found.batch_sizes, found.passed
+    )
+
+
+def int8_figures(task: Task, result: StageResult, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
+    """The int8 model's outputs and metric against those of the simulated model."""
+    inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
+    simulated, real = _outputs(result.simulated, inputs), _outputs(int8.as_module(threads=1), inputs)
+    by_name = {row.name: row for row in rows}
+    metric = next(iter(by_name["simulated"].metrics))
+    return Int8Figures(
+        sqnr_db=sqnr_db(simulated, real),
+        metric_difference=by_name["int8"].metrics[metric] - by_name["simulated"].metrics[metric],
+        weight_bytes=int8.weight_bytes,
+        float_weight_bytes=int8.float_weight_bytes,
+        vnni=int8.vnni,
+        reduce_range=int8.reduce_range,
+    )
+
+
+def layer_figures(dense: nn.Module, results: list[StageResult]) -> tuple[LayerFigures, ...]:
+    """Each layer that was masked or quantized: its weight's shape before and after."""
+    final = dict(results[-1].model.named_modules())
+    rows = []
+    for name, kind in module_names(dense).items():
+        weight = dense.get_submodule(name)._parameters.get("weight")
+        masks = [result.masks[name]["weight"] for result in results if "weight" in result.masks.get(name, {})]
+        quantized = results[-1].calibration.get(name, {}).get("weight")
+        if weight is None or not (masks or quantized):
+            continue
+        after = getattr(final.get(name), "weight", weight)
+        rows.append(
+            LayerFigures(
+                name,
+                kind,
+                tuple(weight.shape),
+                tuple(after.shape),
+                1 - float(masks[-1].mean()) if masks else 0.0,
+                None if quantized is None else quantized["quant_dtype"],
+            )
+        )
+    return tuple(rows)
+
+
+def unpruned_figures(results: list[StageResult]) -> tuple[UnprunedFigures, ...]:
+    """What stayed in the model though it is masked."""
+    found = (item for result in results for item in result.unpruned)
+    return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in found)
+
+
+def environment() -> dict[str, str]:
+    """What the figures stand on."""
+    machine = hardware()
+    packages = {name: version(name) for name in ("torch", "pyarrow", "safetensors")}
+    return {"python": platform.python_version(), **packages, "processor": machine.cpu, "vnni": str(machine.vnni).lower()}
+
+
+def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
+    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    evaluation = job.evaluation
+    return evaluate(
+        task, module, task.eval_data(), batch_size=evaluation.batch_size, dtype=dtype, max_samples=evaluation.max_samples
+    )
+
+
+def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """The modules to time: ONNX Runtime for all but the simulation, so that int8 is held against float on equal terms."""
+    timed = dict(modules)
+    inputs = real_inputs(task, torch.float32, 2)
+    with TemporaryDirectory() as folder:
+        for name in ("dense", "sped-up"):
+            path = Path(folder) / f"{name}.onnx"
+            try:
+                export_onnx(modules[name], inputs, path)
+            except SpeedupError as error:
+                return {name: _Float32(module) for name, module in modules.items()}, (
+                    f"latencies of the float models are PyTorch's, because ONNX can't hold the model: {error}",
+                )
+            timed[name] = load_onnx(path, threads=1)
+    timed["simulated"] = _Float32(modules["simulated"])
+    return timed, ("latencies are ONNX Runtime's on one thread; the simulated model's are PyTorch's",)
+
+
+class _Float32(nn.Module):
+    """Runs a model of any dtype on float32 inputs, as the others are timed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.eval()
+        self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+
+        def cast(value: Any) -> Any:
+            return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return self.module(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+
+
+def _outputs(module: nn.Module, inputs: Any) -> Tensor:
+    args, kwargs = as_call(inputs)
+    with torch.no_grad():
+        output = _Float32(module)(*args, **kwargs)
+    return torch.cat([value.flatten().float() for value in flatten(describe(output), output)])
+
+
+def _single(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[:1]
+    if isinstance(inputs, dict):
+        return {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
+
+
+def _macs(module: nn.Module, task: Task) -> int:
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return count_macs(module, real_inputs(task, dtype, 1))
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_tensors(path, dict(module.state_dict()))
+        return path.stat().st_size

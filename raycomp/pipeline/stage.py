@@ -1,0 +1,147 @@
+"""From a stage's committed checkpoint to the model that the next stage starts from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.config import JobConfig
+from raycomp.core.chain import Calibration, Chain, Masks
+from raycomp.pipeline.batch import move_batch
+from raycomp.pipeline.build import Settling, build_chain, dense_model, weight_dtype
+from raycomp.pipeline.checkpoint import StageState
+from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.task import Task
+from raycomp.pipeline.user_code import user_code
+from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
+from raycomp.storage import load_tensors, save_tensors
+
+_PLAN, _MODEL = "plan.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """Where a stage starts.
+
+    Args:
+        plan: all surgery of the stages before it.
+        weights: the state dict that they left; None for the task's dense model.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    weights: Mapping[str, Tensor] | None = None
+
+    def model(self, task: Task, seed: int) -> nn.Module:
+        """The model, of the user's own class, in the dtype of the weights."""
+        model = apply_plan(dense_model(task, seed), self.plan)
+        if self.weights is not None:
+            model.to(next(iter(value.dtype for value in self.weights.values() if value.is_floating_point())))
+            model.load_state_dict(self.weights)
+        return model
+
+    def save(self, folder: Path) -> None:
+        """Writes plan and weights; weights must be there."""
+        assert self.weights is not None
+        save_tensors(folder / _MODEL, self.weights)
+        (folder / _PLAN).write_text(self.plan.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> StageStart:
+        """Reads what `save` wrote."""
+        return cls(Plan.from_json((folder / _PLAN).read_text()), load_tensors(folder / _MODEL))
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage gave.
+
+    Args:
+        simulated: the model under masks and fake quantization, in eval mode.
+        model: the plain model after speedup, in eval mode; the masked one where nothing was cut.
+        masks: of the model before speedup.
+        calibration: of the model after it.
+        folds: the module groups that the quantizer ran as one operator.
+        plan: all surgery from the dense model to `model`.
+        verification: `model` against the masked model; None where no speedup was made.
+        unpruned: what is masked and stayed.
+        notes: what the report should say.
+    """
+
+    simulated: nn.Module
+    model: nn.Module
+    masks: Masks
+    calibration: Calibration
+    folds: list[tuple[str, ...]]
+    plan: Plan
+    verification: Verification | None
+    unpruned: tuple[Unpruned, ...]
+    notes: tuple[str, ...]
+
+    def next_start(self) -> StageStart:
+        """Where the next stage starts."""
+        return StageStart(self.plan, dict(self.model.state_dict()))
+
+
+def stage_chain(
+    job: JobConfig, index: int, task: Task, start: StageStart, device: torch.device | None = None
+) -> Chain:
+    """A stage's compressors on the model that it starts from; the same on every worker and on the driver."""
+    stage = job.stages[index]
+    training = job.training_for(stage)
+    device = device or torch.device("cpu")
+    model = start.model(task, training.seed).to(device=device, dtype=weight_dtype(training))
+    settling = Settling(task, job.speedup, weight_dtype(training), device)
+    return build_chain(model, stage, settling, f"stages[{index}]")
+
+
+def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, state: StageState) -> StageResult:
+    """Rebuilds the trained model from its checkpoint, collects masks and calibration, and cuts what is masked.
+
+    A sped-up model that fails its verification is dropped for the masked one, and the notes say so.
+    """
+    chain = stage_chain(job, index, task, start)
+    chain.model.load_state_dict(state.model)
+    chain.load_state_dict(state.training["chain"])
+    chain.model.eval()
+    masks, calibration, folds = chain.masks(), chain.calibration(), chain.folds()
+    simulated = copy.deepcopy(chain.model)
+    chain.unwrap()
+    masked = chain.model
+    if not (masks and job.speedup.enabled and job.stages[index].speedup):
+        return StageResult(simulated, masked, masks, calibration, folds, start.plan, None, (), state.notes)
+    training = job.training_for(job.stages[index])
+    example = Settling(task, job.speedup, weight_dtype(training)).example()
+    speedup = ModelSpeedup(masked, example, masks, exact=job.speedup.exact)
+    smaller = speedup.speedup_model().eval()
+    verification = verify(masked, smaller, [real_inputs(task, weight_dtype(training))], job.speedup.tolerance)
+    if job.speedup.exact and not verification.passed:
+        note = (
+            f"stage {job.stages[index].name}: the sped-up model differed from the simulated one by "
+            f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
+        )
+        return StageResult(
+            simulated, masked, masks, calibration, folds, start.plan, verification, speedup.unpruned, (*state.notes, note)
+        )
+    plan = start.plan.then(speedup.plan)
+    calibration = cut_calibration(calibration, speedup.plan)
+    return StageResult(
+        simulated, smaller, masks, calibration, folds, plan, verification, speedup.unpruned, state.notes
+    )
+
+
+def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
+    """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
+    with user_code(f"{type(task).__name__}.eval_data()"):
+        data = task.eval_data()
+        if is_map_style(data):
+            batch = task.collate([data[position] for position in range(min(count, len(data)))])
+        else:
+            batch = next(iter(as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0))))
+        args, kwargs = task.inputs(move_batch(batch, "cpu", dtype))
+    return kwargs if kwargs else args[0] if len(args) == 1 else args
