@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,11 @@ def _train(norm: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, A
         output = norm(inputs)
         output.backward(gradient)
         outputs.append(output.detach().numpy())
-        gradients.append(inputs.grad.numpy())
+        gradients.append(np.array(inputs.grad))
     return {
         "outputs": outputs,
         "input gradients": gradients,
-        "parameter gradients": [parameter.grad.numpy() for parameter in norm.parameters()],
+        "parameter gradients": [np.array(parameter.grad) for parameter in norm.parameters()],
         "buffers": [buffer.numpy() for buffer in norm.buffers()],
     }
 
@@ -112,7 +113,7 @@ def _train_under_ddp(rank: int, world: int) -> list[Any]:
     mine = {1: [data], 2: [data[:3], data[3:]]}[world][rank]
     with use_share(BatchShare(len(mine), 5)):
         (wrapped(mine).square().mean() * len(mine) / 5 * world).backward()
-    return [parameter.grad.numpy() for parameter in model.parameters()]
+    return [np.array(parameter.grad) for parameter in model.parameters()]
 
 
 def test_a_network_under_ddp_has_the_gradients_of_one_process() -> None:
