@@ -100,6 +100,8 @@ def _list_as_tuple(value: Any) -> Any:
 
 Items = Annotated[tuple[_T, ...], BeforeValidator(_list_as_tuple)]
 """A list in a file, a tuple in Python."""
+SomeItems = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)]
+"""Such a list with at least one item."""
 
 Text = Annotated[str, Field(min_length=1), expects("a text that is not empty")]
 Flag = Annotated[bool, expects("true or false")]
@@ -202,7 +204,8 @@ class Settings(BaseModel):
         try:
             result = handler(values)
         except ValidationError as error:
-            lines = [_explained(cls, dict(line)) for line in error.errors(include_url=False)] + lines
+            raised = [dict(line) for line in error.errors(include_url=False)]
+            lines = [_explained(cls, line) for line in raised if not _only_looks_short(line)] + lines
         if lines:
             raise ValidationError.from_exception_data(cls.__name__, lines)
         return result
@@ -257,6 +260,11 @@ def _tags(annotation: object) -> list[str]:
 def _line(loc: KeyPath, kind: str, message: str, remedy: str, value: object) -> InitErrorDetails:
     custom = PydanticCustomError(kind, "{message}", {"message": message, "remedy": remedy})
     return InitErrorDetails(type=custom, loc=loc, input=value)
+
+
+def _only_looks_short(line: Mapping[str, Any]) -> bool:
+    """Whether a list counts as too short only because some of its items are wrong, which is said for itself."""
+    return bool(line["type"] == "too_short" and len(line["input"]) >= line["ctx"]["min_length"])
 
 
 def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, Tag
+from pydantic import ConfigDict, Tag
 
-from raycomp.config.base import Conflict, Count, CountOrZero, Given, Items, NonNegative, Settings, by_type
+from raycomp.config.base import Conflict, Count, CountOrZero, Given, NonNegative, Settings, SomeItems, by_type
 from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
 
 Kind = Literal["pruner", "quantizer", "distiller"]
@@ -33,7 +33,7 @@ class PrunerSettings(CompressorSettings):
     """A pruner that decides its masks by itself."""
 
     kind: ClassVar[Kind] = "pruner"
-    config_list: Annotated[Items[PruneEntry], Field(min_length=1)]
+    config_list: SomeItems[PruneEntry]
     """What to prune, and how much."""
 
 
@@ -94,7 +94,7 @@ class QATQuantizerConfig(CompressorSettings):
 
     type: Literal["QATQuantizer"] = "QATQuantizer"
     kind: ClassVar[Kind] = "quantizer"
-    config_list: Annotated[Items[QuantizeEntry], Field(min_length=1)]
+    config_list: SomeItems[QuantizeEntry]
     """What to quantize, and how."""
     quant_start_step: CountOrZero = 0
     """Optimizer steps in which ranges are only observed."""
@@ -105,7 +105,7 @@ class DynamicLayerwiseDistillerConfig(CompressorSettings):
 
     type: Literal["DynamicLayerwiseDistiller"] = "DynamicLayerwiseDistiller"
     kind: ClassVar[Kind] = "distiller"
-    config_list: Annotated[Items[DistillEntry], Field(min_length=1)]
+    config_list: SomeItems[DistillEntry]
     """Which layers' outputs are held against the teacher's."""
     origin_loss_lambda: NonNegative = 1.0
     """The weight of the task's own loss."""

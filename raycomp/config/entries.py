@@ -20,6 +20,7 @@ from raycomp.config.base import (
     NonNegative,
     Number,
     Settings,
+    SomeItems,
     Text,
     expects,
     refuse,
@@ -55,7 +56,7 @@ _Name = Annotated[str, Field(min_length=1), expects("a name")]
 _TargetName = Annotated[_Name, AfterValidator(canonical_target)]
 _Pattern = Annotated[_Name, AfterValidator(_compiles)]
 _Ratio = Annotated[float, Field(ge=0, lt=1), expects("a number, at least 0 and below 1")]
-_Blocks = Annotated[Items[Annotated[int, AfterValidator(_block_size)]], Field(min_length=1)]
+_Blocks = SomeItems[Annotated[int, AfterValidator(_block_size)]]
 _PaddedBlocks = Annotated[
     tuple[_Blocks, Literal["front", "back"], int],
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
@@ -75,7 +76,7 @@ _Fused = Annotated[
     Items[_Name], Field(min_length=2, max_length=3), AfterValidator(_distinct), expects("2 or 3 different module names")
 ]
 _Links = Annotated[
-    Text | Annotated[Items[Text], Field(min_length=1)],
+    Text | SomeItems[Text],
     expects("'auto', the name of a module of the teacher, or a list of such names"),
 ]
 
@@ -97,7 +98,7 @@ class Align(Settings):
     """The module that holds the source (null: the same module)."""
     target_name: _TargetName = "weight"
     """The source among that module's targets."""
-    dims: Annotated[Items[CountOrZero], Field(min_length=1)] = (0,)
+    dims: SomeItems[CountOrZero] = (0,)
     """The source's dimensions that the mask follows."""
 
 
@@ -182,7 +183,7 @@ class SelectionEntry(_SaysWhatWasGiven):
     """Names to leave out."""
     exclude_op_names_re: Items[_Pattern] = ()
     """Regular expressions for names to leave out."""
-    target_names: Annotated[Items[_TargetName], Field(min_length=1)] | None = None
+    target_names: SomeItems[_TargetName] | None = None
     """The targets to take (null: all that the module's class has by default)."""
 
     def explicit_keys(self, target_name: str) -> set[str]:

@@ -18,11 +18,11 @@ from raycomp.config.base import (
     CountOrZero,
     Flag,
     Given,
-    Items,
     NonNegative,
     Positive,
     Settings,
     Slug,
+    SomeItems,
     Text,
     expects,
     nearest,
@@ -120,7 +120,7 @@ def _accumulation_conflicts(given: Given) -> Iterator[Conflict]:
         yield Conflict(
             ("gradient_accumulation",),
             f"a global batch of {size} samples does not split into {parts} equal micro-batches",
-            f"should divide {size}",
+            f"gradient_accumulation should divide {size}",
         )
 
 
@@ -166,7 +166,7 @@ class StageConfig(Settings):
 
     name: Slug
     """What the stage is called in progress, checkpoints and the report."""
-    compressors: Annotated[Items[CompressorConfig], Field(min_length=1)]
+    compressors: SomeItems[CompressorConfig]
     """The compressors, from the innermost to the outermost."""
     training: TrainingOverrides | None = None
     """What this stage trains differently."""
@@ -273,7 +273,7 @@ class JobConfig(Settings):
     """The job's folder in storage."""
     task: TaskConfig
     """The user's model, data and training step."""
-    stages: Annotated[Items[StageConfig], Field(min_length=1)]
+    stages: SomeItems[StageConfig]
     """What is done, in this order."""
     training: TrainingConfig
     """How stages train; it says at least epochs or steps."""

@@ -202,23 +202,24 @@ def _read(path: str | Path) -> tuple[dict[str, Any], SourceMap, list[Problem]]:
         raise ConfigError([Problem(file, f"it is not a text file: {error.reason} at byte {error.start}")]) from None
     except OSError as error:
         raise ConfigError([Problem(file, f"it can't be read: {error.strerror}")]) from None
-    loader = JobLoader(text)
     try:
+        loader = JobLoader(text)
         node = loader.get_single_node()
-        reader = _Reader(file, loader)
-        if not isinstance(node, yaml.MappingNode):
-            what = "it is empty" if node is None else f"got {shown(getattr(node, 'value', None))}"
-            raise ConfigError([Problem(f"{file}:1", what, "should be a mapping with name, task, stages and training")])
-        raw = reader.value(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        detail = f" (column {mark.column + 1})" if mark else ""
-        raise ConfigError([Problem(f"{file}{line}", f"it is not YAML: {error.problem}{detail}")]) from None
+        line, column = (f":{mark.line + 1}", f" (column {mark.column + 1})") if mark else ("", "")
+        raise ConfigError([Problem(f"{file}{line}", f"it is not YAML: {error.problem}{column}")]) from None
     except yaml.YAMLError as error:
         raise ConfigError([Problem(file, f"it is not YAML: {' '.join(str(error).split())}")]) from None
-    finally:
-        loader.dispose()
+    if not isinstance(node, yaml.MappingNode):
+        what = (
+            "it is empty"
+            if node is None
+            else f"got {shown(node.value) if isinstance(node, yaml.ScalarNode) else 'a list'}"
+        )
+        raise ConfigError([Problem(f"{file}:1", what, "should be a mapping with name, task, stages and training")])
+    reader = _Reader(file, loader)
+    raw = reader.value(node, ())
     return raw, SourceMap(file, reader.lines), reader.problems
 
 
@@ -270,6 +271,8 @@ def set_key(mapping: Mapping[str, Any], key_path: str, value: Any) -> dict[str, 
         ConfigError: a job has no such key.
     """
     path = parse_path(key_path)
+    if not path:
+        raise ConfigError([Problem(key_path, "it names no key", "should be such as training.seed")])
     result = deepcopy(dict(mapping))
     holder: Any = result
     for position, part in enumerate(path):
