@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -31,3 +32,8 @@ def _work(rank: int, world: int, store: str, function: Callable[..., Any], args:
         return function(rank, world, *args)
     finally:
         dist.destroy_process_group()
+
+
+def gradients_of(model: nn.Module) -> list[Any]:
+    """A NumPy array for each parameter that has a gradient."""
+    return [parameter.grad.numpy().copy() for parameter in model.parameters() if parameter.grad is not None]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from raycomp.core.share import BatchShare, use_share
 from raycomp.errors import CompressionError
 from raycomp.pipeline import is_synchronised, restore_batch_norm_, synchronise_batch_norm_
 from raycomp.pipeline.batch_norm import global_moments
-from tests.pipeline.ranks import on_ranks
+from tests.pipeline.ranks import gradients_of, on_ranks
 
 FORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {
     "1d": (nn.BatchNorm1d, (), {}),
@@ -55,11 +54,12 @@ def _train(norm: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, A
         output = norm(inputs)
         output.backward(gradient)
         outputs.append(output.detach().numpy())
-        gradients.append(np.array(inputs.grad))
+        assert inputs.grad is not None
+        gradients.append(inputs.grad.numpy())
     return {
         "outputs": outputs,
         "input gradients": gradients,
-        "parameter gradients": [np.array(parameter.grad) for parameter in norm.parameters()],
+        "parameter gradients": gradients_of(norm),
         "buffers": [buffer.numpy() for buffer in norm.buffers()],
     }
 
@@ -113,7 +113,7 @@ def _train_under_ddp(rank: int, world: int) -> list[Any]:
     mine = {1: [data], 2: [data[:3], data[3:]]}[world][rank]
     with use_share(BatchShare(len(mine), 5)):
         (wrapped(mine).square().mean() * len(mine) / 5 * world).backward()
-    return [np.array(parameter.grad) for parameter in model.parameters()]
+    return gradients_of(model)
 
 
 def test_a_network_under_ddp_has_the_gradients_of_one_process() -> None:

@@ -16,7 +16,7 @@ from raycomp.core.share import BatchShare, use_share
 from raycomp.errors import TaskError
 from raycomp.pipeline import BatchPlan, LoaderContext, MicroBatch, Task, open_batches
 from raycomp.pipeline.data import rank_slice
-from tests.pipeline.ranks import on_ranks
+from tests.pipeline.ranks import gradients_of, on_ranks
 
 
 class Numbers(Dataset[Tensor]):
@@ -211,7 +211,7 @@ def _gradients(rank: int, world: int, length: int, accumulation: int) -> list[An
         for part in step:
             with use_share(part.share):
                 (wrapped(part.batch[0]).exp().mean() * part.loss_weight).backward()
-        gradients.append([np.array(parameter.grad) for parameter in model.parameters()])
+        gradients.append(gradients_of(model))
     return gradients
 
 
