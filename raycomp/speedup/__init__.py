@@ -1,0 +1,33 @@
+"""From masks to a smaller model with the same outputs; what goes together; real int8; export; measuring."""
+
+from __future__ import annotations
+
+from raycomp.speedup.analysis import Unpruned
+from raycomp.speedup.calibration import cut_calibration
+from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
+from raycomp.speedup.dependency import Dependencies, Group, dependencies, dependency_groups, followers
+from raycomp.speedup.plan import Plan
+from raycomp.speedup.replace import apply_plan
+from raycomp.speedup.rules import RULES, Registry, Rule
+from raycomp.speedup.speedup import ModelSpeedup
+from raycomp.speedup.verify import Verification, verify
+
+__all__ = [
+    "RULES",
+    "Dependencies",
+    "Group",
+    "ModelSpeedup",
+    "Plan",
+    "Registry",
+    "Rule",
+    "Unpruned",
+    "Verification",
+    "align_followers",
+    "apply_plan",
+    "auto_set_dependency_group_ids",
+    "cut_calibration",
+    "dependencies",
+    "dependency_groups",
+    "followers",
+    "verify",
+]

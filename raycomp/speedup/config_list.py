@@ -1,0 +1,184 @@
+"""Config lists that the graph completes: channels that go together get one mask, norms and biases follow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
+from raycomp.core.selection import default_targets, select, type_name
+from raycomp.speedup.call import Example
+from raycomp.speedup.dependency import Dependencies, Group, dependencies
+
+ConfigList = list[dict[str, Any]]
+
+_SELECTION = set(SelectionEntry.model_fields) - {"target_names"}
+
+
+def auto_set_dependency_group_ids(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]], dummy_input: Example
+) -> ConfigList:
+    """The config list with `dependency_group_id` and `internal_metric_block` where the graph asks for them.
+
+    Layers whose output channels are added, or run through a depthwise convolution, get one group; what feeds or is a
+    grouped convolution loses equally many channels in each of its groups; what a GroupNorm normalises goes in its
+    groups. Entries that say otherwise themselves, entries that align to others, and entries without a weight among
+    their targets stay as they are.
+
+    Args:
+        model: the model.
+        config_list: a pruner's config list.
+        dummy_input: an example input.
+
+    Returns:
+        A new config list, in which entries that were changed name their modules one by one.
+
+    Raises:
+        ConfigError: the config list is wrong.
+        SpeedupError: the model can't be traced.
+    """
+    entries, selected = _selected(model, config_list)
+    names = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
+    names = [name for name in names if _has_channels(model, name)]
+    if not names:
+        return [dict(entry) for entry in config_list]
+    found = dependencies(model, dummy_input, names)
+    settings = {
+        n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
+    }
+    numbers = _numbered(found, settings)
+    result: ConfigList = []
+    for index, entry in enumerate(config_list):
+        if _is_grouped_here(entries[index]):
+            result += _by_group(model, dict(entry), selected[index], found, numbers)
+        else:
+            result.append(dict(entry))
+    return result
+
+
+def _selected(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[PruneEntry, ...], list[list[str]]]:
+    entries = parse_config_list("pruner", config_list)
+    return entries, [select(model, entry, f"config_list[{index}]") for index, entry in enumerate(entries)]
+
+
+def _has_channels(model: nn.Module, name: str) -> bool:
+    weight = getattr(model.get_submodule(name), "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim >= 2
+
+
+def _is_grouped_here(entry: PruneEntry) -> bool:
+    if entry.target_names is not None and "weight" not in entry.target_names:
+        return False
+    settings = entry.settings_for("weight")
+    return settings.dependency_group_id is None and settings.align is None
+
+
+def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in _SELECTION}
+
+
+def _numbered(found: Dependencies, settings: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The id of each module that needs one: members of a group with equal settings."""
+    numbers: dict[str, str] = {}
+    for group in found.groups:
+        kinds = [settings[name] for name in group.modules]
+        if len(group.modules) > 1 and any(kind != kinds[0] for kind in kinds):
+            names = ", ".join(group.modules)
+            warnings.warn(
+                f"{names}: their channels can only go together, and the config list prunes them differently: what one "
+                "of them keeps stays in all",
+                stacklevel=3,
+            )
+        elif len(group.modules) > 1 or group.blocks > 1:
+            for name in group.modules:
+                numbers[name] = f"channels of {group.modules[0]}"
+    return numbers
+
+
+def _by_group(
+    model: nn.Module, entry: dict[str, Any], names: Sequence[str], found: Dependencies, numbers: Mapping[str, str]
+) -> ConfigList:
+    """One entry for each group, and one for the rest."""
+    rest = _settings(entry)
+    parts: dict[tuple[str | None, int, tuple[int, ...]], list[str]] = {}
+    for name in names:
+        group = next((each for each in found.groups if name in each.modules), Group((name,)))
+        blocks = group.blocks if name in numbers else 1
+        parts.setdefault((numbers.get(name), blocks, _runs(model, name, group, rest)), []).append(name)
+    result = []
+    for (number, blocks, runs), members in parts.items():
+        part = {**rest, "op_names": members}
+        if number is not None:
+            part["dependency_group_id"] = number
+        if blocks > 1:
+            part["internal_metric_block"] = blocks
+        if runs:
+            targets = dict(part.get("target_settings", {}))
+            targets["weight"] = {**targets.get("weight", {}), "granularity": list(runs)}
+            part["target_settings"] = targets
+        result.append(part)
+    return result
+
+
+def _runs(model: nn.Module, name: str, group: Group, settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The granularity that keeps runs of channels together, where there are any and the entry doesn't say its own."""
+    own = settings.get("target_settings", {}).get("weight", {}).get("granularity")
+    if group.unit == 1 or (own or settings.get("granularity", "default")) != "default":
+        return ()
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return (group.unit, *[-1] * (weight.ndim - 1))
+
+
+def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], dummy_input: Example) -> ConfigList:
+    """The config list with entries for what follows the pruned layers.
+
+    The biases of pruned layers, and weights and biases of norms behind them, are masked with the layers' output
+    channels, so that a pruned channel is exactly zero. What the config list sets itself stays as it is.
+
+    Args:
+        model: the model.
+        config_list: a pruner's config list.
+        dummy_input: an example input.
+
+    Returns:
+        A new config list: the given entries, then one entry with `align` for every module that follows.
+
+    Raises:
+        ConfigError: the config list is wrong.
+        SpeedupError: the model can't be traced.
+    """
+    entries, selected = _selected(model, config_list)
+    result = [dict(entry) for entry in config_list]
+    taken: set[tuple[str, str]] = set()
+    names = []
+    for entry, own in zip(entries, selected, strict=True):
+        for name in own:
+            kind = type_name(model.get_submodule(name))
+            targets = tuple(entry.target_names or default_targets("pruner", kind))
+            taken.update((name, target) for target in targets)
+            if "weight" in targets and _has_channels(model, name):
+                names.append(name)
+    if not names:
+        return result
+    groups = {
+        name: entry.settings_for("weight").dependency_group_id
+        for entry, own in zip(entries, selected, strict=True)
+        for name in own
+    }
+    found = dependencies(model, dummy_input, names, groups)
+    for name, parameters in found.followers.items():
+        by_module: dict[str, list[str]] = {}
+        for parameter in parameters:
+            module, _, target = parameter.rpartition(".")
+            if (module, target) not in taken:
+                by_module.setdefault(module, []).append(target)
+        for module, own_targets in by_module.items():
+            align: dict[str, Any] = {"module_name": name, "target_name": "weight", "dims": [0]}
+            result.append({"op_names": [module], "target_names": own_targets, "align": align})
+    return result

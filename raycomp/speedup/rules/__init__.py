@@ -1,0 +1,24 @@
+"""One rule for every operator that speedup can cut through."""
+
+from __future__ import annotations
+
+from raycomp.speedup.rules import contraction, elementwise, lookup, movement, norm, pool, reduction
+from raycomp.speedup.rules.base import RULES, Channels, Fold, Kept, NewAttribute, Registry, Rule, Sink
+
+__all__ = [
+    "RULES",
+    "Channels",
+    "Fold",
+    "Kept",
+    "NewAttribute",
+    "Registry",
+    "Rule",
+    "Sink",
+    "contraction",
+    "elementwise",
+    "lookup",
+    "movement",
+    "norm",
+    "pool",
+    "reduction",
+]

@@ -1,0 +1,198 @@
+"""What an operator's rule says, and the registry that finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raycomp.speedup.atoms import Atoms, Ids
+from raycomp.speedup.flow import Flow
+from raycomp.speedup.graph import Call, Value
+
+Bools = NDArray[np.bool_]
+Sizes = Callable[[Value, int], int]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How a contraction takes up constants of removed inputs into its bias.
+
+    Args:
+        weight: the weight.
+        bias: the bias, where there is one.
+        module: the path of the module that may get a bias, where there is none; None if it can't.
+        matrix: [outputs, inputs], float64: what one unit of an input adds to each output.
+        constants: [inputs]: the inputs' constants, 0 where an input adds nothing.
+        outputs: the atoms of the outputs.
+    """
+
+    weight: Value
+    bias: Value | None
+    module: str | None
+    matrix: NDArray[np.float64]
+    constants: NDArray[np.float64]
+    outputs: Ids
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A place where a dimension is contracted away: its coordinates may only go if they add nothing there.
+
+    Args:
+        ids: the atoms of the dimension.
+        blocked: coordinates that can't go, each mask with its reason.
+        approximate: like `blocked`, for what stands in the way of an exact result only.
+        fold: how constants are taken up, where there are any.
+    """
+
+    ids: Ids
+    blocked: Sequence[tuple[Bools, str]]
+    approximate: Sequence[tuple[Bools, str]] = ()
+    fold: Fold | None = None
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A grouped convolution: every group keeps equally many inputs and equally many outputs.
+
+    Args:
+        weight: its weight: rows of one side, and for each group other columns of the other side.
+        rows: atoms of the weight's first dimension.
+        columns: atoms of the other side, all groups one after the other.
+        groups: the number of groups.
+        label: its name in messages.
+    """
+
+    weight: Value
+    rows: Ids
+    columns: Ids
+    groups: int
+    label: str
+
+
+@dataclass(frozen=True)
+class NewAttribute:
+    """An attribute of the calling module that states a size."""
+
+    module: str
+    name: str
+    old: int
+    new: int
+
+
+class Rule:
+    """What speedup has to know about an operator.
+
+    The default is what holds for every operator: each output depends on each input, and no size may change.
+    """
+
+    sized = False
+    """Whether calls state sizes that the user's code may have as constants (a view, a split)."""
+    resized_operator: str | None = None
+    """The operator that takes the call's place when its sizes change, where it is another one."""
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        """Unites the atoms of coordinates that go together, and fixes those that can't go."""
+        reason = f"raycomp has no speedup rule for {call.operator}"
+        for value in (*call.inputs, *call.outputs):
+            atoms.fix_value(value, reason)
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        """Carries non-negative numbers from inputs to outputs.
+
+        Linear in `given`; an output element is positive exactly when (or, to be safe, also when not) it depends on an
+        input element that is positive. Both directions of `raycomp.speedup.flow` follow from it.
+        """
+        total = sum(((given[v].mean() if given[v].numel() else torch.zeros(())) for v in call.inputs), torch.zeros(()))
+        return [total.expand(value.shape) for value in call.outputs]
+
+    def sinks(self, call: Call, atoms: Atoms, flow: Flow) -> Iterable[Sink]:
+        """The dimensions that the call contracts away."""
+        return ()
+
+    def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
+        """Coordinates that must go in equal numbers."""
+        return ()
+
+    def attributes(self, call: Call, sizes: Sizes) -> Iterator[NewAttribute]:
+        """The sizes that the calling module states, for the new sizes of values."""
+        return iter(())
+
+    def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
+        """The arguments that change with the sizes of values."""
+        return {}
+
+
+class Kept:
+    """Which coordinates of the values stay.
+
+    Args:
+        atoms: the atoms of the values.
+        removed: for each atom, whether it goes.
+    """
+
+    def __init__(self, atoms: Atoms, removed: Bools) -> None:
+        self._atoms = atoms
+        self._removed = removed
+
+    def mask(self, value: Value, dim: int) -> Bools:
+        """For each coordinate of a dimension, whether it stays."""
+        return self.of(self._atoms.ids(value, dim))
+
+    def of(self, ids: Ids) -> Bools:
+        """For each atom, whether it stays."""
+        stays: Bools = ~self._removed[self._atoms.roots(ids)]
+        return stays
+
+    def size(self, value: Value, dim: int) -> int:
+        """The new size of a dimension."""
+        return int(self.mask(value, dim).sum())
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The new shape."""
+        return tuple(self.size(value, dim) for dim in range(value.ndim))
+
+
+class Registry:
+    """Rules by operator name: `aten.conv2d` for all overloads, `aten.max.other` for one."""
+
+    def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
+        self._rules = dict(rules or {})
+
+    def register(self, rule: Rule, *operators: str) -> None:
+        """Sets the rule of operators.
+
+        Raises:
+            ValueError: an operator has a rule already.
+        """
+        for operator in operators:
+            if operator in self._rules:
+                raise ValueError(f"{operator} has a speedup rule already: {type(self._rules[operator]).__name__}")
+            self._rules[operator] = rule
+
+    def extended(self, rules: Mapping[str, Rule]) -> Registry:
+        """A copy with further rules, which come before those that are there."""
+        return Registry({**self._rules, **rules})
+
+    def find(self, call: Call) -> Rule:
+        """The rule of a call's overload or operator; for an unknown one, the rule under which nothing can go."""
+        return self._rules.get(str(call.target)) or self._rules.get(call.operator, _UNKNOWN)
+
+    def __contains__(self, operator: str) -> bool:
+        return operator in self._rules
+
+
+_UNKNOWN = Rule()
+RULES = Registry()
+
+
+def tensor_argument(call: Call, name: str) -> Value | None:
+    """An argument that is a tensor, or None where it is absent."""
+    value = call.arguments.get(name)
+    return value if isinstance(value, Value) else None

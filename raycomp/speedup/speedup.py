@@ -1,0 +1,160 @@
+"""ModelSpeedup: from a model and its masks to a smaller model with the same outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from raycomp.errors import SpeedupError
+from raycomp.speedup.analysis import Analysis, Unpruned, analyse, masked_elements, unpruned
+from raycomp.speedup.call import Example, as_call, batch_size
+from raycomp.speedup.graph import trace
+from raycomp.speedup.masks import Masks, buffer_name, masked_copy, remove_value_mask, value_masks
+from raycomp.speedup.plan import Plan, Surgery, ValueMask
+from raycomp.speedup.propagate import run
+from raycomp.speedup.replace import cut
+from raycomp.speedup.rules import RULES
+from raycomp.speedup.rules.base import Rule
+from raycomp.speedup.surgery import build, take_up_constants
+from raycomp.speedup.verify import verify
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ROUGH_TOLERANCE = 2e-2
+
+
+class ModelSpeedup:
+    """Cuts what masks made removable out of a model.
+
+    The result gives the masked model's outputs: what is constant is folded into the next bias where that is exact,
+    what no output depends on goes, and everything else stays and is named in `unpruned`. The user's classes and
+    hierarchy stay, too, unless the forward states sizes as constants; then the result is a graph module, over the same
+    layers under the same names. The model that was given is left as it is.
+
+    Args:
+        model: a model without compressors on it.
+        dummy_input: an example input: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        masks: masks by module and target, 1 = keep; masks of inputs (`_input_0`) and outputs (`_output_0`) count, too.
+        exact: False cuts every coordinate that the masks made constant, also where that changes the outputs;
+            `inexact_difference` says by how much.
+        customized_rules: rules for further operators, by their names (`my_library.my_operator`).
+        graph_module: a graph module with the same parameters, traced in place of a model that can't be exported.
+
+    After `speedup_model`: `plan`, `unpruned`, `inexact_difference` (relative to the outputs' range), `simulated` (the
+    masked model).
+
+    Raises:
+        SpeedupError: masks don't fit the model, or the model can't be traced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Example,
+        masks: Masks,
+        *,
+        exact: bool = True,
+        customized_rules: Mapping[str, Rule] | None = None,
+        graph_module: fx.GraphModule | None = None,
+    ) -> None:
+        self.plan = Plan()
+        self.unpruned: tuple[Unpruned, ...] = ()
+        self.inexact_difference: float | None = None
+        self.simulated = masked_copy(model, masks)
+        self._training = model.training
+        self._example = dummy_input
+        self._masks = masks
+        self._exact = exact
+        self._rules = RULES.extended(customized_rules or {})
+        self._traced = masked_copy(graph_module, masks) if graph_module is not None else self.simulated
+        self._old_value_masks = set(value_masks(model))
+
+    def speedup_model(self) -> nn.Module:
+        """The smaller model, in the training or eval mode of the model that was given."""
+        graph = trace(self._traced, self._example)
+        tensors = run(graph)
+        masked = masked_elements(graph, self._traced, self._masks)
+        for rigid in (False, True):
+            analysis = analyse(graph, self._rules, tensors, masked, exact=self._exact, rigid=rigid)
+            made = self._operate(analysis, allow_rewrite=not rigid)
+            if made is not None:
+                model, surgery = made
+                self.unpruned = unpruned(analysis, self._traced, self._masks)
+                return self._finish(model, surgery)
+        raise SpeedupError(
+            "the cut model does not give the masked model's outputs, although nothing unsafe was cut",
+            remedy="this is a fault in raycomp: please report it with the model",
+        )
+
+    def _operate(self, analysis: Analysis, allow_rewrite: bool) -> tuple[nn.Module, Surgery] | None:
+        surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
+        live = copy.deepcopy(self.simulated)
+        take_up_constants(live, analysis.decision)
+        cut(live, surgery)
+        if self._agrees(live):
+            return live, surgery
+        return None
+
+    def _finish(self, model: nn.Module, surgery: Surgery) -> nn.Module:
+        surgery = replace(surgery, value_masks=self._settle_value_masks(model))
+        added = {f"{m}.{buffer_name(t)}" for m, t in value_masks(self.simulated) if (m, t) not in self._old_value_masks}
+        surgery = replace(surgery, cuts=tuple(c for c in surgery.cuts if c.tensor not in added))
+        self.plan = Plan(() if surgery.is_empty else (surgery,))
+        if not self._exact:
+            self.inexact_difference = verify(self.simulated, model, [self._example], batch_sizes=[2]).relative
+        model.train(self._training)
+        self.simulated.train(self._training)
+        return model
+
+    def _settle_value_masks(self, model: nn.Module) -> tuple[ValueMask, ...]:
+        """Takes off the masks on inputs and outputs that have nothing left to mask."""
+        stay = []
+        for (name, target), mask in value_masks(model).items():
+            if (name, target) in self._old_value_masks:
+                continue
+            if bool((mask == 1).all()):
+                remove_value_mask(model.get_submodule(name), target)
+            else:
+                stay.append(ValueMask(name, target, tuple(mask.shape)))
+        return tuple(stay)
+
+    def _agrees(self, model: nn.Module) -> bool:
+        """Whether a model gives the masked model's outputs, for one sample and two, on the example and beside it."""
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        tolerance = _TOLERANCES.get(dtype, _ROUGH_TOLERANCE)
+        for example in (self._example, _jittered(self._example)):
+            for size in _sizes(self.simulated, example):
+                try:
+                    if not verify(self.simulated, model, [example], tolerance, [size]).passed:
+                        return False
+                except Exception:  # noqa: BLE001 - whatever the user's forward raises on other sizes
+                    return False
+        return True
+
+
+def _jittered(example: Example) -> Example:
+    generator = torch.Generator().manual_seed(0)
+
+    def jitter(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf + noise * (leaf.std() if leaf.numel() > 1 else 1)
+
+    args, kwargs = as_call(example)
+    return pytree.tree_map(jitter, kwargs) if kwargs else tuple(pytree.tree_map(jitter, arg) for arg in args)
+
+
+def _sizes(model: nn.Module, example: Example) -> list[int]:
+    """Of the batch sizes 1, 2 and the example's own, those that the model takes."""
+    found = []
+    for size in dict.fromkeys((1, 2, batch_size(example))):
+        with contextlib.suppress(Exception):  # a model may refuse a batch size in its own way
+            verify(model, model, [example], batch_sizes=[size])
+            found.append(size)
+    return found

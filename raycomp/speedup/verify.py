@@ -1,0 +1,120 @@
+"""Holds the sped-up model against the simulated one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.errors import SpeedupError
+from raycomp.speedup.call import Example, as_call, with_batch_size
+
+BATCH_SIZES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the sped-up model is from the simulated one.
+
+    Args:
+        max_abs_diff: the greatest absolute difference of any output element.
+        output_range: greatest minus least element of the output tensor where the relative difference is greatest.
+        relative: the greatest difference of an output tensor, divided by the range of that tensor.
+        tolerance: what `relative` may be.
+        batch_sizes: the batch sizes that were tried.
+        passed: whether `relative` is at most `tolerance`.
+    """
+
+    max_abs_diff: float
+    output_range: float
+    relative: float
+    tolerance: float
+    batch_sizes: tuple[int, ...]
+    passed: bool
+
+
+def verify(
+    simulated: nn.Module,
+    sped_up: nn.Module,
+    inputs: Sequence[Example],
+    tolerance: float = 1e-4,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Verification:
+    """Runs both models in eval mode on the same inputs.
+
+    Args:
+        simulated: the masked model.
+        sped_up: the cut model.
+        inputs: example inputs, best real ones; each is run at every batch size, its samples repeated or cut off.
+        tolerance: the greatest allowed difference, relative to the range of the output.
+        batch_sizes: the batch sizes.
+
+    Raises:
+        SpeedupError: the models' outputs differ in structure or shape.
+    """
+    pairs = []
+    for example in inputs:
+        for size in batch_sizes:
+            resized = with_batch_size(example, size)
+            pairs.append(_compare(_run(simulated, resized), _run(sped_up, resized)))
+    if not pairs:
+        raise SpeedupError("there is nothing to verify with", remedy="give at least one example input")
+    ranges = [max(one[i][1] for one in pairs) for i in range(len(pairs[0]))]
+    differences = [max(one[i][0] for one in pairs) for i in range(len(pairs[0]))]
+    relatives = [_ratio(d, r) for d, r in zip(differences, ranges, strict=True)]
+    worst = max(range(len(relatives)), key=lambda i: relatives[i])
+    relative = relatives[worst]
+    return Verification(
+        max(differences), ranges[worst], relative, tolerance, tuple(batch_sizes), bool(relative <= tolerance)
+    )
+
+
+def _ratio(difference: float, output_range: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / output_range if output_range > 0 else float("inf")
+
+
+def _run(model: nn.Module, example: Example) -> list[Tensor]:
+    args, kwargs = as_call(example)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return tensors_of(model(*args, **kwargs))
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[tuple[float, float]]:
+    """Difference and range of every output tensor."""
+    if [t.shape for t in simulated] != [t.shape for t in sped_up]:
+        raise SpeedupError("the sped-up model's outputs have other shapes than the simulated model's")
+    found = []
+    for left, right in zip(simulated, sped_up, strict=True):
+        a, b = left.double(), right.double()
+        if a.numel() == 0:
+            found.append((0.0, 0.0))
+            continue
+        difference = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).max()
+        found.append((float(difference.nan_to_num(nan=float("inf"))), float(a.max() - a.min())))
+    return found
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output, however it is nested."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        parts: Sequence[Any] = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif is_dataclass(output) and not isinstance(output, type):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        return []
+    return [tensor for part in parts for tensor in tensors_of(part)]
