@@ -1,0 +1,85 @@
+"""The result as rows: one quantity for every form of the model, each held against dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from raycomp.report import text
+from raycomp.report.summary import ModelFigures, RunSummary
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: its value, how it compares with dense (empty for dense itself), and whether it is worse than dense."""
+
+    value: str
+    against_dense: str = ""
+    worse: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity, with a cell for each model."""
+
+    label: str
+    cells: tuple[Cell, ...]
+
+
+def comparison(models: Sequence[ModelFigures]) -> tuple[Row, ...]:
+    """Metrics, parameters, MACs, file size and latencies of all models; the first one is the measure of the others."""
+    if not models:
+        return ()
+    rows = [_metric_row(name, models) for name in models[0].metrics]
+    rows.append(_size_row("parameters", models, lambda model: model.parameters, text.count))
+    rows.append(_size_row("MACs", models, lambda model: model.macs, text.count))
+    rows.append(_size_row("file size", models, lambda model: model.file_bytes, text.size))
+    for batch in sorted({batch for model in models for batch in model.latency_s}, key=int):
+        rows.append(_latency_row(batch, models))
+    return tuple(rows)
+
+
+def verification_text(summary: RunSummary) -> str:
+    """One sentence on the greatest difference between simulated and sped-up outputs."""
+    check = summary.verification
+    if check is None:
+        return "There is no sped-up model to verify."
+    batches = " and ".join(str(batch) for batch in check.batch_sizes)
+    verdict = "within" if check.passed else "NOT within"
+    return (
+        f"Greatest difference between simulated and sped-up outputs: {text.number(check.max_abs_diff)}, that is "
+        f"{text.number(check.relative)} of the outputs' range ({verdict} the tolerance of {text.number(check.tolerance)}; "
+        f"batch sizes {batches})."
+    )
+
+
+def load_line(artifact_uri: str) -> str:
+    """The one line of Python that loads a stored model."""
+    return f"import raycomp; model = raycomp.load({artifact_uri!r})"
+
+
+def _metric_row(name: str, models: Sequence[ModelFigures]) -> Row:
+    dense = models[0].metrics[name]
+    cells = [Cell(text.number(dense))]
+    for model in models[1:]:
+        value = model.metrics.get(name)
+        cells.append(Cell(text.number(value), "" if value is None else text.difference(value - dense)))
+    return Row(name, tuple(cells))
+
+
+def _size_row(
+    label: str,
+    models: Sequence[ModelFigures],
+    read: Callable[[ModelFigures], float | None],
+    write: Callable[[float | None], str],
+) -> Row:
+    dense = read(models[0])
+    cells = [Cell(write(dense))]
+    for value in (read(model) for model in models[1:]):
+        worse = value is not None and dense is not None and value > dense
+        cells.append(Cell(write(value), text.times(dense, value), worse))
+    return Row(label, tuple(cells))
+
+
+def _latency_row(batch: str, models: Sequence[ModelFigures]) -> Row:
+    return _size_row(f"latency, batch {batch}", models, lambda model: model.latency_s.get(batch), text.seconds)

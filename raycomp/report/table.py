@@ -1,0 +1,108 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raycomp.report import text
+from raycomp.report.comparison import Cell, comparison, load_line, verification_text
+from raycomp.report.summary import RunSummary, TrialFigures
+
+
+def result_table(summary: RunSummary) -> Table:
+    """A column for each form of the model, a row for each quantity; beside each value how many times smaller or faster."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{summary.job}  {summary.run}", title_justify="left", pad_edge=False)
+    table.add_column("")
+    for model in summary.models:
+        table.add_column(model.name, justify="right", no_wrap=True)
+    for row in comparison(summary.models):
+        dense, *others = row.cells
+        table.add_row(row.label, dense.value, *map(_cell, others))
+    return table
+
+
+def print_result(console: Console, summary: RunSummary, artifact_uri: str, report_path: str) -> None:
+    """Prints how a run ends: the table, the verification, warnings, where all is stored, and how to load it."""
+    console.print()
+    console.print(result_table(summary))
+    passed = summary.verification is None or summary.verification.passed
+    _plain(console, verification_text(summary), "" if passed else "bold red")
+    if summary.int8 is not None:
+        _plain(console, f"int8 against the simulated quantization: SQNR {text.number(summary.int8.sqnr_db)} dB.")
+    for warning in summary.warnings:
+        _plain(console, f"warning: {warning}", "yellow")
+    console.print()
+    _plain(console, f"artifact  {artifact_uri}")
+    _plain(console, f"report    {report_path}")
+    _plain(console, f"load      {load_line(artifact_uri)}")
+
+
+def files_table(files: Mapping[str, tuple[int, str]]) -> Table:
+    """A stored artifact's files: name -> (bytes, sha256)."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    table.add_column("sha256")
+    for name, (num_bytes, digest) in sorted(files.items()):
+        table.add_row(name, text.size(num_bytes), digest[:16])
+    return table
+
+
+def sweep_table(trials: Sequence[TrialFigures], metric: str) -> Table:
+    """All trials, the best metric first and failed ones last; a star marks those on the Pareto front."""
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, caption="★ Pareto front of metric against MACs", caption_justify="left"
+    )
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
+    table.add_column("")
+    table.add_column("trial", no_wrap=True)
+    for key in short_keys(keys):
+        table.add_column(key, overflow="fold")
+    for name in (metric, "MACs", "file size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("artifact or error", overflow="fold")
+    for trial in ranked(trials):
+        table.add_row(
+            "★" if trial.on_front else "",
+            trial.trial,
+            *(Text(_setting(trial.settings.get(key))) for key in keys),
+            text.number(trial.metric),
+            text.count(trial.macs),
+            text.size(trial.file_bytes),
+            Text(trial.error, style="red") if trial.error else Text(trial.artifact_uri),
+        )
+    return table
+
+
+def ranked(trials: Sequence[TrialFigures]) -> list[TrialFigures]:
+    """The best metric first, trials without one last."""
+    return sorted(trials, key=lambda trial: (trial.metric is None, -(trial.metric or 0.0)))
+
+
+def short_keys(keys: Sequence[str]) -> list[str]:
+    """Each dotted key cut down to the fewest last parts that still tell it from the others."""
+    parts = [key.split(".") for key in keys]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        shortened = [".".join(part[-length:]) for part in parts]
+        if len(set(shortened)) == len(keys):
+            return shortened
+    return list(keys)
+
+
+def _cell(cell: Cell) -> Text:
+    # The same width with and without a comparison, so that the values of a column stand below each other.
+    return Text(cell.value).append(f" {cell.against_dense:>6}", style="red" if cell.worse else "dim")
+
+
+def _setting(value: object) -> str:
+    return text.number(value) if isinstance(value, float) else str(value)
+
+
+def _plain(console: Console, line: str, style: str = "") -> None:
+    # A path or URI must come out in one piece, whatever the terminal's width.
+    console.print(Text(line, style=style), soft_wrap=True)
