@@ -135,20 +135,23 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
     place = store.join(artifact_id)
     attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
     alone = place.create_bytes(_CLAIM, attempt.encode())
+    paths = {name: name if alone else f"{attempt}/{name}" for name in names}
     # Looked at behind the claim: a winner takes its claim away only when its manifest is there.
     if place.exists(MANIFEST):
-        _discard(place, [_CLAIM] if alone else [])
+        _withdraw(place, attempt, [_CLAIM] if alone else [])
         raise _taken(place)
-    paths = {name: name if alone else f"{attempt}/{name}" for name in names}
     try:
         files = {name: _upload(local_dir / name, place, path) for name, path in paths.items()}
     except StorageError:
-        _discard(place, paths.values())
+        _withdraw(place, attempt, paths.values())
+        # A winner tidies up what others are still writing.
+        if place.exists(MANIFEST):
+            raise _taken(place) from None
         raise
-    if not place.create_bytes(MANIFEST, _manifest(artifact_id, files, manifest_fields).to_json()):
-        _discard(place, paths.values())
+    if not _seal(place, _manifest(artifact_id, files, manifest_fields).to_json()):
+        _withdraw(place, attempt, paths.values())
         raise _taken(place)
-    _discard(place, set(place.files()) - set(paths.values()) - {MANIFEST})
+    _tidy(place, {MANIFEST, *paths.values()})
     return ArtifactRef(artifact_id, place.uri)
 
 
@@ -178,15 +181,34 @@ def _upload(file: Path, place: Store, path: str) -> FileRecord:
     return FileRecord(bytes=size, sha256=digest.hexdigest(), path=path)
 
 
-def _discard(place: Store, paths: Iterable[str]) -> None:
-    """Deletes what no manifest names. It costs room alone, so that a failure is none of the publication's."""
+def _seal(place: Store, manifest: bytes) -> bool:
+    """Writes the manifest unless there is one; whether it is ours that is there."""
+    try:
+        return place.create_bytes(MANIFEST, manifest)
+    except StorageError:
+        # The files stay where they are: a write in doubt may yet arrive.
+        if not place.exists(MANIFEST):
+            raise
+        return place.read_bytes(MANIFEST) == manifest
+
+
+def _withdraw(place: Store, attempt: str, paths: Iterable[str]) -> None:
+    """Deletes what this publication wrote, and nothing of others. It costs room alone, so that failing is no error."""
     for path in paths:
         with contextlib.suppress(StorageError):
             place.delete(path)
     with contextlib.suppress(StorageError):
-        kept = place.files()
+        place.delete_dir(attempt)
+
+
+def _tidy(place: Store, kept: set[str]) -> None:
+    """Deletes what others wrote, who can't win any more. It costs room alone, so that failing is no error."""
+    with contextlib.suppress(StorageError):
+        for path in sorted({*place.files()} - kept):
+            with contextlib.suppress(StorageError):
+                place.delete(path)
         for folder in place.folders():
-            if folder.startswith(_ATTEMPT) and not any(name.startswith(f"{folder}/") for name in kept):
+            if folder.startswith(_ATTEMPT) and not any(path.startswith(f"{folder}/") for path in kept):
                 place.delete_dir(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,8 @@ def explain(error: OSError, where: str) -> StorageError:
             return StorageError(message, where=where, remedy=remedy)
     if isinstance(error, ConnectionError | TimeoutError):
         return StorageError(f"the store can't be reached: {text}", where=where, remedy="check the endpoint")
-    number = error.errno or next((n for n in _LOCAL_CAUSES if f"Errno {n}]" in text or f"errno {n}]" in text), 0)
+    # Arrow and safetensors raise errors without a number.
+    number = error.errno or next((number for number in _LOCAL_CAUSES if os.strerror(number) in text), 0)
     if number in _LOCAL_CAUSES:
         message, remedy = _LOCAL_CAUSES[number]
         return StorageError(message, where=where, remedy=remedy or None)

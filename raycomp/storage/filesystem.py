@@ -19,6 +19,7 @@ from raycomp.storage.explain import explained
 
 CHUNK_BYTES = 4 * 1024 * 1024
 _ATTEMPTS = 3
+_PROBE_TIMEOUT_S = 4
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Store:
         if not isinstance(self.filesystem, fs.S3FileSystem):
             return self
         location = s3.locate(self.uri, None, None)
-        return replace(self, filesystem=s3.connect(location, request_timeout_s=4, attempts=2))
+        return replace(self, filesystem=s3.connect(location, request_timeout_s=_PROBE_TIMEOUT_S, attempts=2))
 
     def _entries(self, kind: fs.FileType, *, recursive: bool) -> tuple[str, ...]:
         with explained(self.uri):

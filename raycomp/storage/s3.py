@@ -102,7 +102,7 @@ def can_sign() -> bool:
     return all(os.environ.get(key) for key in _KEYS)
 
 
-class InDoubtError(OSError):
+class InDoubtError(ConnectionError):
     """A write of which it is not known whether it happened."""
 
 
@@ -129,12 +129,12 @@ def put_if_absent(location: S3Location, path: str, data: bytes, *, timeout_s: fl
         response = connection.getresponse()
         text = " ".join(response.read().decode(errors="replace").split())
     except (OSError, http.client.HTTPException) as error:
-        raise InDoubtError(f"the store can't be reached: {error or type(error).__name__}") from error
+        raise InDoubtError(str(error) or type(error).__name__) from error
     finally:
         connection.close()
     if response.status in (200, 412):
         return response.status == 200
-    refusal = f"the store answers {response.status} {response.reason}: {text[:300]}"
+    refusal = f"it answers {response.status} {response.reason}: {text[:300]}"
     raise InDoubtError(refusal) if response.status == 409 or response.status >= 500 else OSError(refusal)
 
 

@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            save_file(plain, temporary, metadata=dict(metadata or {}))
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
