@@ -1,0 +1,24 @@
+"""raycomp compresses PyTorch models on Ray clusters: fused pruning, quantization and distillation, verified and stored."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "CompressionJob": "raycomp.distributed.job",
+    "Task": "raycomp.pipeline.task",
+    "TorchEvaluator": "raycomp.core.evaluator",
+    "auto_set_dependency_group_ids": "raycomp.speedup",
+    "load": "raycomp.pipeline.load",
+}
+__all__ = ["CompressionJob", "Task", "TorchEvaluator", "__version__", "auto_set_dependency_group_ids", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `import raycomp` brings neither torch nor Ray."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'raycomp' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

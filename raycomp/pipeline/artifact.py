@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from raycomp.speedup.lower import Int8Model
 from raycomp.speedup.onnx_export import export_onnx
 from raycomp.storage import save_tensors
 
-REPORT, SUMMARY, PLAN, MODEL, PROGRAM, ONNX, INT8 = (
+REPORT, SUMMARY, PLAN, MASKS, MODEL, PROGRAM, ONNX, INT8 = (
     "report.html",
     "summary.json",
     "plan.json",
+    "masks.safetensors",
     "model.safetensors",
     "model.pt2",
     "model.onnx",
@@ -48,17 +49,25 @@ def write_models(folder: Path, result: StageResult, int8: Int8Model | None, exam
     return tuple(notes)
 
 
-def write_statistics(folder: Path, results: Sequence[StageResult]) -> None:
+def write_statistics(folder: Path, masks: Masks, final: StageResult) -> None:
     """Writes the masks of all stages and the final calibration."""
-    masks: Masks = {}
-    for result in results:
-        for module, targets in result.masks.items():
-            masks.setdefault(module, {}).update(targets)
-    named = {f"{module}.{target}": mask for module, targets in masks.items() for target, mask in targets.items()}
-    save_tensors(folder / "masks.safetensors", named)
-    final = results[-1]
+    save_tensors(folder / MASKS, flat_masks(masks))
     content = {"folds": final.folds, "targets": _plain(final.calibration)}
     (folder / "calibration.json").write_text(json.dumps(content, indent=1))
+
+
+def flat_masks(masks: Masks) -> dict[str, Tensor]:
+    """Masks by `module.target`, as files hold them."""
+    return {f"{module}.{target}": mask for module, targets in masks.items() for target, mask in targets.items()}
+
+
+def nested_masks(flat: Mapping[str, Tensor]) -> Masks:
+    """The inverse of `flat_masks`: a target's name has no dot."""
+    masks: Masks = {}
+    for name, mask in flat.items():
+        module, _, target = name.rpartition(".")
+        masks.setdefault(module, {})[target] = mask
+    return masks
 
 
 def write_summary(folder: Path, summary: RunSummary) -> None:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import JobConfig
+from raycomp.core.chain import Masks
 from raycomp.core.selection import module_names
 from raycomp.errors import SpeedupError
 from raycomp.pipeline.evaluate import evaluate
 from raycomp.pipeline.stage import StageResult, real_inputs
 from raycomp.pipeline.task import Task
-from raycomp.report.summary import Int8Figures, LayerFigures, ModelFigures, UnprunedFigures, VerificationFigures
+from raycomp.report.summary import Int8Figures, LayerFigures, ModelFigures
 from raycomp.speedup.call import as_call, describe, flatten
 from raycomp.speedup.lower import Int8Model, sqnr_db
 from raycomp.speedup.measure import count_macs, count_parameters, hardware, latencies_s
@@ -71,16 +72,6 @@ def model_figures(job: JobConfig, task: Task, forms: Forms) -> tuple[tuple[Model
     return rows, notes
 
 
-def verification_figures(result: StageResult) -> VerificationFigures | None:
-    """The stage's verification as the report holds it."""
-    found = result.verification
-    if found is None:
-        return None
-    return VerificationFigures(
-        found.max_abs_diff, found.output_range, found.relative, found.tolerance, found.batch_sizes, found.passed
-    )
-
-
 def int8_figures(task: Task, result: StageResult, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
     """The int8 model's outputs and metric against those of the simulated model."""
     inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
@@ -97,34 +88,21 @@ def int8_figures(task: Task, result: StageResult, int8: Int8Model, rows: tuple[M
     )
 
 
-def layer_figures(dense: nn.Module, results: list[StageResult]) -> tuple[LayerFigures, ...]:
+def layer_figures(dense: nn.Module, masks: Masks, final: StageResult) -> tuple[LayerFigures, ...]:
     """Each layer that was masked or quantized: its weight's shape before and after."""
-    final = dict(results[-1].model.named_modules())
+    modules = dict(final.model.named_modules())
     rows = []
     for name, kind in module_names(dense).items():
         weight = dense.get_submodule(name)._parameters.get("weight")
-        masks = [result.masks[name]["weight"] for result in results if "weight" in result.masks.get(name, {})]
-        quantized = results[-1].calibration.get(name, {}).get("weight")
-        if weight is None or not (masks or quantized):
+        mask = masks.get(name, {}).get("weight")
+        quantized = final.calibration.get(name, {}).get("weight")
+        if weight is None or (mask is None and quantized is None):
             continue
-        after = getattr(final.get(name), "weight", weight)
-        rows.append(
-            LayerFigures(
-                name,
-                kind,
-                tuple(weight.shape),
-                tuple(after.shape),
-                1 - float(masks[-1].mean()) if masks else 0.0,
-                None if quantized is None else quantized["quant_dtype"],
-            )
-        )
+        after = getattr(modules.get(name), "weight", weight)
+        sparsity = 0.0 if mask is None else 1 - float(mask.mean())
+        dtype = None if quantized is None else quantized["quant_dtype"]
+        rows.append(LayerFigures(name, kind, tuple(weight.shape), tuple(after.shape), sparsity, dtype))
     return tuple(rows)
-
-
-def unpruned_figures(results: list[StageResult]) -> tuple[UnprunedFigures, ...]:
-    """What stayed in the model though it is masked."""
-    found = (item for result in results for item in result.unpruned)
-    return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in found)
 
 
 def environment() -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
+from raycomp.report.summary import UnprunedFigures, VerificationFigures
 from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
 from raycomp.storage import load_tensors, save_tensors
 
@@ -87,15 +88,39 @@ class StageResult:
         """Where the next stage starts."""
         return StageStart(self.plan, dict(self.model.state_dict()))
 
+    def verification_figures(self) -> VerificationFigures | None:
+        """The verification as the report holds it."""
+        return None if self.verification is None else VerificationFigures(**asdict(self.verification))
+
+    def unpruned_figures(self) -> tuple[UnprunedFigures, ...]:
+        """What stayed, as the report holds it."""
+        return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in self.unpruned)
+
 
 def stage_chain(
-    job: JobConfig, index: int, task: Task, start: StageStart, device: torch.device | None = None
+    job: JobConfig,
+    index: int,
+    task: Task,
+    start: StageStart,
+    device: torch.device | None = None,
+    prepare: Callable[[nn.Module], object] | None = None,
 ) -> Chain:
-    """A stage's compressors on the model that it starts from; the same on every worker and on the driver."""
+    """A stage's compressors on the model that it starts from; the same on every worker and on the driver.
+
+    Args:
+        job: the job.
+        index: the stage's.
+        task: the user's.
+        start: what the stages before left.
+        device: where to put the model; default the CPU.
+        prepare: changes the model in place before the compressors are attached.
+    """
     stage = job.stages[index]
     training = job.training_for(stage)
     device = device or torch.device("cpu")
     model = start.model(task, training.seed).to(device=device, dtype=weight_dtype(training))
+    if prepare is not None:
+        prepare(model)
     settling = Settling(task, job.speedup, weight_dtype(training), device)
     return build_chain(model, stage, settling, f"stages[{index}]")
 

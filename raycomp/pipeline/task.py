@@ -38,6 +38,9 @@ class Task:
     unused_parameters: bool = False
     """Whether a training step may leave parameters without a gradient; DDP then looks for them, which costs time."""
 
+    unused_parameters: bool = False
+    """Whether a forward pass may leave parameters without a gradient; DDP must then look for them in every step."""
+
     def prepare(self, folder: Path) -> None:
         """Writes files that every worker needs; runs once per job, on the driver. Default: nothing.
 

@@ -1,0 +1,97 @@
+"""What runs on the head node after a stage's training: in the driver itself where that is there, else as a pinned task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import ray
+
+from raycomp.config import JobConfig
+from raycomp.distributed.cluster import head_node_options, on_head_node
+from raycomp.distributed.place import RunPlace
+from raycomp.errors import RaycompError
+from raycomp.pipeline.checkpoint import StageState
+from raycomp.pipeline.conclude import Conclusion, RunFacts, conclude
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.outcome import StageOutcome, load_outcome, save_outcome
+from raycomp.pipeline.stage import finish_stage
+from raycomp.pipeline.task import Task
+from raycomp.storage import publish
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """What the head node must know.
+
+    Args:
+        job: the job.
+        base_dir: what the task's path is relative to.
+        place: where the run's files are.
+        checkpoint: the path of the stage's committed checkpoint, within the storage's filesystem.
+    """
+
+    job: JobConfig
+    base_dir: str
+    place: RunPlace
+    checkpoint: str
+
+    def task(self) -> Task:
+        """The user's task, with what it prepared."""
+        return build_task(self.job.task, self.base_dir, self.place.fetch_prepared())
+
+    def state(self) -> StageState:
+        """The stage's committed checkpoint."""
+        return StageState.load(self.place.fetch_path(self.checkpoint))
+
+
+def on_head(function: Callable[..., Result], *args: Any) -> Result:
+    """Runs `function(*args)` on the head node.
+
+    Raises:
+        RaycompError: as the function raised it, also where it ran in a task.
+    """
+    if on_head_node():
+        return function(*args)
+    try:
+        return ray.get(ray.remote(**head_node_options())(function).remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaycompError):
+            raise error.cause from None
+        raise
+
+
+def end_stage(order: HeadOrder, index: int) -> None:
+    """Finishes a stage that isn't the last, and stores where the next one starts."""
+    state = order.state()
+    result = finish_stage(order.job, index, order.task(), order.place.fetch_start(index), state)
+    with TemporaryDirectory() as folder:
+        save_outcome(Path(folder), StageOutcome.of(result, state), result)
+        order.place.upload(f"stages/{index}", Path(folder))
+
+
+def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
+    """Finishes the last stage and publishes the artifact: it is there whole, or not at all."""
+    job, place = order.job, order.place
+    last = len(job.stages) - 1
+    earlier = [load_outcome(place.fetch(f"stages/{index}")) for index in range(last)]
+    with TemporaryDirectory() as folder:
+        files = Path(folder)
+        conclusion = conclude(job, order.task(), place.fetch_start(last), order.state(), earlier, facts, files)
+        summary = conclusion.summary
+        fields = {
+            "job": job.name,
+            "run": facts.run,
+            "created": facts.created,
+            "lineage": {"config_digest": job.digest(), "task": job.task.entrypoint},
+            "versions": summary.environment,
+            "figures": summary.figures(),
+        }
+        publish(place.artifacts, facts.run, files, fields)
+    return conclusion

@@ -1,0 +1,205 @@
+"""CompressionJob: the driver's way from a job's settings to a published artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+import ray
+
+from raycomp.config import JobConfig, load_job, parse_job
+from raycomp.core.chain import Calibration, Masks
+from raycomp.distributed.cluster import connect
+from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
+from raycomp.distributed.place import RunPlace, RunRecord, job_uri, unfinished_run
+from raycomp.distributed.trainer import Progress, progress_sink, train_stage
+from raycomp.distributed.worker import WorkerOrder
+from raycomp.pipeline.artifact import REPORT
+from raycomp.pipeline.conclude import RunFacts, Stopwatch
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.preflight import check_stages
+from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.user_code import user_code
+from raycomp.report.summary import ProgressEvent, RunSummary
+from raycomp.storage import open_store
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job gave.
+
+    Args:
+        summary: all figures.
+        artifact_uri: where the artifact is; `raycomp.load(artifact_uri)` gives the model.
+        report_path: the HTML report: a path where the storage is a folder, else its URI.
+        masks: {module: {target: mask}} of all stages.
+        calibration: {module: {target: {scale, zero_point, …}}} of the sped-up model.
+    """
+
+    summary: RunSummary
+    artifact_uri: str
+    report_path: str
+    masks: Masks = field(repr=False)
+    calibration: Calibration = field(repr=False)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """{form: metrics} for dense, simulated, sped-up and int8."""
+        return {row.name: row.metrics for row in self.summary.models}
+
+
+class CompressionJob:
+    """A compression job.
+
+    Args:
+        config: a `JobConfig`, a mapping of the same keys, or the path of a job file.
+        base_dir: what the task's path is relative to; default the job file's folder, else the current one.
+
+    Raises:
+        ConfigError: with everything that is wrong in the settings.
+    """
+
+    def __init__(self, config: JobConfig | Mapping[str, Any] | str | Path, base_dir: Path | str | None = None) -> None:
+        if isinstance(config, str | Path):
+            base_dir = base_dir or Path(config).resolve().parent
+            config = load_job(Path(config))
+        self.config = config if isinstance(config, JobConfig) else parse_job(config)
+        self.base_dir = Path(base_dir or ".").resolve()
+
+    def validate(self) -> None:
+        """Checks all that can be checked without a cluster: the task, its model, every selection, the storage.
+
+        Raises:
+            ConfigError, TaskError, StorageError: before anything has been started.
+        """
+        with TemporaryDirectory() as folder:
+            self.prepared_task(Path(folder))
+
+    def prepared_task(self, folder: Path) -> Task:
+        """The task, prepared in `folder` and found to fit the job; errors as in `validate`."""
+        job = self.config
+        open_store(job.storage.uri, job.storage.endpoint, job.storage.region).check()
+        task = build_task(job.task, self.base_dir)
+        with user_code(f"{type(task).__name__}.prepare()"):
+            prepare_task(task, folder)
+        check_stages(job, task)
+        return task
+
+    def fit(
+        self, *, resume: bool = False, progress: Progress | None = None, callbacks: list[Any] | None = None
+    ) -> JobResult:
+        """Runs the job to its published artifact.
+
+        Args:
+            resume: go on with the latest unfinished run of an equal job, where there is one.
+            progress: hears what happens.
+            callbacks: Ray Train callbacks for every stage's run.
+
+        Raises:
+            RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
+        """
+        return _Run(self, progress or _Silent(), callbacks or []).fit(resume)
+
+
+class _Silent:
+    def message(self, line: str) -> None:
+        """Says nothing."""
+
+    def event(self, event: ProgressEvent) -> None:
+        """Says nothing."""
+
+
+class _Run:
+    """One run of a job, on the driver."""
+
+    def __init__(self, job: CompressionJob, progress: Progress, callbacks: list[Any]) -> None:
+        self.job, self.config = job, job.config
+        self.progress, self.callbacks = progress, callbacks
+        self.watch = Stopwatch()
+        self.started = time.monotonic()
+
+    def fit(self, resume: bool) -> JobResult:
+        with self.watch.part("validate and prepare"), TemporaryDirectory() as folder:
+            self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
+            self.job.prepared_task(Path(folder))
+            self._begin(resume, Path(folder))
+        with ExitStack() as stack:
+            with self.watch.part("start Ray"):
+                self.cluster = stack.enter_context(connect(self.config))
+            self.progress.message(f"run {self.place.run} on {self.cluster.description}")
+            sink = stack.enter_context(progress_sink(self.progress))
+            for index in range(self.record.stages_done, len(self.config.stages)):
+                checkpoint = self._train(index, sink)
+                order = HeadOrder(self.config, str(self.job.base_dir), self.place, checkpoint)
+                if index < len(self.config.stages) - 1:
+                    self._end_stage(order, index)
+            return self._publish(order)
+
+    def _begin(self, resume: bool, prepared: Path) -> None:
+        found = unfinished_run(self.config)
+        if resume and found is not None:
+            self.place = found
+            record = found.read_record()
+            assert record is not None
+            self.record = record
+            self.progress.message(f"resuming run {found.run}")
+            return
+        if found is not None:
+            self.progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
+        now = datetime.now(UTC)
+        self.place = RunPlace(job_uri(self.config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
+        has_files = any(path.is_file() for path in prepared.rglob("*"))
+        if has_files:
+            self.place.upload("prepared", prepared)
+        self._record(
+            RunRecord(
+                self.place.run,
+                self.config.digest(),
+                self.config.to_yaml(),
+                now.isoformat(timespec="seconds"),
+                prepared=has_files,
+            )
+        )
+
+    def _record(self, record: RunRecord) -> None:
+        self.record = record
+        self.place.write_record(record)
+
+    def _train(self, index: int, sink: Any) -> str:
+        stage = self.config.stages[index]
+        names = " + ".join(settings.type for settings in stage.compressors)
+        self.progress.message(f"stage {stage.name}: {names} on {self.config.scaling.num_workers} workers")
+        elapsed = time.monotonic() - self.started
+        order = WorkerOrder(self.config, index, self.place, str(self.job.base_dir), sink, elapsed)
+        with self.watch.part("train"):
+            return train_stage(order, self.cluster, self.callbacks)
+
+    def _end_stage(self, order: HeadOrder, index: int) -> None:
+        self.progress.message(f"stage {self.config.stages[index].name}: speedup and verification on the head node")
+        with self.watch.part("speed up and verify"):
+            on_head(end_stage, order, index)
+        self._record(replace(self.record, stages_done=index + 1))
+
+    def _publish(self, order: HeadOrder) -> JobResult:
+        self.progress.message("speedup, verification, int8, measuring and publishing on the head node")
+        uri = self.place.artifact_uri
+        environment = {"ray": ray.__version__, "cluster": self.cluster.description}
+        environment["workers"] = str(self.config.scaling.num_workers)
+        facts = RunFacts(self.place.run, self.record.created, uri, environment, self.watch.timings)
+        conclusion = on_head(publish_run, order, facts)
+        self._record(replace(self.record, finished=True))
+        report = self.place.artifacts.join(self.place.run, REPORT)
+        return JobResult(
+            conclusion.summary,
+            uri,
+            report.path if report.is_local else report.uri,
+            conclusion.masks,
+            conclusion.calibration,
+        )

@@ -1,0 +1,118 @@
+"""What a Ray Train worker runs: one stage's training, with progress and checkpoints reported through Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.actor import ActorHandle
+
+from raycomp.config import JobConfig
+from raycomp.distributed.place import RunPlace
+from raycomp.pipeline.batch_norm import synchronise_batch_norm_
+from raycomp.pipeline.checkpoint import StageState
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.stage import stage_chain
+from raycomp.pipeline.train import StageTraining
+from raycomp.report.summary import ProgressEvent
+
+
+@dataclass(frozen=True)
+class WorkerOrder:
+    """What the driver tells its workers.
+
+    Args:
+        job: the job.
+        index: the stage's.
+        place: where the run's files are.
+        base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
+        sink: the actor that hears of progress, or None.
+        started: seconds that the run has taken so far.
+    """
+
+    job: JobConfig
+    index: int
+    place: RunPlace
+    base_dir: str
+    sink: ActorHandle | None
+    started: float
+
+
+class _RayObserver:
+    """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
+
+    def __init__(self, sink: ActorHandle | None) -> None:
+        self._sink = sink
+
+    def progress(self, event: ProgressEvent) -> None:
+        if self._sink is not None:
+            self._sink.push.remote(event)
+
+    def checkpoint(self, make: Callable[[], StageState], metrics: dict[str, float]) -> None:
+        if ray.train.get_context().get_world_rank() != 0:
+            ray.train.report(dict(metrics))
+            return
+        with TemporaryDirectory() as folder:
+            make().save(Path(folder))
+            ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def train_loop(config: Mapping[str, Any]) -> None:
+    """The loop that `TorchTrainer` runs on every worker.
+
+    Args:
+        config: {"order": a WorkerOrder}.
+    """
+    order: WorkerOrder = config["order"]
+    job = order.job
+    stage = job.stages[order.index]
+    training = job.training_for(stage)
+    torch.set_num_threads(job.scaling.threads_per_worker)
+    device = ray.train.torch.get_device()
+    task = build_task(job.task, _here(order.base_dir), order.place.fetch_prepared())
+    prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
+    chain = stage_chain(job, order.index, task, order.place.fetch_start(order.index), device, prepare)
+    state = _last_checkpoint()
+    StageTraining(
+        name=stage.name,
+        task=task,
+        chain=chain,
+        training=training,
+        evaluation=job.evaluation,
+        observer=_RayObserver(order.sink),
+        device=device,
+        data=_shards(),
+        started=time.monotonic() - order.started,
+    ).run(state)
+
+
+def _last_checkpoint() -> StageState | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return StageState.load(Path(folder))
+
+
+def _shards() -> dict[str, Any]:
+    """The worker's shards of Ray Data, where the driver gave the trainer any."""
+    shards = {}
+    for name in ("train", "eval"):
+        try:
+            shards[name] = ray.train.get_dataset_shard(name)
+        except KeyError:
+            continue
+    return shards
+
+
+def _here(base_dir: str) -> Path:
+    """The job's folder on this node: where it is on the driver, else the worker's own copy of the working directory."""
+    folder = Path(base_dir)
+    return folder if folder.is_dir() else Path.cwd()
