@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from raycomp.errors import SpeedupError
 from raycomp.speedup.masks import restore_value_mask
 from raycomp.speedup.plan import Attribute, BlockCut, Cut, NewBias, Plan, Surgery
+from raycomp.speedup.rewrite import graph_from_json
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -33,6 +34,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         cut(model, surgery)
         for value_mask in surgery.value_masks:
             restore_value_mask(_module(model, value_mask.module), value_mask)
+        if surgery.graph is not None:
+            model = graph_from_json(model, surgery.graph)
     return model
 
 

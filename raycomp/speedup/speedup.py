@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,8 +20,9 @@ from raycomp.speedup.masks import Masks, buffer_name, masked_copy, remove_value_
 from raycomp.speedup.plan import Plan, Surgery, ValueMask
 from raycomp.speedup.propagate import run
 from raycomp.speedup.replace import cut
+from raycomp.speedup.rewrite import CannotRewriteError, rewrite
 from raycomp.speedup.rules import RULES
-from raycomp.speedup.rules.base import Rule
+from raycomp.speedup.rules.base import Kept, Rule
 from raycomp.speedup.surgery import build, take_up_constants
 from raycomp.speedup.verify import verify
 
@@ -92,13 +94,32 @@ class ModelSpeedup:
         )
 
     def _operate(self, analysis: Analysis, allow_rewrite: bool) -> tuple[nn.Module, Surgery] | None:
+        """The cut model: live, or behind a rewritten forward; None where neither gives the right outputs."""
         surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
         live = copy.deepcopy(self.simulated)
         take_up_constants(live, analysis.decision)
         cut(live, surgery)
-        if self._agrees(live):
+        if self._exact and self._agrees(self.simulated, live):
             return live, surgery
+        if not allow_rewrite:
+            return None if self._exact or not self._agrees(live, live) else (live, surgery)
+        rewritten = self._rewritten(copy.deepcopy(live), analysis)
+        if rewritten is None:
+            return None
+        module, text = rewritten
+        # Inexact cuts can be held against no masked model, but against a forward that states all sizes.
+        if not self._exact and self._agrees(module, live):
+            return live, surgery
+        if self._agrees(self.simulated if self._exact else module, module):
+            return module, replace(surgery, graph=text)
         return None
+
+    def _rewritten(self, live: nn.Module, analysis: Analysis) -> tuple[fx.GraphModule, dict[str, Any]] | None:
+        kept = Kept(analysis.atoms, analysis.decision.removed)
+        try:
+            return rewrite(live, self._traced, self._example, analysis.graph, self._rules, kept)
+        except (CannotRewriteError, SpeedupError):
+            return None
 
     def _finish(self, model: nn.Module, surgery: Surgery) -> nn.Module:
         surgery = replace(surgery, value_masks=self._settle_value_masks(model))
@@ -114,25 +135,26 @@ class ModelSpeedup:
     def _settle_value_masks(self, model: nn.Module) -> tuple[ValueMask, ...]:
         """Takes off the masks on inputs and outputs that have nothing left to mask."""
         stay = []
+        called = {node.target for node in model.graph.nodes} if isinstance(model, fx.GraphModule) else set()
         for (name, target), mask in value_masks(model).items():
             if (name, target) in self._old_value_masks:
                 continue
-            if bool((mask == 1).all()):
+            if bool((mask == 1).all()) and f"{name}.{buffer_name(target)}".removeprefix(".") not in called:
                 remove_value_mask(model.get_submodule(name), target)
             else:
                 stay.append(ValueMask(name, target, tuple(mask.shape)))
         return tuple(stay)
 
-    def _agrees(self, model: nn.Module) -> bool:
-        """Whether a model gives the masked model's outputs, for one sample and two, on the example and beside it."""
+    def _agrees(self, expected: nn.Module, model: nn.Module) -> bool:
+        """Whether two models give the same outputs, for one sample and more, on the example and beside it."""
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         tolerance = _TOLERANCES.get(dtype, _ROUGH_TOLERANCE)
         for example in (self._example, _jittered(self._example)):
             for size in _sizes(self.simulated, example):
                 try:
-                    if not verify(self.simulated, model, [example], tolerance, [size]).passed:
+                    if not verify(expected, model, [example], tolerance, [size]).passed:
                         return False
-                except Exception:  # noqa: BLE001 - whatever the user's forward raises on other sizes
+                except Exception:
                     return False
         return True
 

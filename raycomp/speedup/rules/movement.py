@@ -80,7 +80,8 @@ class Origin:
 def _distinct(numbers: Tensor, bound: int) -> Tensor:
     """The distinct numbers in ascending order, without sorting them where a table of all of them is small enough."""
     if bound > max(1_000_000, 4 * len(numbers)):
-        return torch.unique(numbers)
+        distinct: Tensor = torch.unique(numbers)
+        return distinct
     table = torch.zeros(bound, dtype=torch.bool)
     table[numbers] = True
     found: Tensor = torch.nonzero(table).reshape(-1)
