@@ -1,6 +1,6 @@
 """What a job says: frozen strict settings, YAML in, errors with the key's place out. Imports no torch."""
 
-from raycomp.config.base import Settings, format_path, nearest
+from raycomp.config.base import Settings
 from raycomp.config.compressors import (
     COMPRESSORS,
     AGPPrunerConfig,
@@ -32,13 +32,13 @@ from raycomp.config.job import (
     ScalingConfig,
     SpeedupConfig,
     StageConfig,
-    StorageConfig,
     TaskConfig,
-    TrainingConfig,
-    TrainingOverrides,
 )
 from raycomp.config.loader import SourceMap, load_job, parse_config_list, parse_job, parse_path, read_job, set_key
 from raycomp.config.schema import job_schema
+from raycomp.config.storage import StorageConfig
+from raycomp.config.training import TrainingConfig, TrainingOverrides
+from raycomp.config.values import format_path, nearest
 
 __all__ = [
     "COMPRESSORS",

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Tag
 
-from raycomp.config.base import Conflict, Count, CountOrZero, Given, NonNegative, Settings, SomeItems, by_type
+from raycomp.config.base import Conflict, Given, Settings, by_type
 from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
+from raycomp.config.values import Count, CountOrZero, NonNegative, SomeItems
 
 Kind = Literal["pruner", "quantizer", "distiller"]
 

@@ -11,20 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_serializer
 
-from raycomp.config.base import (
-    Conflict,
-    CountOrZero,
-    Given,
-    Items,
-    KeyPath,
-    NonNegative,
-    Number,
-    Settings,
-    SomeItems,
-    Text,
-    expects,
-    refuse,
-)
+from raycomp.config.base import Conflict, Given, Settings
+from raycomp.config.values import CountOrZero, Items, KeyPath, NonNegative, Number, SomeItems, Text, expects, refuse
 
 
 def canonical_target(name: str) -> str:
@@ -83,6 +71,9 @@ _Links = Annotated[
 
 class _SaysWhatWasGiven(Settings):
     """Settings in which a key that was given means more than its default: only such keys are written out."""
+
+    def given_values(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in self.model_fields_set}
 
     @model_serializer(mode="wrap")
     def _only_given(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

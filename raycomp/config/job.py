@@ -4,73 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
-from urllib.parse import parse_qsl, urlsplit
 
 import yaml
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import Field, JsonValue
 
-from raycomp.config.base import (
-    Conflict,
-    Count,
-    CountOrZero,
-    Flag,
-    Given,
-    NonNegative,
-    Positive,
-    Settings,
-    Slug,
-    SomeItems,
-    Text,
-    expects,
-    nearest,
-    refuse,
-)
+from raycomp.config.base import Conflict, Given, Settings
 from raycomp.config.compressors import COMPRESSORS, CompressorConfig
 from raycomp.config.dialect import JobDumper
+from raycomp.config.storage import StorageConfig
+from raycomp.config.training import TrainingConfig, TrainingOverrides, accumulation_conflicts
+from raycomp.config.values import Count, Flag, NonNegative, Positive, Slug, SomeItems, Text, expects
 
 _AutoFlag = Annotated[Literal["auto"] | bool, expects("'auto', true or false")]
-_Precision = Annotated[Literal["float32", "bf16", "float64"], expects("'float32', 'bf16' or 'float64'")]
 _EntryPoint = Annotated[
     str,
     Field(pattern=r"^([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*$"),
     expects("'package.module:Class' or 'path/to/file.py:Class'"),
 ]
 _Json = Annotated[JsonValue, expects("plain data: texts, numbers, true, false, null, lists and mappings of these")]
-_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
-_S3_OPTIONS = ("endpoint_override", "scheme", "region")
-
-
-def _storage_uri(uri: str) -> str:
-    """Refuses what can't be a place, and secrets, which an error must not quote."""
-    scheme, separator, _ = uri.partition("://")
-    if not separator:
-        return uri
-    parts = urlsplit(uri)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if "@" in parts.netloc or any(re.search("key|secret|token|password", option.lower()) for option in options):
-        raise refuse(
-            "the URI holds credentials", "take them out; they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    if scheme not in _SCHEMES:
-        raise refuse(f"got '{uri}': there is no storage for '{scheme}://'", nearest(scheme, _SCHEMES))
-    if scheme == "s3" and not parts.netloc:
-        raise refuse(f"got '{uri}': it names no bucket", "should be s3://bucket/prefix")
-    for option in options if scheme == "s3" else ():
-        if option not in _S3_OPTIONS:
-            raise refuse(f"got '{uri}': unknown option '{option}'", nearest(option, _S3_OPTIONS))
-    return uri
-
-
-def _endpoint(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
-    if "@" in parts.netloc:
-        raise refuse("the endpoint holds credentials", "take them out; they come from AWS_* environment variables")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
-        raise refuse(f"got '{endpoint}'", "should be http://host:port or https://host:port")
-    return endpoint
 
 
 class TaskConfig(Settings):
@@ -80,85 +33,6 @@ class TaskConfig(Settings):
     """'package.module:Class', or 'path/to/file.py:Class' relative to the job file."""
     arguments: dict[str, _Json] = Field(default_factory=dict)
     """Keyword arguments of the class."""
-
-
-class TrainingConfig(Settings):
-    """How a stage trains."""
-
-    global_batch_size: Count = 128
-    """Samples of one optimizer step, over all workers."""
-    epochs: Count | None = None
-    """Passes over the training data; either this or steps."""
-    steps: Count | None = None
-    """Optimizer steps; either this or epochs."""
-    seed: CountOrZero = 0
-    """Draws batches, augmentation and initial weights."""
-    precision: _Precision = "float32"
-    """What the model computes in."""
-    gradient_accumulation: Count = 1
-    """Micro-batches that a global batch is split into; must divide it."""
-    sync_batch_norm: Flag = False
-    """Whether batch norms take their statistics over all workers."""
-    checkpoint_every_epochs: Count = 1
-    """Epochs between two checkpoints."""
-    num_data_workers: CountOrZero = 0
-    """Processes that load data, per worker."""
-
-    @classmethod
-    def conflicts(cls, given: Given) -> Iterator[Conflict]:
-        yield from super().conflicts(given)
-        if given.has("epochs") and given.has("steps"):
-            yield Conflict(("steps",), "epochs and steps exclude each other", "leave one of them out")
-        if not given.has("epochs") and not given.has("steps"):
-            yield Conflict((), "it does not say how long to train", "add epochs or steps")
-        yield from _accumulation_conflicts(given)
-
-
-def _accumulation_conflicts(given: Given) -> Iterator[Conflict]:
-    size, parts = given.number("global_batch_size") or 128, given.number("gradient_accumulation") or 1
-    if parts >= 1 and size % parts:
-        yield Conflict(
-            ("gradient_accumulation",),
-            f"a global batch of {size} samples does not split into {parts} equal micro-batches",
-            f"gradient_accumulation should divide {size}",
-        )
-
-
-class TrainingOverrides(Settings):
-    """What a stage trains differently; a key left out is as in the job's training."""
-
-    global_batch_size: Count | None = None
-    """Samples of one optimizer step, over all workers."""
-    epochs: Count | None = None
-    """Passes over the training data; takes the place of the job's steps."""
-    steps: Count | None = None
-    """Optimizer steps; takes the place of the job's epochs."""
-    seed: CountOrZero | None = None
-    """Draws batches, augmentation and initial weights."""
-    precision: _Precision | None = None
-    """What the model computes in."""
-    gradient_accumulation: Count | None = None
-    """Micro-batches that a global batch is split into; must divide it."""
-    sync_batch_norm: Flag | None = None
-    """Whether batch norms take their statistics over all workers."""
-    checkpoint_every_epochs: Count | None = None
-    """Epochs between two checkpoints."""
-    num_data_workers: CountOrZero | None = None
-    """Processes that load data, per worker."""
-
-    @classmethod
-    def conflicts(cls, given: Given) -> Iterator[Conflict]:
-        yield from super().conflicts(given)
-        if given.has("epochs") and given.has("steps"):
-            yield Conflict(("steps",), "epochs and steps exclude each other", "leave one of them out")
-
-    def over(self, training: TrainingConfig) -> TrainingConfig:
-        """The job's training with what this stage says in its place."""
-        values = {key: getattr(training, key) for key in TrainingConfig.model_fields}
-        given = {key: value for key, value in self if value is not None}
-        if "epochs" in given or "steps" in given:
-            values |= {"epochs": None, "steps": None}
-        return TrainingConfig(**(values | given))
 
 
 class StageConfig(Settings):
@@ -195,29 +69,6 @@ class ScalingConfig(Settings):
             yield Conflict(
                 ("resources_per_worker", "GPU"), "it asks for GPUs, and use_gpu is false", "leave one of them out"
             )
-
-
-class StorageConfig(Settings):
-    """Where artifacts and checkpoints go. Credentials come from AWS_* environment variables alone."""
-
-    uri: Annotated[Text, AfterValidator(_storage_uri)] = "artifacts"
-    """A folder, or a URI such as s3://bucket/prefix."""
-    endpoint: Annotated[Text, AfterValidator(_endpoint)] | None = None
-    """The object store's address, http://host:port (null: AWS_ENDPOINT_URL if set, else Amazon's)."""
-    region: Text | None = None
-    """The object store's region (null: from the environment)."""
-
-    @classmethod
-    def conflicts(cls, given: Given) -> Iterator[Conflict]:
-        yield from super().conflicts(given)
-        uri = given.text("uri") or "artifacts"
-        for key in ("endpoint", "region"):
-            if not given.has(key):
-                continue
-            if not uri.startswith("s3://"):
-                yield Conflict((key,), "it is for s3:// URIs", "leave it out, or make uri s3://bucket/prefix")
-            elif f"{key}_override=" in uri or f"{key}=" in urlsplit(uri).query:
-                yield Conflict((key,), "the URI says it, too", "leave one of them out")
 
 
 class SpeedupConfig(Settings):
@@ -313,17 +164,16 @@ class JobConfig(Settings):
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
-        training, seen = given.child("training"), set[str]()
+        training, seen = given.child("training").values, set[str]()
+        fits = not list(accumulation_conflicts(Given(training)))
         for index, stage in enumerate(given.children("stages")):
             name = stage.text("name")
             if name in seen:
                 yield Conflict(("stages", index, "name"), f"another stage is named '{name}', too", "names are unique")
             seen |= {name} if name else set()
-            if stage.has("training"):
-                merged = Given({**training.values, **stage.child("training").values})
-                if not list(_accumulation_conflicts(training)):
-                    for conflict in _accumulation_conflicts(merged):
-                        yield Conflict(("stages", index, "training", *conflict.key), conflict.message, conflict.remedy)
+            overrides = {key: value for key, value in stage.child("training").values.items() if value is not None}
+            for conflict in accumulation_conflicts(Given({**training, **overrides})) if fits and overrides else ():
+                yield Conflict(("stages", index, "training", *conflict.key), conflict.message, conflict.remedy)
         types = [part.text("type") for stage in given.children("stages") for part in stage.children("compressors")]
         kinds = {COMPRESSORS[name].kind if name in COMPRESSORS else "quantizer" for name in types if name}
         if given.child("int8").values.get("enabled") is True and "quantizer" not in kinds:

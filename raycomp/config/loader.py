@@ -12,10 +12,11 @@ from typing import Any, Literal, overload
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from raycomp.config.base import KeyPath, format_path, problems_of, shown, unknown_keys
+from raycomp.config.base import problems_of, unknown_keys
 from raycomp.config.dialect import JobLoader
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, SelectionEntry
 from raycomp.config.job import JobConfig
+from raycomp.config.values import KeyPath, format_path, shown
 from raycomp.errors import ConfigError, Problem
 
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}

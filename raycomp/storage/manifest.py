@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
-from raycomp.config.base import CountOrZero, Settings, Slug, Text, expects, format_path, problems_of
+from raycomp.config.base import Settings, problems_of
+from raycomp.config.values import CountOrZero, Slug, Text, expects, format_path
 from raycomp.errors import ArtifactError
 
 MANIFEST = "manifest.json"

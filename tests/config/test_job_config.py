@@ -11,14 +11,17 @@ import pytest
 
 from raycomp.config import (
     AGPPrunerConfig,
+    Int8Config,
     JobConfig,
     L1NormPrunerConfig,
     PruneEntry,
     QATQuantizerConfig,
+    QuantizeEntry,
     ScalingConfig,
     StageConfig,
     StorageConfig,
     TaskConfig,
+    TaylorPrunerConfig,
     TrainingConfig,
     TrainingOverrides,
     load_job,
@@ -250,6 +253,32 @@ def test_gpus_can_not_be_asked_for_and_refused() -> None:
     with pytest.raises(ConfigError, match=r"resources_per_worker\.GPU"):
         ScalingConfig(use_gpu=False, resources_per_worker={"CPU": 1, "GPU": 1})
     ScalingConfig(use_gpu=False, resources_per_worker={"CPU": 1, "GPU": 0})
+
+
+def test_conflicts_are_found_between_objects_as_well() -> None:
+    pruner = L1NormPrunerConfig(config_list=(PruneEntry(op_types=("Conv2d",), sparse_ratio=0.5),))
+    quantizer = QATQuantizerConfig(config_list=(QuantizeEntry(op_types=("Conv2d",)),))
+    task, training = TaskConfig(entrypoint="task:Task"), TrainingConfig(epochs=1, gradient_accumulation=4)
+    first = StageConfig(name="a", compressors=(pruner, quantizer), training=TrainingOverrides(precision="bf16"))
+    JobConfig(name="x", task=task, training=training, stages=(first,), int8=Int8Config(enabled=True))
+    second = StageConfig(name="a", compressors=(pruner,), training=TrainingOverrides(global_batch_size=6))
+    with pytest.raises(ConfigError) as caught:
+        JobConfig(name="x", task=task, training=training, stages=(first, second))
+    assert [(problem.where, problem.remedy) for problem in caught.value.problems] == [
+        ("JobConfig.stages[1].name", "names are unique"),
+        ("JobConfig.stages[1].training.gradient_accumulation", "gradient_accumulation should divide 6"),
+    ]
+    with pytest.raises(ConfigError, match="no stage has a quantizer"):
+        JobConfig(
+            name="x",
+            task=task,
+            training=training,
+            stages=(StageConfig(name="a", compressors=(pruner,)),),
+            int8=Int8Config(enabled=True),
+        )
+    taylor = TaylorPrunerConfig(config_list=pruner.config_list, training_steps=3)
+    with pytest.raises(ConfigError, match="do not fit between two decisions"):
+        AGPPrunerConfig(pruner=taylor, interval_steps=2, total_times=1)
 
 
 def test_int8_needs_a_quantizer() -> None:

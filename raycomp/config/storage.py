@@ -1,0 +1,69 @@
+"""Where a job keeps what it makes. Credentials are refused here, and never quoted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import AfterValidator
+
+from raycomp.config.base import Conflict, Given, Settings
+from raycomp.config.values import Text, nearest, refuse
+
+_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
+_S3_OPTIONS = ("endpoint_override", "scheme", "region")
+
+
+def _storage_uri(uri: str) -> str:
+    """Refuses what can't be a place, and secrets, which an error must not quote."""
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
+        return uri
+    parts = urlsplit(uri)
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if "@" in parts.netloc or any(re.search("key|secret|token|password", option.lower()) for option in options):
+        raise refuse(
+            "the URI holds credentials", "take them out; they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if scheme not in _SCHEMES:
+        raise refuse(f"got '{uri}': there is no storage for '{scheme}://'", nearest(scheme, _SCHEMES))
+    if scheme == "s3" and not parts.netloc:
+        raise refuse(f"got '{uri}': it names no bucket", "should be s3://bucket/prefix")
+    for option in options if scheme == "s3" else ():
+        if option not in _S3_OPTIONS:
+            raise refuse(f"got '{uri}': unknown option '{option}'", nearest(option, _S3_OPTIONS))
+    return uri
+
+
+def _endpoint(endpoint: str) -> str:
+    parts = urlsplit(endpoint)
+    if "@" in parts.netloc:
+        raise refuse("the endpoint holds credentials", "take them out; they come from AWS_* environment variables")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+        raise refuse(f"got '{endpoint}'", "should be http://host:port or https://host:port")
+    return endpoint
+
+
+class StorageConfig(Settings):
+    """Where artifacts and checkpoints go. Credentials come from AWS_* environment variables alone."""
+
+    uri: Annotated[Text, AfterValidator(_storage_uri)] = "artifacts"
+    """A folder, or a URI such as s3://bucket/prefix."""
+    endpoint: Annotated[Text, AfterValidator(_endpoint)] | None = None
+    """The object store's address, http://host:port (null: AWS_ENDPOINT_URL if set, else Amazon's)."""
+    region: Text | None = None
+    """The object store's region (null: from the environment)."""
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        uri = given.text("uri") or "artifacts"
+        for key in ("endpoint", "region"):
+            if not given.has(key):
+                continue
+            if not uri.startswith("s3://"):
+                yield Conflict((key,), "it is for s3:// URIs", "leave it out, or make uri s3://bucket/prefix")
+            elif f"{key}_override=" in uri or f"{key}=" in urlsplit(uri).query:
+                yield Conflict((key,), "the URI says it, too", "leave one of them out")

@@ -1,0 +1,90 @@
+"""The types of single values, which quote what is wrong and say what would be right; and words that errors share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
+
+KeyPath = tuple[str | int, ...]
+_T = TypeVar("_T")
+
+
+def closest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that a misspelt name probably means."""
+    lowered = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[close[0]] if close else None
+
+
+def nearest(name: str, choices: Iterable[str], *, limit: int = 12) -> str:
+    """A remedy for a name that is not among `choices`: the one that was probably meant, or what there is."""
+    names = list(dict.fromkeys(choices))
+    close = closest(name, names)
+    if close:
+        return f"did you mean '{close}'?"
+    if not names:
+        return "there is none to choose from"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"choose from {', '.join(names[:limit])}{rest}"
+
+
+def shown(value: object, *, limit: int = 80) -> str:
+    """A value as an error quotes it, in one line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = f"a {type(value).__name__}" if isinstance(value, BaseModel) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def format_path(path: Sequence[str | int], root: str = "") -> str:
+    """`("stages", 0, "name")` as `stages[0].name`, behind `root` if there is one."""
+    text = root
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def expects(text: str) -> WrapValidator:
+    """An annotation for a leaf type: whatever is wrong, the error quotes the value and says what would be right."""
+
+    def check(value: Any, handler: Callable[[Any], Any]) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError(
+                "value", "{message}", {"message": f"got {shown(value)}", "remedy": f"should be {text}"}
+            ) from None
+
+    return WrapValidator(check)
+
+
+def refuse(message: str, remedy: str = "") -> PydanticCustomError:
+    """The error that a field validator raises."""
+    return PydanticCustomError("value", "{message}", {"message": message, "remedy": remedy})
+
+
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Items = Annotated[tuple[_T, ...], BeforeValidator(_list_as_tuple)]
+"""A list in a file, a tuple in Python."""
+SomeItems = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)]
+"""Such a list with at least one item."""
+
+Text = Annotated[str, Field(min_length=1), expects("a text that is not empty")]
+Flag = Annotated[bool, expects("true or false")]
+Number = Annotated[float, expects("a number")]
+Positive = Annotated[float, Field(gt=0), expects("a number above 0")]
+NonNegative = Annotated[float, Field(ge=0), expects("a number, at least 0")]
+Count = Annotated[int, Field(ge=1), expects("a whole number, at least 1")]
+CountOrZero = Annotated[int, Field(ge=0), expects("a whole number, at least 0")]
+Slug = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"),
+    expects("a name of at most 63 letters, digits, '-', '_' and '.', that starts with a letter or a digit"),
+]
