@@ -152,5 +152,5 @@ def rebuild(tree: Tree, tensors: Iterator[Tensor]) -> Any:
         return Outputs(items) if tree["attributes"] else items
     parts = [rebuild(item, tensors) for item in tree["items"]]
     if "fields" in tree:
-        return namedtuple(tree["name"], tree["fields"])(*parts)  # type: ignore[misc]
+        return namedtuple(tree["name"], tree["fields"])(*parts)
     return parts if kind == "list" else tuple(parts)

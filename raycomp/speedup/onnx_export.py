@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.metadata
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.call import (
-    Example,
-    Tree,
-    as_call,
-    batch_size,
-    bind,
-    describe,
-    flatten,
-    is_batched,
-    parameter_names,
-    rebuild,
-    with_batch_size,
-)
+from raycomp.speedup.call import Example, Tree, as_call, bind, describe, flatten, parameter_names, rebuild
+from raycomp.speedup.program import as_float32, cause_of, example_as_float32, export_program, quiet
+from raycomp.speedup.versions import versions
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -73,15 +57,6 @@ def require_onnx() -> None:
             ) from error
 
 
-def versions() -> dict[str, str]:
-    """The versions of the packages that decide what an exported file looks like."""
-    installed = {}
-    for name in ("raycomp", "torch", *_EXTRA):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
-
-
 class _FlatCall(nn.Module):
     """The model as a function from a flat list of tensors to a flat list of tensors."""
 
@@ -93,15 +68,15 @@ class _FlatCall(nn.Module):
         self.names = parameter_names(model)
         bound = bind(self.names, args, kwargs)
         self.inputs = describe(bound)
-        self.tensors = flatten(self.inputs, bound)
-        self.outputs: Tree = {}
+        self.tensors = tuple(flatten(self.inputs, bound))
+        with torch.no_grad():
+            self.outputs = describe(model(*args, **kwargs))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = rebuild(self.inputs, iter(tensors))
         names = list(bound)
         args = [bound[name] for name in names[: self.num_positional]]
         output = self.model(*args, **{name: bound[name] for name in names[self.num_positional :]})
-        self.outputs = describe(output)
         return tuple(flatten(self.outputs, output))
 
 
@@ -112,16 +87,13 @@ def export_to_ir(model: nn.Module, example: Example) -> tuple[ir.Model, OnnxSign
         SpeedupError: the packages are missing, or the model cannot be exported.
     """
     require_onnx()
-    example = with_batch_size(example, max(2, batch_size(example)))
     call = _FlatCall(model, example).eval()
-    program, dynamic = export_program(call, tuple(call.tensors))
-    with torch.no_grad():
-        call(*call.tensors)  # tracing may have left the description of a traced output
+    program, dynamic = export_program(call, call.tensors)
     with quiet():
         try:
             exported = torch.onnx.export(
                 program,
-                input_names=_input_names(call.inputs),
+                input_names=_tensor_names(call.inputs),
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -129,7 +101,7 @@ def export_to_ir(model: nn.Module, example: Example) -> tuple[ir.Model, OnnxSign
             )
         except Exception as error:
             raise SpeedupError(
-                f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}",
+                f"{type(model).__name__} cannot be exported to ONNX: {cause_of(error)}",
                 remedy="an operator has no ONNX form, or the model's control flow depends on its data",
             ) from error
     assert exported is not None
@@ -138,62 +110,14 @@ def export_to_ir(model: nn.Module, example: Example) -> tuple[ir.Model, OnnxSign
     return exported.model, signature
 
 
-def export_program(model: nn.Module, example: Example) -> tuple[ExportedProgram, bool]:
-    """`torch.export` with a dynamic batch if the model allows it: the program, and whether it does.
-
-    Raises:
-        SpeedupError: the model cannot be exported at all.
-    """
-    args, kwargs = as_call(example)
-    size = batch_size(example)
-
-    def dims(leaf: Any) -> Any:
-        return {0: Dim.AUTO} if is_batched(leaf, size) else None
-
-    shapes = torch.utils._pytree.tree_map(dims, (list(args), kwargs))
-    try:
-        program = _export(model, args, kwargs, _by_name(model, *shapes))
-    except Exception:  # noqa: BLE001  # whatever keeps the batch from being dynamic: a static export is tried next
-        program = None
-    if program is not None:
-        return program, _has_dynamic_batch(program)
-    try:
-        return _export(model, args, kwargs, None), False
-    except Exception as error:
-        raise SpeedupError(
-            f"{type(model).__name__} cannot be exported: {_first_line(error)}",
-            remedy="torch.export needs a forward whose control flow does not depend on the data",
-        ) from error
-
-
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any] | None
-) -> ExportedProgram:
-    with quiet(), torch.no_grad():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-
-
-def _by_name(model: nn.Module, positional: list[Any], named: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(model, _FlatCall):
-        return {"tensors": tuple(positional)}
-    return bind(parameter_names(model), tuple(positional), named)
-
-
-def _has_dynamic_batch(program: ExportedProgram) -> bool:
-    names = set(program.graph_signature.user_inputs)
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    values = [node.meta["val"] for node in placeholders if isinstance(node.meta.get("val"), Tensor)]
-    return any(isinstance(value.shape[0], torch.SymInt) for value in values if value.ndim)
-
-
-def _input_names(tree: Tree, prefix: str = "") -> list[str]:
+def _tensor_names(tree: Tree, prefix: str = "") -> list[str]:
     if tree["kind"] == "tensor":
         return [prefix]
     if tree["kind"] == "constant":
         return []
     items = tree["items"]
     pairs = items.items() if tree["kind"] == "dict" else enumerate(items)
-    return [name for key, item in pairs for name in _input_names(item, f"{prefix}.{key}" if prefix else str(key))]
+    return [name for key, item in pairs for name in _tensor_names(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _tidy_(model: ir.Model, signature: OnnxSignature) -> None:
@@ -205,26 +129,9 @@ def _tidy_(model: ir.Model, signature: OnnxSignature) -> None:
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None
-    for output, name in zip(model.graph.outputs, _input_names(signature.outputs, "output"), strict=True):
+    for output, name in zip(model.graph.outputs, _tensor_names(signature.outputs, "output"), strict=True):
         output.name = name
     model.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the exporters' own warnings and log lines away from users; errors still raise."""
-    names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
 
 
 def to_bytes(model: ir.Model, signature: OnnxSignature, extra: dict[str, Any]) -> bytes:
@@ -235,21 +142,13 @@ def to_bytes(model: ir.Model, signature: OnnxSignature, extra: dict[str, Any]) -
     """
     import onnx_ir as ir
 
-    described = {
-        "signature": {
-            "parameters": list(signature.parameters),
-            "inputs": signature.inputs,
-            "outputs": signature.outputs,
-            "dynamic_batch": signature.dynamic_batch,
-        },
-        "versions": versions(),
-    }
-    model.metadata_props[METADATA_KEY] = json.dumps(described | extra)
+    described = {"signature": asdict(signature), "versions": versions(), **extra}
+    model.metadata_props[METADATA_KEY] = json.dumps(described)
     model.producer_name = "raycomp"
     try:
         serialized: bytes = ir.to_proto(model).SerializeToString()
     except ValueError as error:
-        raise SpeedupError(f"the model does not fit into one ONNX file: {_first_line(error)}") from error
+        raise SpeedupError(f"the model does not fit into one ONNX file: {cause_of(error)}") from error
     return serialized
 
 
@@ -267,31 +166,3 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> OnnxSig
     graph, signature = export_to_ir(as_float32(model), example_as_float32(example))
     Path(path).write_bytes(to_bytes(graph, signature, {}))
     return signature
-
-
-def as_float32(model: nn.Module) -> nn.Module:
-    """A copy of the model on the CPU, in float32 and eval mode."""
-    import copy
-
-    return copy.deepcopy(model).cpu().float().eval()
-
-
-def example_as_float32(example: Example) -> Example:
-    """The example on the CPU, its floating-point tensors in float32."""
-
-    def convert(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().cpu().float() if leaf.is_floating_point() else leaf.detach().cpu()
-
-    if isinstance(example, Tensor):
-        return convert(example)  # type: ignore[no-any-return]
-    return torch.utils._pytree.tree_map(convert, example)  # type: ignore[no-any-return]
-
-
-def _first_line(error: Exception) -> str:
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"

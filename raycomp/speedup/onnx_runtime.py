@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _TORCH_DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
-_INTEGER_OPERATORS = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "QAttention", "DynamicQuantize")
+_INTEGER_OPERATORS = ("QLinear", "QGemm", "MatMulInteger")
 
 
 class OnnxModule(nn.Module):
@@ -92,12 +93,15 @@ class OnnxModule(nn.Module):
         return rebuild(self.output_tree, iter([torch.from_numpy(output) for output in outputs]))
 
 
-def _session(model: bytes, threads: int | None, cuda: bool) -> Any:
+def _session(model: bytes, threads: int | None, cuda: bool, optimized: Path | None = None) -> Any:
     require_onnx()
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    # Its warnings speak of its own optimizer; errors are raised as well as logged.
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -122,21 +126,40 @@ def load_onnx(path: str | Path, *, threads: int | None = None, cuda: bool = Fals
     return OnnxModule(model, threads=threads, cuda=cuda)
 
 
-def executed_operators(model: bytes) -> Counter[str]:
-    """How often each operator stands in the graph that ONNX Runtime runs on this machine's CPU, after its fusions."""
+@dataclass(frozen=True)
+class Execution:
+    """What ONNX Runtime makes of a model on this machine's CPU, after its fusions.
+
+    Args:
+        operators: how often each operator stands in the graph that it runs.
+        dequantized: names of the integer constants that it dequantizes before use: their layers compute in float.
+    """
+
+    operators: dict[str, int]
+    dequantized: tuple[str, ...]
+
+    @property
+    def integer_operators(self) -> int:
+        """How many operators compute with 8-bit integers."""
+        return sum(count for name, count in self.operators.items() if name.startswith(_INTEGER_OPERATORS))
+
+
+def execution(model: bytes) -> Execution:
+    """The graph that ONNX Runtime runs on this machine's CPU, summed up.
+
+    Raises:
+        SpeedupError: ONNX Runtime is missing or cannot load the model.
+    """
     require_onnx()
     import onnx
-    import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
-        target = str(Path(folder) / "optimized.onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.optimized_model_filepath = target
-        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return Counter(node.op_type for node in onnx.load(target).graph.node)
-
-
-def is_integer_operator(name: str) -> bool:
-    """Whether ONNX Runtime's operator of that name computes with 8-bit integers."""
-    return name.startswith(_INTEGER_OPERATORS)
+        optimized = Path(folder) / "optimized.onnx"
+        _session(model, threads=1, cuda=False, optimized=optimized)
+        graph = onnx.load(optimized).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    names = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    return Execution(
+        operators=dict(Counter(node.op_type for node in graph.node)),
+        dequantized=tuple(sorted({name for name in names if name in constants})),
+    )

@@ -34,7 +34,8 @@ class ResidualNet(nn.Module):
         x = self.pool(self.stem_relu(self.stem_bn(self.stem(x))))
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         x = self.relu2(y + self.shortcut_bn(self.shortcut(x)))
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 RESIDUAL_FOLDS = [("stem", "stem_bn"), ("conv1", "bn1"), ("conv2", "bn2"), ("shortcut", "shortcut_bn")]
@@ -97,7 +98,9 @@ def calibrate(
     """Ranges of inputs, outputs and (folded) weights as one pass over `x` shows them."""
     calibration: Calibration = {name: {} for name in layers}
     hosted = {fold[0]: fold[-1] for fold in folds}
-    norms = {fold[0]: fold[1] for fold in folds if isinstance(model.get_submodule(fold[1]), nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        fold[0]: fold[1] for fold in folds if isinstance(model.get_submodule(fold[1]), nn.modules.batchnorm._BatchNorm)
+    }
     handles = []
     for name in layers:
         module = model.get_submodule(name)
@@ -115,7 +118,7 @@ def calibrate(
         if isinstance(getattr(module, "weight", None), Tensor):
             w = module.weight.detach()
             if name in norms:
-                bn = model.get_submodule(norms[name])
+                bn: Any = model.get_submodule(norms[name])
                 factor = (bn.weight / torch.sqrt(bn.running_var + bn.eps)).detach()
                 w = w * factor.view(-1, *[1] * (w.ndim - 1))
             dims = tuple(range(1, w.ndim))

@@ -1,4 +1,4 @@
-"""Folding of batch norms and activations into the layer that hosts them, as quantization-aware training simulates it."""
+"""Folding of batch norms and activations into the layer that hosts them, as the quantizer simulates it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from raycomp.errors import SpeedupError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def fold_(model: nn.Module, folds: Sequence[Sequence[str]]) -> None:
@@ -62,11 +61,8 @@ def _fold_batch_norm_(host: nn.Module, norm: nn.Module, where: str) -> None:
     scale = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
     shift = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     statistics = (norm.running_mean, norm.running_var, norm.eps, scale, shift)
-    if isinstance(host, (*_CONVOLUTIONS, *_TRANSPOSED)):
-        if isinstance(host, _TRANSPOSED):
-            weight, bias = _fold_transposed(host, norm.running_mean, norm.running_var, norm.eps, scale, shift)
-        else:
-            weight, bias = fuse_conv_bn_weights(host.weight, host.bias, *statistics)
+    if isinstance(host, _CONVOLUTIONS):
+        weight, bias = fuse_conv_bn_weights(host.weight, host.bias, *statistics)
     elif isinstance(host, nn.Linear):
         weight, bias = fuse_linear_bn_weights(host.weight, host.bias, *statistics)
     else:
@@ -77,19 +73,3 @@ def _fold_batch_norm_(host: nn.Module, norm: nn.Module, where: str) -> None:
         )
     host.weight = nn.Parameter(weight.detach(), requires_grad=False)
     host.bias = nn.Parameter(bias.detach(), requires_grad=False)
-
-
-def _fold_transposed(
-    host: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # torch's own fold takes the second weight dimension for the output channels, which holds for one group only
-    factor = scale * torch.rsqrt(var + eps)
-    per_group = factor.view(host.groups, 1, -1).expand(-1, host.in_channels // host.groups, -1)
-    weight = host.weight * per_group.reshape(host.in_channels, -1, *[1] * (host.weight.ndim - 2))
-    bias = torch.zeros_like(mean) if host.bias is None else host.bias
-    return weight, (bias - mean) * factor + shift

@@ -15,6 +15,9 @@ from raycomp.speedup.lower.grid import Grid
 from raycomp.speedup.lower.reference import DOMAIN, FAKE_QUANTIZE
 
 
+_MOVEMENT = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
+
+
 def fake_quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
     """The graph's FakeQuantize nodes."""
     return (node for node in list(graph) if is_fake_quantize(node))
@@ -87,18 +90,27 @@ def _holds(inner: Grid, outer: Grid) -> bool:
     return same_steps and outer.quant_min <= inner.quant_min and inner.quant_max <= outer.quant_max
 
 
-def raise_above_pooling_(graph: ir.Graph) -> None:
-    """Quantize before a max pooling, too, where only a quantizer reads it: the layer in front then ends in integers."""
-    for node in fake_quantizers(graph):
-        x, grid = _input(node), node_grid(node)
-        pooling = x.producer()
-        if pooling is None or pooling.op_type != "MaxPool" or grid.axis is not None:
+def raise_above_movement_(graph: ir.Graph) -> None:
+    """Quantize before a max pooling or a reshape, too, where only a quantizer reads what comes out of it.
+
+    The layer in front then ends in integers, as its integer kernel needs.
+    """
+    pending = list(fake_quantizers(graph))
+    while pending:
+        node = pending.pop()
+        moved, grid = _input(node).producer(), node_grid(node)
+        if moved is None or moved.domain != "" or moved.op_type not in _MOVEMENT or grid.axis is not None:
             continue
-        if len(x.uses()) > 1 or x.is_graph_output() or len(_input(pooling).uses()) > 1:
+        if not _read_once(_input(node)) or not _read_once(_input(moved)):
             continue
-        above = fake_quantize(_input(pooling), grid, node_target(node))
-        graph.insert_before(pooling, above)
-        pooling.replace_input_with(0, above.outputs[0])
+        above = fake_quantize(_input(moved), grid, node_target(node))
+        graph.insert_before(moved, above)
+        moved.replace_input_with(0, above.outputs[0])
+        pending.append(above)
+
+
+def _read_once(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def absorb_activations_(graph: ir.Graph) -> None:

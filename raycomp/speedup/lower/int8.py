@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup.call import Example
-from raycomp.speedup.measure import hardware
-from raycomp.speedup.onnx_export import OnnxSignature, example_as_float32, export_to_ir, to_bytes
-from raycomp.speedup.onnx_runtime import OnnxModule, executed_operators, is_integer_operator
 from raycomp.speedup.lower.reference import lowering, simulate_int8
+from raycomp.speedup.measure import hardware
+from raycomp.speedup.onnx_export import OnnxSignature, export_to_ir, to_bytes
+from raycomp.speedup.onnx_runtime import Execution, OnnxModule, execution
+from raycomp.speedup.program import example_as_float32
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,19 @@ class Int8Model:
         return OnnxModule(self.onnx, threads=threads, cuda=cuda)
 
     @cached_property
-    def operators(self) -> dict[str, int]:
-        """How often each operator stands in the graph that ONNX Runtime runs on this machine's CPU."""
-        return dict(executed_operators(self.onnx))
+    def execution(self) -> Execution:
+        """Which operators ONNX Runtime runs for this model on this machine's CPU."""
+        return execution(self.onnx)
 
     @property
-    def integer_operators(self) -> int:
-        """How many of them compute with 8-bit integers."""
-        return sum(count for name, count in self.operators.items() if is_integer_operator(name))
+    def float_layers(self) -> tuple[str, ...]:
+        """The layers with integer weights that ONNX Runtime nevertheless computes in float on this machine.
+
+        A convolution needs its input, weight and output quantized (a ReLU or max pooling may stand between), a linear
+        layer its input and weight.
+        """
+        weights = [name.removesuffix("_quantized") for name in self.execution.dequantized]
+        return tuple(name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
 
 
 def lower_int8(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,8 @@ from raycomp.errors import SpeedupError
 from raycomp.speedup.lower import graph as rewrites
 from raycomp.speedup.lower.grid import Grid, stored_activation, stored_weight
 from raycomp.speedup.lower.reference import DOMAIN
+
+Array: TypeAlias = npt.NDArray[Any]
 
 BIAS_LIMIT = 2**30
 """Half of what int32 holds: the sums of products are added to the bias in int32, too."""
@@ -33,7 +36,7 @@ def to_qdq_(model: ir.Model) -> tuple[str, ...]:
     """
     graph = model.graph
     rewrites.merge_equal_(graph)
-    rewrites.raise_above_pooling_(graph)
+    rewrites.raise_above_movement_(graph)
     rewrites.absorb_activations_(graph)
     rewrites.merge_equal_(graph)
     for node in rewrites.fake_quantizers(graph):
@@ -56,7 +59,7 @@ def to_qdq_(model: ir.Model) -> tuple[str, ...]:
     return grown
 
 
-def _store_weight(graph: ir.Graph, node: ir.Node, values: npt.NDArray[np.float32]) -> None:
+def _store_weight(graph: ir.Graph, node: ir.Node, values: Array) -> None:
     grid, dtype = stored_weight(rewrites.node_grid(node))
     integers = grid.quantize(torch.from_numpy(np.array(values))).numpy().astype(dtype)
     name = rewrites.node_target(node)
@@ -123,7 +126,7 @@ def _axis(grid: Grid) -> list[ir.Attr]:
     return [] if grid.axis is None else [ir.AttrInt64("axis", grid.axis)]
 
 
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     unique, count = name, 1
     while unique in graph.initializers:
         count += 1
@@ -140,11 +143,12 @@ class _Biased:
     node: ir.Node
     input_scale: np.float32
     weight: ir.Node
-    bias: npt.NDArray[np.float32]
+    bias: Array
 
-    def steps(self) -> npt.NDArray[np.float32]:
+    def steps(self) -> Array:
         """The bias in units of input scale times weight scale."""
-        return np.abs(self.bias) / (self.input_scale * _array(self.weight, 1))
+        steps: Array = np.abs(self.bias) / (self.input_scale * _array(self.weight, 1))
+        return steps
 
 
 def _quantize_biases(graph: ir.Graph) -> tuple[str, ...]:
@@ -168,11 +172,10 @@ def _biased_layers(graph: ir.Graph) -> Iterator[_Biased]:
     for node in graph:
         if node.domain != "" or node.op_type not in _WITH_INTEGER_BIAS or len(node.inputs) < 3 or not node.inputs[2]:
             continue
-        x, weight = (value and value.producer() for value in node.inputs[:2])
+        x, weight = _dequantize_before(node.inputs[0]), _dequantize_before(node.inputs[1])
         bias = _constant_of(node.inputs[2])
-        if bias is None or not _is_dequantize(x) or not _is_dequantize(weight):
+        if bias is None or x is None or weight is None:
             continue
-        assert x is not None and weight is not None
         input_scale = _array(x, 1)
         if input_scale.ndim == 0 and _array(x, 2).dtype == np.uint8 and _array(weight, 0).dtype == np.int8:
             yield _Biased(node, np.float32(input_scale), weight, bias.astype(np.float32))
@@ -196,33 +199,32 @@ def _make_room(layer: _Biased) -> str | None:
     return str(value.name)
 
 
-def _constant_of(value: ir.Value | None) -> npt.NDArray[np.float32] | None:
+def _constant_of(value: ir.Value | None) -> Array | None:
     """The value of a constant, dequantized where it is stored in integers."""
     if value is None:
         return None
-    producer = value.producer()
-    if _is_dequantize(producer):
-        assert producer is not None
-        if producer.inputs[0] is None or producer.inputs[0].const_value is None:
-            return None
-        quantized, scale, zero_point = (_array(producer, i).astype(np.float32) for i in range(3))
+    dequantize = _dequantize_before(value)
+    if dequantize is not None:
+        quantized, scale, zero_point = (_array(dequantize, i).astype(np.float32) for i in range(3))
         return np.asarray((quantized - zero_point) * scale, np.float32)
     constant = ir.convenience.get_const_tensor(value)
     return None if constant is None else np.asarray(constant.numpy())
 
 
-def _is_dequantize(node: ir.Node | None) -> bool:
-    return node is not None and node.domain == "" and node.op_type == "DequantizeLinear"
+def _dequantize_before(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, if any."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.domain == "" and node.op_type == "DequantizeLinear" else None
 
 
-def _array(node: ir.Node, index: int) -> npt.NDArray[np.generic]:
+def _array(node: ir.Node, index: int) -> Array:
     value = node.inputs[index]
     if value is None or value.const_value is None:
         return np.array(np.nan, np.float32)
     return value.const_value.numpy()
 
 
-def _set(node: ir.Node, index: int, array: npt.NDArray[np.generic]) -> None:
+def _set(node: ir.Node, index: int, array: Array) -> None:
     value = node.inputs[index]
     assert value is not None
     value.const_value = ir.tensor(array, name=value.name)

@@ -6,7 +6,6 @@ quantizers turn into `raycomp::FakeQuantize` nodes, which `raycomp.speedup.lower
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.target import TargetId
 from raycomp.core.attach import TargetSpace
+from raycomp.core.target import TargetId
 from raycomp.errors import SpeedupError
 from raycomp.speedup.lower.fold import fold_
 from raycomp.speedup.lower.grid import Grid, grid_of
+from raycomp.speedup.program import as_float32
 
 FAKE_QUANTIZE = "FakeQuantize"
 DOMAIN = "raycomp"
@@ -93,7 +93,7 @@ def simulate_int8(
     Raises:
         SpeedupError: calibration or folds name what the model does not have, or grids that cannot be stored.
     """
-    copied = copy.deepcopy(model).cpu().float().eval()
+    copied = as_float32(model)
     fold_(copied, folds)
     space = TargetSpace(copied)
     for module_name, targets in calibration.items():
@@ -105,7 +105,7 @@ def simulate_int8(
             if target.kind == "parameter" and reduce_range and target_id.target == "weight" and grid.bits == 8:
                 grid = grid.halved()
             target.claim("quantizer", GridQuantizer(grid, str(target_id)), "int8")
-    return copied.requires_grad_(False)
+    return copied
 
 
 def _check(model: nn.Module, target_id: TargetId) -> None:
