@@ -19,7 +19,7 @@ from raycomp.config.job import JobConfig
 from raycomp.config.values import KeyPath, format_path, shown
 from raycomp.errors import ConfigError, Problem
 
-_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")}
+_TYPES = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 _MERGE = "tag:yaml.org,2002:merge"
 _ENTRIES: Mapping[str, type[SelectionEntry]] = {
     "pruner": PruneEntry,
@@ -79,6 +79,9 @@ class _Reader:
         if node in self.open_nodes:
             self.report(node, path, "it holds itself", "take the alias out")
             return None
+        if node.tag not in _TYPES:
+            self.report(node, path, f"unknown type '{node.tag}'", "only plain data: take the tag out")
+            return None
         self.open_nodes.append(node)
         try:
             if isinstance(node, yaml.MappingNode):
@@ -90,13 +93,10 @@ class _Reader:
             self.open_nodes.pop()
 
     def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        if node.tag not in _SCALARS:
-            self.report(node, path, f"unknown type '{node.tag}'", "plain texts, numbers, true, false and null only")
-            return None
         try:
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            self.report(node, path, f"'{node.value}' is not a {node.tag.rpartition(':')[2]}: {error}")
+        except (yaml.YAMLError, ValueError, LookupError):
+            self.report(node, path, f"'{node.value}' is not of type {node.tag.rpartition(':')[2]}")
             return None
 
     def sequence(self, node: yaml.SequenceNode, path: KeyPath) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Artifact:
             raise ArtifactError(f"'{name}' is not what was published: its sha256 differs", where=self.uri)
 
 
-def open_artifact(uri: str, endpoint: str | None = None, region: str | None = None) -> Artifact:
+def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Artifact:
     """The artifact at a place, its manifest read; see `open_store` for the arguments.
 
     Raises:

@@ -175,7 +175,7 @@ class Store:
         return self.join(name).uri
 
 
-def open_store(uri: str, endpoint: str | None = None, region: str | None = None) -> Store:
+def open_store(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Store:
     """The place that a URI or a local path names. Credentials come from AWS_* environment variables alone.
 
     Args:
@@ -186,6 +186,7 @@ def open_store(uri: str, endpoint: str | None = None, region: str | None = None)
     Raises:
         StorageError: the URI is not right, or there are no credentials for it.
     """
+    uri = os.fspath(uri)
     try:
         StorageConfig(uri=uri, endpoint=endpoint, region=region)
     except ConfigError as error:
@@ -200,6 +201,7 @@ def open_store(uri: str, endpoint: str | None = None, region: str | None = None)
         location = s3.locate(uri, endpoint, region)
         s3.require_credentials(location)
         with explained(location.uri):
+            location = s3.with_region(location)
             return Store(s3.connect(location), location.path, location.uri)
     with explained(uri):
         filesystem, path = fs.FileSystem.from_uri(uri)

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import http.client
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -68,6 +68,17 @@ def locate(uri: str, endpoint: str | None, region: str | None) -> S3Location:
     return S3Location(path, host, scheme, region or ("us-east-1" if host else None))
 
 
+def with_region(location: S3Location) -> S3Location:
+    """The location with the region that Amazon says its bucket is in, where nothing else says it.
+
+    Raises:
+        OSError: Amazon can't be asked, or has no such bucket.
+    """
+    if location.region:
+        return location
+    return replace(location, region=fs.resolve_s3_region(location.path.partition("/")[0]))
+
+
 def require_credentials(location: S3Location) -> None:
     """Raises StorageError if the environment holds no credentials.
 
@@ -86,9 +97,9 @@ def require_credentials(location: S3Location) -> None:
 
 
 def connect(location: S3Location, *, request_timeout_s: float = 30, attempts: int = 3) -> fs.S3FileSystem:
-    """Arrow's file system for a location, with the environment's credentials; asks the store only for its region."""
+    """Arrow's file system for a location, with the environment's credentials; makes no request yet."""
     return fs.S3FileSystem(
-        region=location.region or fs.resolve_s3_region(location.path.partition("/")[0]),
+        region=location.region,
         endpoint_override=location.host,
         scheme=location.scheme,
         connect_timeout=_CONNECT_TIMEOUT_S,

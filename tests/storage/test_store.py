@@ -120,6 +120,7 @@ def test_local_places_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert open_store("artifacts").uri == str(tmp_path / "artifacts")
     assert open_store("~/x").path == str(tmp_path / "home" / "x")
     assert open_store(f"file://{tmp_path}/with%20space").path == str(tmp_path / "with space")
+    assert open_store(tmp_path / "x") == open_store(str(tmp_path / "x"))
     assert isinstance(open_store("artifacts").filesystem, fs.LocalFileSystem)
 
 
@@ -153,3 +154,12 @@ def test_local_and_remote_files_are_plain(object_store_keys: ObjectStore) -> Non
     other = object_store_keys.filesystem()
     for key, content in (("a/b.txt", b"1"), ("a/c d.txt", b"2")):
         assert other.open_input_stream(f"{object_store_keys.bucket}/plain/{key}").read() == content
+
+
+def test_amazon_is_asked_for_the_region_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyarrow.fs.resolve_s3_region", {"bucket": "eu-north-1"}.pop)
+    store = open_store("s3://bucket/x")
+    assert store.uri == "s3://bucket/x?region=eu-north-1"
+    assert open_store(store.uri) == store
+    monkeypatch.setenv("AWS_REGION", "eu-south-2")
+    assert open_store("s3://bucket/x").uri == "s3://bucket/x?region=eu-south-2"
