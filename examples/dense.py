@@ -21,6 +21,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: i
     model.to(memory_format=torch.channels_last)  # a third faster on a CPU
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    batch_size = min(batch_size, len(images))
     steps = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=epochs * steps)
     model.train()

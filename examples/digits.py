@@ -1,4 +1,4 @@
-"""Handwritten digits: 1,797 images of 8 x 8 that come with scikit-learn. A ResNet-8 that is compressed, and teaches itself."""
+"""Handwritten digits: 1,797 images of 8 x 8 that come with scikit-learn; a ResNet-8 that teaches itself."""
 
 from __future__ import annotations
 

@@ -94,7 +94,13 @@ class FashionMnist(Task):
             train(model, *self.train_data().tensors, epochs=epochs, seed=self.seed)
             return model.state_dict()
 
-        recipe = {"name": "fashion", "blocks": blocks, "epochs": epochs, "seed": self.seed, "samples": self.train_samples}
+        recipe = {
+            "name": "fashion",
+            "blocks": blocks,
+            "epochs": epochs,
+            "seed": self.seed,
+            "samples": self.train_samples,
+        }
         return remembered(recipe, make)
 
 

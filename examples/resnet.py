@@ -29,11 +29,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of blocks, each with twice the channels of the one before: 1 block a stage is ResNet-8, 3 are ResNet-20.
+    """Three stages of blocks, each with twice the channels of the one before: ResNet-8, ResNet-20.
 
     Args:
         width: channels of the first stage.
-        blocks: per stage.
+        blocks: per stage, 1 for ResNet-8 and 3 for ResNet-20.
         stem_stride: of the first convolution.
         classes: of the output.
     """

@@ -26,9 +26,9 @@ from raycomp.errors import CompressionError
 def synchronise_batch_norm_(model: nn.Module) -> list[str]:
     """Lets every batch norm of `model` train on the moments of the global batch.
 
-    Comes before compressors are attached. A norm's class becomes a subclass of the same name; its parameters, buffers and
-    hooks stay, and `restore_batch_norm_` gives the class back. In evaluation, and without a process group, it computes
-    what it always did. While a norm trains, each of its forward and backward passes is a collective.
+    Comes before compressors are attached. A norm's class becomes a subclass of the same name; its parameters, buffers
+    and hooks stay, and `restore_batch_norm_` gives the class back. In evaluation, and without a process group, it
+    computes what it always did. While a norm trains, each of its forward and backward passes is a collective.
 
     Returns:
         The names of the norms.
@@ -44,7 +44,7 @@ def synchronise_batch_norm_(model: nn.Module) -> list[str]:
     for name, norm in norms.items():
         if type(norm).forward is not _BatchNorm.forward or is_parametrized(norm):
             raise CompressionError(
-                f"this {type(norm).__name__} has a forward of its own or a parametrization, so it can't be synchronised",
+                f"this {type(norm).__name__} has a forward of its own or a parametrization: it can't be synchronised",
                 where=name,
                 remedy="synchronise before compressors are attached, or leave sync_batch_norm out",
             )
@@ -90,8 +90,8 @@ class Moments:
 def global_moments(input: Tensor) -> Moments:
     """The moments of `input` [batch, channels, ...] over the batches of all ranks; bitwise the same on each of them.
 
-    Each rank's moments are merged as Chan, Golub and LeVeque (1979) merge them, in float64, so that a mean far from zero
-    costs no digits. A rank without samples (`BatchShare.samples == 0`) counts nothing. A collective.
+    Each rank's moments are merged as Chan, Golub and LeVeque (1979) merge them, in float64, so that a mean far from
+    zero costs no digits. A rank without samples (`BatchShare.samples == 0`) counts nothing. A collective.
     """
     exact = input if input.dtype == torch.float64 else input.float()
     variance, mean = torch.var_mean(exact, dim=_all_but_channels(input), correction=0)
@@ -124,7 +124,7 @@ class _Synchronised(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and is_distributed()):
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         share = current_share()
         samples = share.total if share is not None else world_size() * input.shape[0]
         if samples * input[0, 0].numel() <= 1:
@@ -132,7 +132,7 @@ class _Synchronised(_BatchNorm):
             raise ValueError(f"batch norm needs more than one value per channel to train on, got input {found}")
         moments = global_moments(input)
         _update_running_(self, moments)
-        return _Normalise.apply(input, self.weight, self.bias, moments, self.eps)
+        return _Normalise.apply(input, self.weight, self.bias, moments, self.eps)  # type: ignore[no-untyped-call]
 
 
 @cache

@@ -135,7 +135,8 @@ def as_loader_factory(task: Task, data: Any, num_data_workers: int = 0) -> Loade
     raise TaskError(
         f"data of type {type(data).__name__} can't be split among workers",
         where=type(task).__name__,
-        remedy="return a map-style or iterable Dataset, a ray.data.Dataset, or a function of LoaderContext that makes a DataLoader",
+        remedy="return a map-style or iterable Dataset, a ray.data.Dataset, or a function of LoaderContext that gives "
+        "an iterable of batches",
     )
 
 
@@ -184,7 +185,7 @@ class GlobalBatches:
 
     def _global_batches(self, epoch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(sample_seed(self._plan.seed, epoch))
-        return torch.randperm(self._length, generator=generator).split(self._plan.global_batch_size)
+        return torch.split(torch.randperm(self._length, generator=generator), self._plan.global_batch_size)
 
     def _step(self, indices: Tensor) -> list[_Part]:
         pieces = (indices[rank_slice(len(indices), i, self._plan.accumulation)] for i in range(self._plan.accumulation))

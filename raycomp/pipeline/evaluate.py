@@ -36,8 +36,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The mean of each of the task's metrics over the samples, in the task's order; the same on every rank.
 
-    A map-style dataset is shared out among the workers, every sample once. The model is evaluated in eval mode; each of its
-    modules is afterwards in the mode that it was in. A collective: every rank calls it.
+    A map-style dataset is shared out among the workers, every sample once. The model is evaluated in eval mode; each of
+    its modules is afterwards in the mode that it was in. A collective: every rank calls it.
 
     Args:
         task: gives forward and metrics.
@@ -94,7 +94,7 @@ class _View:
 
 
 def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
-    """This worker's batches, each with how many of its samples count; a worker without samples gets one that counts none."""
+    """This worker's batches, each with how many of its samples count; a worker without samples gets one with none."""
     if is_map_style(data):
         yield from _indexed_batches(task, data, view)
         return
@@ -116,7 +116,7 @@ def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, 
     if total == 0:
         return
     mine = torch.arange(total)[rank_slice(total, view.rank, view.world)]
-    wanted = list(mine.split(view.batch_size)) if len(mine) else [torch.tensor([0])]
+    wanted = list(torch.split(mine, view.batch_size)) if len(mine) else [torch.tensor([0])]
     counts = [len(indices) for indices in wanted] if len(mine) else [0]
     fetched = fetched_batches(task, data, wanted, 0, 0, augment=False, num_data_workers=view.num_data_workers)
     yield from zip(fetched, counts, strict=True)

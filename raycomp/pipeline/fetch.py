@@ -39,8 +39,8 @@ def fetched_batches(
 ) -> Iterator[Any]:
     """A collated batch for each tensor of indices in `wanted`, in this order.
 
-    What a dataset draws from the global random generators (torch's, Python's, NumPy's) while it gives a sample, and what
-    `task.augment` draws from its own, depends on seed, epoch and the sample's index alone.
+    What a dataset draws from the global random generators (torch's, Python's, NumPy's) while it gives a sample, and
+    what `task.augment` draws from its own, depends on seed, epoch and the sample's index alone.
 
     Raises:
         TaskError: the dataset, augment or collate raises.
@@ -141,7 +141,7 @@ def _seed_global_generators(seed: int) -> None:
 
 @contextmanager
 def _restored_random_state() -> Iterator[None]:
-    """Global generators are after the block as they were before it: training's own randomness (dropout) is not touched."""
+    """Global generators are after the block as they were before it, so training's own randomness is not touched."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
     try:

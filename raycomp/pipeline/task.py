@@ -28,8 +28,8 @@ class Task:
     A job's `task.arguments` are the constructor's keyword arguments. Every worker constructs the task for itself and
     must get the same; what is costly to make (a trained teacher) is made once in `prepare`.
 
-    Batches may have any form. The defaults know `(input, ..., target)` and mappings with a key `labels`, `label`, `target`
-    or `targets`, and models that give logits, or an output with `loss` and `logits` as Hugging Face's do.
+    Batches may have any form. The defaults know `(input, ..., target)` and mappings with a key `labels`, `label`,
+    `target` or `targets`, and models that give logits, or an output with `loss` and `logits` as Hugging Face's do.
     """
 
     prepared: Path | None = None
@@ -37,9 +37,6 @@ class Task:
 
     unused_parameters: bool = False
     """Whether a training step may leave parameters without a gradient; DDP then looks for them, which costs time."""
-
-    unused_parameters: bool = False
-    """Whether a forward pass may leave parameters without a gradient; DDP must then look for them in every step."""
 
     def prepare(self, folder: Path) -> None:
         """Writes files that every worker needs; runs once per job, on the driver. Default: nothing.

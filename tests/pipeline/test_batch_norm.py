@@ -221,6 +221,6 @@ def test_a_norm_that_would_quietly_stay_unsynchronised_is_refused() -> None:
     parametrize.register_parametrization(parametrized, "weight", _Double())
     for norm in (_OwnForward(3), parametrized):
         model = nn.Sequential(nn.BatchNorm2d(3), norm)
-        with pytest.raises(CompressionError, match="^1: this "):
+        with pytest.raises(CompressionError, match=r"^1: this "):
             synchronise_batch_norm_(model)
         assert not is_synchronised(model[0])

@@ -111,5 +111,5 @@ def test_an_error_of_the_user_keeps_its_cause_and_survives_pickling() -> None:
     copy = pickle.loads(pickle.dumps(raised.value))
     assert str(copy) == str(raised.value)
     assert "loss() raised ValueError: invalid literal for int()" in str(copy)
-    with pytest.raises(TaskError, match="^own$"), user_code("loss()"):
+    with pytest.raises(TaskError, match=r"^own$"), user_code("loss()"):
         raise TaskError("own")
