@@ -98,17 +98,15 @@ def conclude(
     masks = _all_masks([*(found for _, found in earlier), result.masks])
     dense = dense_model(task, job.training.seed).eval()
     inputs = real_inputs(task, torch.float32, 2)
-    int8, int8_notes = None, ()
     with watch.part("lower to int8"):
-        if job.wants_int8:
-            int8, int8_notes = _lower(job, result, inputs)
+        int8 = _lower(job, result, inputs) if job.wants_int8 else None
     with watch.part("measure"):
         rows, timing_notes = figures.model_figures(job, task, figures.Forms(dense, result.simulated, result.model, int8))
         int8_row = None if int8 is None else figures.int8_figures(task, result, int8, rows)
     with watch.part("write the artifact"):
         export_notes = artifact.write_models(folder, result, int8, inputs)
         artifact.write_statistics(folder, masks, result)
-    notes = [*(note for outcome in outcomes for note in outcome.notes), *int8_notes, *timing_notes, *export_notes]
+    notes = [*(note for outcome in outcomes for note in outcome.notes), *_int8_notes(int8), *timing_notes, *export_notes]
     summary = RunSummary(
         job=job.name,
         run=facts.run,
@@ -129,16 +127,17 @@ def conclude(
     return Conclusion(summary, masks, result.calibration)
 
 
-def _lower(job: JobConfig, result: StageResult, inputs: Any) -> tuple[Int8Model, tuple[str, ...]]:
+def _lower(job: JobConfig, result: StageResult, inputs: Any) -> Int8Model:
     wanted = job.int8.reduce_range
     reduce_range = None if wanted == "auto" else bool(wanted)
-    int8 = lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
-    notes = []
-    if int8.float_layers:
-        notes.append(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
-    if int8.grown_scales:
-        notes.append(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
-    return int8, tuple(notes)
+    return lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
+
+
+def _int8_notes(int8: Int8Model | None) -> Iterator[str]:
+    if int8 is not None and int8.float_layers:
+        yield f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}"
+    if int8 is not None and int8.grown_scales:
+        yield f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32"
 
 
 def _all_masks(parts: Sequence[Masks]) -> Masks:

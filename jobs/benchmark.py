@@ -1,0 +1,223 @@
+"""What raycomp costs and gives, measured side by side in one run.
+
+python jobs/benchmark.py steps      # step time with compressors against the same DDP loop without
+python jobs/benchmark.py fashion    # Fashion-MNIST at 50 % of channels and int8: with and without distillation
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raycomp.config import JobConfig, load_job
+from raycomp.core.chain import Chain
+from raycomp.core.evaluator import TorchEvaluator
+from raycomp.pruning import TaylorPruner
+from raycomp.quantization import QATQuantizer
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+Step = Callable[[], None]
+
+
+@click.group()
+def main() -> None:
+    """Measures raycomp."""
+
+
+@main.command()
+@click.option("--workers", default=2, show_default=True, help="DDP processes (gloo, one thread each).")
+@click.option("--batch", default=128, show_default=True, help="Global batch size.")
+@click.option("--rounds", default=40, show_default=True, help="Timed steps of each variant.")
+def steps(workers: int, batch: int, rounds: int) -> None:
+    """Step time of a ResNet-8 on 28 x 28 images: plain, with a Taylor pruner, with QAT and conv-BN folding."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_time_steps, (workers, batch, rounds, folder), nprocs=workers)
+        times: dict[str, list[float]] = torch.load(f"{folder}/times", weights_only=True)
+    table = Table("variant", "median ms", "ratio to plain")
+    for name, seconds in times.items():
+        ratios = [mine / plain for mine, plain in zip(seconds, times["plain"], strict=True)]
+        table.add_row(name, f"{1000 * statistics.median(seconds):.1f}", f"{statistics.median(ratios):.2f}")
+    Console().print(table)
+
+
+def _time_steps(rank: int, workers: int, batch: int, rounds: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=workers)
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(batch // workers, 1, 28, 28, generator=generator)
+    labels = torch.randint(0, 10, (batch // workers,), generator=generator)
+    variants = {
+        "plain": _training(lambda model: None, images, labels),
+        "TaylorPruner": _training(_pruner, images, labels),
+        "QATQuantizer": _training(_quantizer, images, labels),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(rounds + 5):
+        for name, step in variants.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            step()
+            if round_ >= 5:
+                times[name].append(time.perf_counter() - begun)
+    if rank == 0:
+        torch.save(times, f"{folder}/times")
+    dist.destroy_process_group()
+
+
+def _training(compress: Callable[[nn.Module], Chain | None], images: Tensor, labels: Tensor) -> Step:
+    """One optimizer step of a fresh model in DDP, with the compressors that `compress` attaches."""
+    from resnet import ResNet
+
+    torch.manual_seed(0)
+    plain = ResNet(16)
+    chain = compress(plain)
+    model = DistributedDataParallel(plain)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    if chain is not None:
+        chain.run([optimizer]).__enter__()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss = loss if chain is None else chain.loss(loss, images)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _unused(*args: Any) -> None:
+    raise RuntimeError("the benchmark runs its own loop")
+
+
+def _evaluator(model: nn.Module) -> TorchEvaluator:
+    return TorchEvaluator(_unused, torch.optim.SGD(model.parameters(), lr=0.1), _unused)
+
+
+def _pruner(model: nn.Module) -> Chain:
+    config = [{"op_types": ["Conv2d", "BatchNorm2d"], "sparse_ratio": 0.5}]
+    return TaylorPruner(model, config, _evaluator(model), training_steps=10_000).chain
+
+
+def _quantizer(model: nn.Module) -> Chain:
+    stages = load_job(EXAMPLES / "fashion.yaml").stages
+    settings = next(item for item in stages[0].compressors if item.type == "QATQuantizer")
+    return QATQuantizer(model, settings.config_list, _evaluator(model)).chain
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job's result on Fashion-MNIST, accuracies in percent."""
+
+    seed: int
+    distilled: bool
+    dense: float
+    simulated: float
+    int8: float
+    macs: float
+    training_s: float
+    rest_s: float
+
+
+@main.command()
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--epochs", default=6, show_default=True, help="Of the compression.")
+@click.option("--storage", default="artifacts", show_default=True, help="Where the artifacts go.")
+@click.option("--samples", default=None, type=int, help="Use the first so many training images alone.")
+def fashion(seeds: int, epochs: int, storage: str, samples: int | None) -> None:
+    """Fashion-MNIST at 50 % of channels and int8, the same budget with and without distillation."""
+    from raycomp.distributed.cluster import connect
+
+    job = load_job(EXAMPLES / "fashion.yaml")
+    rows = []
+    with connect(job):
+        for seed in range(seeds):
+            for distilled in (True, False):
+                rows.append(_run(_variant(job, seed, distilled, epochs, storage, samples), seed, distilled))
+                Console().print(rows[-1])
+    Console().print(_fashion_table(rows))
+
+
+def _variant(job: JobConfig, seed: int, distilled: bool, epochs: int, storage: str, samples: int | None) -> JobConfig:
+    raw = job.model_dump(mode="json", by_alias=True)
+    raw["name"] = f"fashion-{seed}-{'distilled' if distilled else 'alone'}"
+    raw["storage"]["uri"] = storage
+    raw["task"]["arguments"] |= {"seed": seed, **({"train_samples": samples} if samples else {})}
+    raw["training"] |= {"seed": seed, "epochs": epochs}
+    if not distilled:
+        stage = raw["stages"][0]
+        stage["compressors"] = [item for item in stage["compressors"] if "Distiller" not in item["type"]]
+    return JobConfig.model_validate(raw)
+
+
+def _run(job: JobConfig, seed: int, distilled: bool) -> Row:
+    from raycomp import CompressionJob
+    from raycomp.report.progress import ProgressPrinter
+
+    with ProgressPrinter(every_s=60) as progress:
+        result = CompressionJob(job, base_dir=EXAMPLES).fit(progress=progress)
+    models = {row.name: row for row in result.summary.models}
+    accuracy = {name: 100 * row.metrics["accuracy"] for name, row in models.items()}
+    timings = result.summary.timings
+    return Row(
+        seed,
+        distilled,
+        accuracy["dense"],
+        accuracy["simulated"],
+        accuracy["int8"],
+        (models["sped-up"].macs or 0) / (models["dense"].macs or 1),
+        timings["train"],
+        sum(timings.values()) - timings["train"],
+    )
+
+
+def _fashion_table(rows: list[Row]) -> Table:
+    table = Table("seed", "distilled", "dense %", "simulated %", "int8 %", "int8 - dense", "MACs", "train s", "rest s")
+    for row in rows:
+        table.add_row(*_cells(str(row.seed), row))
+    for distilled in (True, False):
+        mine = [row for row in rows if row.distilled is distilled]
+        mean = replace(
+            mine[0],
+            **{
+                name: statistics.mean(getattr(row, name) for row in mine)
+                for name in ("dense", "simulated", "int8", "macs", "training_s", "rest_s")
+            },
+        )
+        table.add_row(*_cells("mean", mean), style="bold")
+    return table
+
+
+def _cells(seed: str, row: Row) -> list[str]:
+    figures = [row.dense, row.simulated, row.int8]
+    shown = [f"{value:.2f}" for value in figures]
+    difference = f"{row.int8 - row.dense:+.2f}"
+    return [
+        seed,
+        "yes" if row.distilled else "no",
+        *shown,
+        difference,
+        f"{row.macs:.3f}",
+        f"{row.training_s:.0f}",
+        f"{row.rest_s:.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
