@@ -1,4 +1,4 @@
-"""What a run reports: figures as values, terminal tables, progress lines and self-contained HTML. Needs no torch and no Ray."""
+"""What a run reports: figures as values, terminal tables, progress lines and self-contained HTML; no torch, no Ray."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from raycomp.report.summary import ModelFigures, RunSummary
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: its value, how it compares with dense (empty for dense itself), and whether it is worse than dense."""
+    """One figure: its value, how it compares with dense (empty for dense itself), and whether it is worse."""
 
     value: str
     against_dense: str = ""
@@ -48,8 +48,8 @@ def verification_text(summary: RunSummary) -> str:
     verdict = "within" if check.passed else "NOT within"
     return (
         f"Greatest difference between simulated and sped-up outputs: {text.number(check.max_abs_diff)}, that is "
-        f"{text.number(check.relative)} of the outputs' range ({verdict} the tolerance of {text.number(check.tolerance)}; "
-        f"batch sizes {batches})."
+        f"{text.number(check.relative)} of the outputs' range ({verdict} the tolerance of "
+        f"{text.number(check.tolerance)}; batch sizes {batches})."
     )
 
 

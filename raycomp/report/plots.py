@@ -139,11 +139,12 @@ def _tick_text(value: float) -> str:
 
 
 def _mark_lines(frame: _Frame, marks: Sequence[Mark]) -> str:
-    return "".join(
-        f'<line class="mark" x1="{frame.x(mark.x):.1f}" x2="{frame.x(mark.x):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
-        f'<text class="mark" x="{frame.x(mark.x):.1f}" y="{_TOP - 6}">{escape(mark.label)}</text>'
-        for mark in marks
-    )
+    parts = []
+    for mark in marks:
+        x = f"{frame.x(mark.x):.1f}"
+        parts.append(f'<line class="mark" x1="{x}" x2="{x}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+        parts.append(f'<text class="mark" x="{x}" y="{_TOP - 6}">{escape(mark.label)}</text>')
+    return "".join(parts)
 
 
 def _path(frame: _Frame, points: Sequence[Point]) -> str:

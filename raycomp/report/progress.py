@@ -20,8 +20,8 @@ from raycomp.report.summary import ProgressEvent
 class ProgressPrinter:
     """Shows ProgressEvents and messages as they come.
 
-    On a terminal the last event stands as a live bar below the messages. Elsewhere an event is printed when its stage or
-    epoch is new, when it brings metrics, when its stage ends, and otherwise every `every_s` seconds.
+    On a terminal the last event stands as a live bar below the messages. Elsewhere an event is printed when its stage
+    or epoch is new, when it brings metrics, when its stage ends, and otherwise every `every_s` seconds.
 
     Args:
         console: where to print; default standard error, so that a command's output stays its own.
@@ -83,7 +83,7 @@ class ProgressPrinter:
 
 
 def event_line(event: ProgressEvent) -> str:
-    """`stage fused  epoch 2/5  step 40/100  loss 0.31  accuracy 0.97  sparsity 25.0 %  2 workers  0:41`, in one line."""
+    """In one line: `stage fused  epoch 2/5  step 40/100  loss 0.31  accuracy 0.97  sparsity 25.0 %  2 workers …`."""
     parts = [f"stage {event.stage}", f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
     return "  ".join(parts + _figures(event))
 

@@ -114,10 +114,13 @@ def result(summary: RunSummary) -> str:
     )
     if not body:
         return ""
-    shown = f'<div class="wide"><table class="result"><thead><tr><th></th>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    shown = (
+        f'<div class="wide"><table class="result"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
     note = paragraph(
-        "Under each value: for metrics the difference from dense, for all else how many times smaller or faster it is than "
-        "dense (below 1× is worse). Latency is the median time of one call on the machine under Environment.",
+        "Under each value: for metrics the difference from dense, for all else how many times smaller or faster it is "
+        "than dense (below 1× is worse). Latency is the median time of one call on the machine under Environment.",
         "soft small",
     )
     forms = facts({model.name: _FORMS[model.name] for model in summary.models if model.name in _FORMS})
@@ -147,15 +150,16 @@ def int8(summary: RunSummary) -> str:
     hardware = (
         "The processor that measured has VNNI instructions, so 8-bit dot products are exact and fast."
         if figures.vnni
-        else "The processor that measured has no VNNI instructions: 8-bit dot products may saturate there and gain little "
-        "or no speed; expect better latency on one that has them."
+        else "The processor that measured has no VNNI instructions: 8-bit dot products may saturate there and gain "
+        "little or no speed; expect better latency on one that has them."
     )
     if figures.reduce_range:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
-        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of the integer model's outputs against the simulated ones",
+        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against the simulated ones",
         "Metric": f"{text.difference(figures.metric_difference)} against simulated",
-        "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of {text.size(figures.float_weight_bytes)} in float32",
+        "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of the "
+        f"{text.size(figures.float_weight_bytes)} that they take in float32",
     }
     return section("Integer arithmetic", facts(pairs), paragraph(hardware))
 
@@ -255,7 +259,8 @@ def _heads(summary: RunSummary) -> str:
         return ""
     dense, last = summary.models[0], summary.models[-1]
     items = "".join(
-        f'<div><dt>{escape(label)}</dt><dd><b>{escape(value)}</b><span class="soft small">{escape(detail)}</span></dd></div>'
+        f"<div><dt>{escape(label)}</dt>"
+        f'<dd><b>{escape(value)}</b><span class="soft small">{escape(detail)}</span></dd></div>'
         for label, value, detail in _head_figures(dense, last)
         if value
     )

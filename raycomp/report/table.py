@@ -13,9 +13,12 @@ from raycomp.report import text
 from raycomp.report.comparison import Cell, comparison, load_line, verification_text
 from raycomp.report.summary import RunSummary, TrialFigures
 
+ARTIFACT_LABEL = "artifact  "
+"""How the line begins that names a published artifact; whoever follows a job's log looks for it."""
+
 
 def result_table(summary: RunSummary) -> Table:
-    """A column for each form of the model, a row for each quantity; beside each value how many times smaller or faster."""
+    """A column for each form of the model, a row for each quantity, with the comparison to dense beside each value."""
     table = Table(box=box.SIMPLE_HEAD, title=f"{summary.job}  {summary.run}", title_justify="left", pad_edge=False)
     table.add_column("")
     for model in summary.models:
@@ -37,7 +40,7 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
     for warning in summary.warnings:
         _plain(console, f"warning: {warning}", "yellow")
     console.print()
-    _plain(console, f"artifact  {artifact_uri}")
+    _plain(console, f"{ARTIFACT_LABEL}{artifact_uri}")
     _plain(console, f"report    {report_path}")
     _plain(console, f"load      {load_line(artifact_uri)}")
 

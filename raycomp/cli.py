@@ -1,0 +1,252 @@
+"""The command line. Errors are told in a few lines; exit code 2 means a configuration to mend, 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.text import Text
+
+import raycomp
+from raycomp.config import JobConfig, job_schema, load_job, parse_job, read_job, set_key
+from raycomp.errors import ConfigError, Problem, RaycompError
+
+_PIPE_WIDTH = 120
+_INTERRUPTED = 130
+
+_JOB = click.argument("job", type=click.Path(path_type=Path))
+_SETTINGS = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set a key of the job: training.epochs=3 (repeatable).",
+)
+_RESUME = click.option("--resume", is_flag=True, help="Go on with the latest unfinished run of this job.")
+
+
+class _Commands(click.Group):
+    """Tells raycomp's errors without a traceback, unless --debug asks for it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaycompError as error:
+            if ctx.params.get("debug"):
+                raise
+            tell(error, Console(stderr=True))
+            ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def tell(error: RaycompError, console: Console) -> None:
+    """Prints an error: its place, its cause, and on a line of its own what would be right."""
+    problems = error.problems if isinstance(error, ConfigError) else (_problem(error),)
+    if len(problems) > 1:
+        console.print(Text(f"{len(problems)} problems", style="bold"))
+    for problem in problems:
+        place = f"{problem.where}: " if problem.where else ""
+        console.print(Text.assemble(("error ", "bold red"), place, problem.message), soft_wrap=True)
+        if problem.remedy:
+            console.print(Text(f"      {problem.remedy}"), soft_wrap=True)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(raycomp.__version__)
+def main(debug: bool) -> None:
+    """Compresses PyTorch models on Ray clusters: prune, quantize, distil; verified and stored."""
+
+
+@main.command()
+@_JOB
+@_RESUME
+@_SETTINGS
+def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
+    """Run a job file.
+
+    On the cluster of RAY_ADDRESS or the file's cluster.address, else on a local Ray of its own.
+    """
+    from raycomp.distributed.job import CompressionJob
+    from raycomp.report import ProgressPrinter, print_result
+
+    config = _job(job, settings)
+    with _placed(job), ProgressPrinter() as progress:
+        result = CompressionJob(config, base_dir=job.resolve().parent).fit(resume=resume, progress=progress)
+    print_result(_console(), result.summary, result.artifact_uri, result.report_path)
+
+
+@main.command()
+@_JOB
+@_SETTINGS
+def validate(job: Path, settings: tuple[str, ...]) -> None:
+    """Check a job file without a cluster.
+
+    Its keys, its task, its model's module names and its storage.
+    """
+    from raycomp.distributed.job import CompressionJob
+
+    config = _job(job, settings)
+    with _placed(job):
+        CompressionJob(config, base_dir=job.resolve().parent).validate()
+    compressors = [f"{stage.name}: {' + '.join(item.type for item in stage.compressors)}" for stage in config.stages]
+    click.echo(f"{job} is right: {'; '.join(compressors)}")
+
+
+@main.command()
+@_JOB
+@click.option("--address", required=True, help="The cluster's dashboard: http://host:8265.")
+@click.option(
+    "--working-dir",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    show_default="the current folder",
+    help="The folder to copy to the cluster; it holds the job file and its task.",
+)
+@click.option("--follow/--no-follow", default=True, show_default=True, help="Show the log and end as the job ends.")
+@click.option(
+    "--ship-raycomp", is_flag=True, help="Copy this raycomp along, for a cluster that has none or another one."
+)
+@_RESUME
+@_SETTINGS
+def submit(
+    job: Path,
+    address: str,
+    working_dir: Path,
+    follow: bool,
+    ship_raycomp: bool,
+    resume: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Run a job file on a cluster through Ray Jobs.
+
+    AWS_* credentials of this environment go along where the storage is s3://; who can read the cluster's dashboard can
+    read them there.
+    """
+    from raycomp import submit as jobs
+
+    plan = jobs.plan_submission(
+        _job(job, settings), job, working_dir, settings=settings, resume=resume, ship_raycomp=ship_raycomp
+    )
+    with jobs.jobs_client(address) as client:
+        submission = jobs.send(client, plan)
+        click.echo(f"submitted {submission} to {address}", err=True)
+        if not follow:
+            click.echo(submission)
+            return
+        try:
+            ended = jobs.follow(client, submission, _write)
+        except KeyboardInterrupt:
+            hint = f"ray job logs --follow --address {address} {submission}"
+            click.echo(f"\nthe job goes on; to see its log: {hint}; to end it: ray job stop instead of logs", err=True)
+            sys.exit(_INTERRUPTED)
+    if ended.reason:
+        click.echo(f"error {submission}: {ended.reason}", err=True)
+    sys.exit(ended.exit_code)
+
+
+@main.command()
+@click.argument("uri")
+def show(uri: str) -> None:
+    """Show what a stored run holds."""
+    from raycomp.report import RunSummary, files_table, result_table
+    from raycomp.report.comparison import load_line, verification_text
+    from raycomp.storage import open_artifact
+
+    artifact = open_artifact(uri)
+    manifest, console = artifact.manifest, _console()
+    if manifest.figures:
+        found = RunSummary.from_figures(manifest.figures, job=manifest.job, run=manifest.run, created=manifest.created)
+        console.print(result_table(found))
+        lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
+    else:
+        lines = [f"{manifest.job}  {manifest.run}"]
+    lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri)}"]
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    console.print(files_table({name: (file.bytes, file.sha256) for name, file in manifest.files.items()}))
+
+
+@main.command()
+@click.argument("uri")
+@click.option("--to", "form", type=click.Choice(["onnx", "pt2", "state-dict"]), required=True, help="The model's form.")
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+def export(uri: str, form: str, directory: Path) -> None:
+    """Copy a stored model into DIRECTORY, verified by its hashes."""
+    from raycomp.pipeline.load import export as export_files
+
+    for path in export_files(uri, form, directory):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("sweep", type=click.Path(path_type=Path))
+def sweep(sweep: Path) -> None:
+    """Run a sweep file: a job over a search space.
+
+    It ends in a table with the Pareto front of metric against MACs.
+    """
+    from raycomp.tune import sweep as run_sweep
+
+    _console().print(run_sweep(sweep).table())
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of job files, for editors."""
+    click.echo(json.dumps(job_schema(), indent=2))
+
+
+def _job(path: Path, settings: Sequence[str]) -> JobConfig:
+    """The job that a file and overrides describe, every problem with its line."""
+    if not settings:
+        return load_job(path)
+    raw, source = read_job(path)
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise ConfigError([Problem(f"--set {setting}", "it has no '='", "should be such as training.epochs=3")])
+        raw = set_key(raw, key, _value(setting, value))
+    try:
+        return parse_job(raw, where="")
+    except ConfigError as error:
+        raise source.place(error) from None
+
+
+def _value(setting: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError([Problem(f"--set {setting}", f"'{text}' is not a YAML value", "put it in quotes")]) from None
+
+
+@contextmanager
+def _placed(job: Path) -> Iterator[None]:
+    """Names file and line of what a job's checks against its model find wrong."""
+    try:
+        yield
+    except ConfigError as error:
+        raise read_job(job)[1].place(error) from error
+
+
+def _console() -> Console:
+    """Standard output; in a pipe or log wide enough that tables keep their lines."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(_PIPE_WIDTH, shutil.get_terminal_size().columns)
+    return console
+
+
+def _problem(error: RaycompError) -> Problem:
+    return Problem(error.where or "", error.message, error.remedy or "")
+
+
+def _write(text: str) -> None:
+    click.echo(text, nl=False)
