@@ -49,7 +49,7 @@ def export_program(model: nn.Module, example: Example) -> tuple[ExportedProgram,
         except Exception:
             # Whatever keeps the batch from being dynamic: a fixed one is the second best.
             program = _export_fixed(model, args, kwargs)
-    return program, _has_dynamic_batch(program)
+        return program, _takes(program, with_batch_size(example, size + 1))
 
 
 def _export_fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
@@ -62,11 +62,14 @@ def _export_fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         ) from error
 
 
-def _has_dynamic_batch(program: ExportedProgram) -> bool:
-    names = set(program.graph_signature.user_inputs)
-    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    shapes = [node.meta["val"].shape for node in inputs if isinstance(node.meta.get("val"), Tensor)]
-    return any(isinstance(size, torch.SymInt) for shape in shapes for size in shape[:1])
+def _takes(program: ExportedProgram, example: Example) -> bool:
+    # Symbolic shapes alone do not tell: a size that the model bakes in may be left to a check at run time.
+    args, kwargs = as_call(example)
+    try:
+        program.module()(*args, **kwargs)
+    except Exception:
+        return False
+    return True
 
 
 def cause_of(error: BaseException) -> str:
