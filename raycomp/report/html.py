@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 from raycomp.report import sections, text
 from raycomp.report.markup import Column, page, paragraph, section, table
@@ -38,7 +39,7 @@ def write_report(summary: RunSummary, path: Path) -> None:
     path.write_text(render_report(summary), encoding="utf-8")
 
 
-def render_sweep(name: str, trials: Sequence[TrialFigures], metric: str) -> str:
+def render_sweep(name: str, trials: Sequence[TrialFigures], metric: str, mode: Literal["max", "min"] = "max") -> str:
     """A sweep's report: the Pareto plot of metric against MACs and all trials in a table."""
     keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
     columns = (
@@ -60,7 +61,7 @@ def render_sweep(name: str, trials: Sequence[TrialFigures], metric: str) -> str:
             text.size(trial.file_bytes),
             escape(trial.error or trial.artifact_uri),
         )
-        for trial in ranked(trials)
+        for trial in ranked(trials, mode)
     ]
     dots = [
         Dot(trial.macs, trial.metric, f"{trial.trial}: {text.number(trial.metric)}", trial.on_front)

@@ -197,6 +197,8 @@ def timeline(history: tuple[ProgressEvent, ...]) -> tuple[list[float], tuple[Mar
 
 def layers(summary: RunSummary) -> str:
     """Channels before and after, layer by layer."""
+    if not summary.layers:
+        return ""
     columns = (
         Column("Layer", "name"),
         Column("Channels kept"),

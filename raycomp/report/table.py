@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rich import box
 from rich.console import Console
@@ -56,7 +57,7 @@ def files_table(files: Mapping[str, tuple[int, str]]) -> Table:
     return table
 
 
-def sweep_table(trials: Sequence[TrialFigures], metric: str) -> Table:
+def sweep_table(trials: Sequence[TrialFigures], metric: str, mode: Literal["max", "min"] = "max") -> Table:
     """All trials, the best metric first and failed ones last; a star marks those on the Pareto front."""
     table = Table(
         box=box.SIMPLE_HEAD, pad_edge=False, caption="★ Pareto front of metric against MACs", caption_justify="left"
@@ -69,7 +70,7 @@ def sweep_table(trials: Sequence[TrialFigures], metric: str) -> Table:
     for name in (metric, "MACs", "file size"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("artifact or error", overflow="fold")
-    for trial in ranked(trials):
+    for trial in ranked(trials, mode):
         table.add_row(
             "★" if trial.on_front else "",
             trial.trial,
@@ -82,9 +83,10 @@ def sweep_table(trials: Sequence[TrialFigures], metric: str) -> Table:
     return table
 
 
-def ranked(trials: Sequence[TrialFigures]) -> list[TrialFigures]:
-    """The best metric first, trials without one last."""
-    return sorted(trials, key=lambda trial: (trial.metric is None, -(trial.metric or 0.0)))
+def ranked(trials: Sequence[TrialFigures], mode: Literal["max", "min"] = "max") -> list[TrialFigures]:
+    """The best metric first, trials without one last; `mode` says whether more or less of it is better."""
+    sign = -1 if mode == "max" else 1
+    return sorted(trials, key=lambda trial: (trial.metric is None, sign * (trial.metric or 0.0)))
 
 
 def short_keys(keys: Sequence[str]) -> list[str]:

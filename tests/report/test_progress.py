@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from raycomp.report import ProgressEvent, ProgressPrinter
+
+EVENT = ProgressEvent("fused", 1, 2, 10, 100, 0.5, {}, 0.25, 2, 3.0)
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _plain() -> tuple[ProgressPrinter, Clock, io.StringIO]:
+    file, clock = io.StringIO(), Clock()
+    return ProgressPrinter(Console(file=file, width=60), every_s=15, clock=clock), clock, file
+
+
+def test_a_line_has_all_that_is_known_and_is_one_line() -> None:
+    printer, _, file = _plain()
+    with printer:
+        printer.event(replace(EVENT, metrics={"accuracy": 0.9}))
+    assert file.getvalue() == (
+        "stage fused  epoch 1/2  step 10/100  loss 0.5  accuracy 0.9  sparsity 25.0 %  2 workers  3.00 s\n"
+    )
+
+
+def test_a_log_gets_a_line_only_when_it_is_news() -> None:
+    printer, clock, file = _plain()
+    events = [
+        (0.0, EVENT, True),
+        (1.0, replace(EVENT, step=11), False),
+        (15.0, replace(EVENT, step=12), True),
+        (16.0, replace(EVENT, step=13), False),
+        (17.0, replace(EVENT, step=50, metrics={"accuracy": 0.9}), True),
+        (18.0, replace(EVENT, step=51, epoch=2), True),
+        (19.0, replace(EVENT, step=100, epoch=2), True),
+        (20.0, replace(EVENT, stage="next", epoch=2), True),
+    ]
+    with printer:
+        for now, event, is_printed in events:
+            clock.now = now
+            before = len(file.getvalue())
+            printer.event(event)
+            assert (len(file.getvalue()) > before) == is_printed, event
+
+
+def test_messages_are_not_read_as_markup() -> None:
+    printer, _, file = _plain()
+    with printer:
+        printer.message("stage [bold]: s3://bucket/[x] " + "y" * 80)
+    assert file.getvalue() == "stage [bold]: s3://bucket/[x] " + "y" * 80 + "\n"
+
+
+def test_a_terminal_shows_a_live_bar_and_keeps_messages_and_ends() -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=100, force_terminal=True, color_system=None)
+    with ProgressPrinter(console) as printer:
+        printer.message("run 1 on local Ray")
+        printer.event(EVENT)
+        printer.event(replace(EVENT, step=100, epoch=2, metrics={"accuracy": 0.9}))
+    shown = file.getvalue()
+    assert "run 1 on local Ray" in shown
+    assert "epoch 2/2  step 100/100  loss 0.5  accuracy 0.9" in shown
+    assert "\x1b[?25h" in shown, "the cursor comes back"
+    assert console._live_stack == []
+
+
+def test_the_live_display_ends_with_an_error() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    try:
+        with ProgressPrinter(console) as printer:
+            printer.event(EVENT)
+            raise ValueError("training broke")
+    except ValueError:
+        assert console._live_stack == []

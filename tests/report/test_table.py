@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from raycomp.report import ModelFigures, VerificationFigures, files_table, print_result, result_table, sweep_table
+from raycomp.report.comparison import comparison
+from raycomp.report.table import ARTIFACT_LABEL, short_keys
+from tests.report.summaries import summary, trials
+
+
+def _shown(*renderables: object, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(*renderables)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def _line(text: str, start: str) -> list[str]:
+    (found,) = [line.split() for line in text.splitlines() if line.strip().startswith(start)]
+    return found
+
+
+def test_each_quantity_stands_beside_dense() -> None:
+    text = _shown(result_table(summary()))
+    assert _line(text, "dense") == ["dense", "simulated", "sped-up", "int8"]
+    assert _line(text, "accuracy") == ["accuracy", "0.99", "0.985", "−0.005", "0.985", "−0.005", "0.984", "−0.006"]
+    assert " ".join(_line(text, "MACs")) == "MACs 4.00 M 4.00 M 1.00 M 4.00× 1.00 M 4.00×"
+    assert " ".join(_line(text, "file size")) == "file size 400 kB 400 kB 100 kB 4.00× 32.0 kB 12.5×"
+    assert " ".join(_line(text, "latency, batch 1 ")).endswith("400 µs 2.00× 200 µs 4.00×")
+
+
+def test_the_table_fits_a_terminal_of_80_columns() -> None:
+    assert max(map(len, _shown(result_table(summary()), width=200).splitlines())) > 60
+    assert "…" not in _shown(result_table(summary()))
+
+
+def test_slower_than_dense_is_set_off() -> None:
+    latency = comparison(summary().models)[-1]
+    assert [cell.worse for cell in latency.cells] == [False, True, False, False]
+
+
+def test_batches_stand_in_the_order_of_numbers() -> None:
+    model = ModelFigures("dense", {}, 1, None, 1, {"128": 1.0, "8": 1.0, "32": 1.0})
+    assert [row.label for row in comparison([model])][-3:] == [
+        "latency, batch 8",
+        "latency, batch 32",
+        "latency, batch 128",
+    ]
+
+
+def test_what_a_form_lacks_is_a_dash() -> None:
+    dense = ModelFigures("dense", {"accuracy": 0.5}, 10, 100, 1000, {"1": 0.1})
+    other = ModelFigures("int8", {}, 10, None, 1000, {})
+    rows = {row.label: row.cells[1] for row in comparison([dense, other])}
+    assert [rows[name].value for name in ("accuracy", "MACs", "latency, batch 1")] == ["–", "–", "–"]
+    assert all(rows[name].against_dense == "" for name in rows)
+
+
+def test_a_run_ends_with_its_artifact_report_and_load_line_whole() -> None:
+    uri = "s3://models/" + "very-long-prefix/" * 8 + "run?endpoint_override=127.0.0.1:8333&scheme=http"
+    console = Console(file=io.StringIO(), width=80)
+    print_result(console, summary(), uri, "/home/me/[bold]/report.html")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert f"{ARTIFACT_LABEL}{uri}" in lines
+    assert "report    /home/me/[bold]/report.html" in lines
+    assert f"load      import raycomp; model = raycomp.load('{uri}')" in lines
+    assert any("3e−06" in line and "within the tolerance" in line for line in lines)
+    assert any(line.startswith("warning: the loader") for line in lines)
+
+
+def test_a_failed_verification_is_said() -> None:
+    failed = replace(summary(), verification=VerificationFigures(0.5, 2.0, 0.25, 1e-4, (1, 8), False))
+    console = Console(file=io.StringIO(), width=80)
+    print_result(console, failed, "a", "b")
+    assert "NOT within" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_files_with_size_and_hash() -> None:
+    text = _shown(files_table({"model.onnx": (123_456, "ab" * 32), "a.json": (12, "0" * 64)}))
+    assert _line(text, "model.onnx") == ["model.onnx", "123", "kB", "ab" * 8]
+    assert text.index("a.json") < text.index("model.onnx")
+
+
+def test_a_sweep_shows_the_best_first_and_failures_last() -> None:
+    lines = _shown(sweep_table(trials(), "accuracy"), width=120).splitlines()
+    order = [
+        next(index for index, line in enumerate(lines) if name in line.split()) for name in ("t1", "t2", "t3", "t4")
+    ]
+    assert order == sorted(order)
+    assert [("★" in lines[index]) for index in order] == [True, True, False, False]
+    assert "loss is not finite at step 12" in " ".join(lines[order[3]].split())
+
+
+def test_keys_are_cut_to_what_tells_them_apart() -> None:
+    assert short_keys(["training.seed", "stages.0.x.sparse_ratio"]) == ["seed", "sparse_ratio"]
+    assert short_keys(["stages.0.epochs", "stages.1.epochs"]) == ["0.epochs", "1.epochs"]
+    assert short_keys([]) == []
