@@ -17,10 +17,11 @@ from raycomp.errors import RaycompError
 from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.load import stored_conclusion
 from raycomp.pipeline.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.stage import finish_stage
 from raycomp.pipeline.task import Task
-from raycomp.storage import publish
+from raycomp.storage import MANIFEST, open_artifact, publish
 
 
 Result = TypeVar("Result")
@@ -77,8 +78,13 @@ def end_stage(order: HeadOrder, index: int) -> None:
 
 
 def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
-    """Finishes the last stage and publishes the artifact: it is there whole, or not at all."""
+    """Finishes the last stage and publishes the artifact: it is there whole, or not at all.
+
+    A run that died between publishing and its record is found published.
+    """
     job, place = order.job, order.place
+    if place.artifacts.join(facts.run).exists(MANIFEST):
+        return stored_conclusion(open_artifact(place.artifact_uri))
     last = len(job.stages) - 1
     earlier = [load_outcome(place.fetch(f"stages/{index}")) for index in range(last)]
     with TemporaryDirectory() as folder:

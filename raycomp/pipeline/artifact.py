@@ -22,11 +22,12 @@ from raycomp.speedup.lower import Int8Model
 from raycomp.speedup.onnx_export import export_onnx
 from raycomp.storage import save_tensors
 
-REPORT, SUMMARY, PLAN, MASKS, MODEL, PROGRAM, ONNX, INT8 = (
+REPORT, SUMMARY, PLAN, MASKS, CALIBRATION, MODEL, PROGRAM, ONNX, INT8 = (
     "report.html",
     "summary.json",
     "plan.json",
     "masks.safetensors",
+    "calibration.json",
     "model.safetensors",
     "model.pt2",
     "model.onnx",
@@ -53,7 +54,7 @@ def write_statistics(folder: Path, masks: Masks, final: StageResult) -> None:
     """Writes the masks of all stages and the final calibration."""
     save_tensors(folder / MASKS, flat_masks(masks))
     content = {"folds": final.folds, "targets": _plain(final.calibration)}
-    (folder / "calibration.json").write_text(json.dumps(content, indent=1))
+    (folder / CALIBRATION).write_text(json.dumps(content, indent=1))
 
 
 def flat_masks(masks: Masks) -> dict[str, Tensor]:

@@ -101,7 +101,8 @@ def conclude(
     with watch.part("lower to int8"):
         int8 = _lower(job, result, inputs) if job.wants_int8 else None
     with watch.part("measure"):
-        rows, timing_notes = figures.model_figures(job, task, figures.Forms(dense, result.simulated, result.model, int8))
+        forms = figures.Forms(dense, result.simulated, result.masked, result.model, int8)
+        rows, timed_how, timing_notes = figures.model_figures(job, task, forms)
         int8_row = None if int8 is None else figures.int8_figures(task, result, int8, rows)
     with watch.part("write the artifact"):
         export_notes = artifact.write_models(folder, result, int8, inputs)
@@ -118,7 +119,7 @@ def conclude(
         unpruned=tuple(item for outcome in outcomes for item in outcome.unpruned),
         history=tuple(event for outcome in outcomes for event in outcome.history),
         timings=watch.timings,
-        environment={**figures.environment(), **facts.environment},
+        environment={**figures.environment(), **facts.environment, "latencies": timed_how},
         warnings=tuple(dict.fromkeys(notes)),
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,

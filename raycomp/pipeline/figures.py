@@ -33,43 +33,41 @@ _SQNR_SAMPLES = 256
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one model, dense to int8; int8 only where it was made."""
+    """The forms of one model, dense to int8; `masked` is the plain model below `simulated`, int8 is there if it was made."""
 
     dense: nn.Module
     simulated: nn.Module
+    masked: nn.Module
     sped_up: nn.Module
     int8: Int8Model | None
 
 
-def model_figures(job: JobConfig, task: Task, forms: Forms) -> tuple[tuple[ModelFigures, ...], tuple[str, ...]]:
-    """One row per form, and what must be said about how they were timed."""
+def model_figures(job: JobConfig, task: Task, forms: Forms) -> tuple[tuple[ModelFigures, ...], str, tuple[str, ...]]:
+    """One row per form; what their latencies are of; and what could not be measured as it should."""
     modules = {"dense": forms.dense, "simulated": forms.simulated, "sped-up": forms.sped_up}
+    plain = {"dense": forms.dense, "simulated": forms.masked, "sped-up": forms.sped_up, "int8": forms.sped_up}
+    sizes = {name: _stored_bytes(plain[name]) for name in modules}
     if forms.int8 is not None:
         modules["int8"] = forms.int8.as_module(threads=1)
-    metrics = {name: _metrics(job, task, module) for name, module in modules.items()}
-    sizes = {name: _stored_bytes(forms.dense if name == "simulated" else modules[name]) for name in ("dense", "sped-up")}
-    sizes |= {"simulated": sizes["dense"]}
-    if forms.int8 is not None:
         sizes["int8"] = len(forms.int8.onnx)
-    timed, notes = _timed(task, modules)
+    timed, timed_how, notes = _timed(task, modules)
     example = _single(real_inputs(task, torch.float32))
-    batches = {str(size): size for size in (1, job.evaluation.latency_batch_size)}
     latency = {
-        key: latencies_s(timed, example, size, job.evaluation.latency_runs, threads=1) for key, size in batches.items()
+        str(size): latencies_s(timed, example, size, job.evaluation.latency_runs, threads=1)
+        for size in (1, job.evaluation.latency_batch_size)
     }
-    shapes = {"dense": forms.dense, "simulated": forms.dense, "sped-up": forms.sped_up, "int8": forms.sped_up}
     rows = tuple(
         ModelFigures(
             name,
-            metrics[name],
-            count_parameters(shapes[name]),
-            _macs(shapes[name], task),
+            _metrics(job, task, module),
+            count_parameters(plain[name]),
+            _macs(plain[name], task),
             sizes[name],
-            {key: seconds[name] for key, seconds in latency.items()},
+            {size: seconds[name] for size, seconds in latency.items()},
         )
-        for name in modules
+        for name, module in modules.items()
     )
-    return rows, notes
+    return rows, timed_how, notes
 
 
 def int8_figures(task: Task, result: StageResult, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
@@ -120,9 +118,9 @@ def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
     )
 
 
-def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], str, tuple[str, ...]]:
     """The modules to time: ONNX Runtime for all but the simulation, so that int8 is held against float on equal terms."""
-    timed = dict(modules)
+    timed = {**modules, "simulated": _Float32(modules["simulated"])}
     inputs = real_inputs(task, torch.float32, 2)
     with TemporaryDirectory() as folder:
         for name in ("dense", "sped-up"):
@@ -130,12 +128,11 @@ def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.M
             try:
                 export_onnx(modules[name], inputs, path)
             except SpeedupError as error:
-                return {name: _Float32(module) for name, module in modules.items()}, (
-                    f"latencies of the float models are PyTorch's, because ONNX can't hold the model: {error}",
-                )
+                timed |= {name: _Float32(modules[name]) for name in ("dense", "sped-up")}
+                note = f"the float models are timed in PyTorch, the int8 one in ONNX Runtime: {error}"
+                return timed, "PyTorch, one thread; int8: ONNX Runtime", (note,)
             timed[name] = load_onnx(path, threads=1)
-    timed["simulated"] = _Float32(modules["simulated"])
-    return timed, ("latencies are ONNX Runtime's on one thread; the simulated model's are PyTorch's",)
+    return timed, "ONNX Runtime, one thread; simulated: PyTorch", ()
 
 
 class _Float32(nn.Module):

@@ -10,9 +10,10 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from raycomp.config import nearest
-from raycomp.core.chain import Calibration
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline import artifact as files
+from raycomp.pipeline.conclude import Conclusion
+from raycomp.report.summary import RunSummary
 from raycomp.speedup import Plan, apply_plan
 from raycomp.speedup.export import load_pt2
 from raycomp.speedup.onnx_runtime import load_onnx
@@ -54,10 +55,12 @@ def load(
         return smaller.eval()
 
 
-def load_calibration(uri: str, endpoint: str | None = None, region: str | None = None) -> Calibration:
-    """The scales and zero points of a stored run's sped-up model."""
-    artifact = open_artifact(uri, endpoint, region)
-    return files.load_calibration(json.loads(artifact.read_bytes("calibration.json")))
+def stored_conclusion(artifact: Artifact) -> Conclusion:
+    """Summary, masks and calibration of a stored run."""
+    with TemporaryDirectory() as folder:
+        masks = files.nested_masks(load_tensors(_fetch(artifact, files.MASKS, Path(folder))))
+    calibration = files.load_calibration(json.loads(artifact.read_bytes(files.CALIBRATION)))
+    return Conclusion(RunSummary.from_json(artifact.read_bytes(files.SUMMARY)), masks, calibration)
 
 
 def export(

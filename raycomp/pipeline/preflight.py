@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from raycomp.config import JobConfig, StageConfig
-from raycomp.errors import ConfigError, Problem, SpeedupError
+from torch import nn
+
+from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, parse_config_list
+from raycomp.core.selection import resolve
+from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import Settling, build_chain, dense_model
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.task import Task, prepare_task
 
 
 def check_stages(job: JobConfig, task: Task) -> None:
@@ -42,3 +49,55 @@ def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:
                 where = f"stages[{index}].compressors[{position}].type"
                 problems.append(Problem(where, message, "quantize in the last stage"))
     return problems
+
+
+def selection_problems(raw: Mapping[str, Any], base_dir: Path) -> list[Problem]:
+    """What is wrong with the config lists of a job whose other keys are wrong already, so that all is told at once.
+
+    Entries that are themselves wrong are passed over, and so is everything where the task can't be built.
+
+    Args:
+        raw: the job file's content.
+        base_dir: what the task's path is relative to.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            task = build_task(TaskConfig(**raw["task"]), base_dir)
+            prepare_task(task, Path(folder))
+            model = dense_model(task, 0)
+    except (RaycompError, KeyError, TypeError):
+        return []
+    return [problem for place, kind, entry in _raw_entries(raw) for problem in _unselected(model, place, kind, entry)]
+
+
+def _raw_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each config-list entry with its place and kind, as far as the file has the form of a job."""
+    for index, stage in enumerate(_sequence(raw, "stages")):
+        for position, settings in enumerate(_sequence(stage, "compressors")):
+            place = f"stages[{index}].compressors[{position}]"
+            nested = settings.get("pruner") if isinstance(settings, Mapping) else None
+            if isinstance(nested, Mapping):
+                settings, place = nested, f"{place}.pruner"
+            known = COMPRESSORS.get(str(settings.get("type"))) if isinstance(settings, Mapping) else None
+            for number, entry in enumerate(_sequence(settings, "config_list") if known else ()):
+                yield f"{place}.config_list[{number}]", known.kind if known else None, entry
+
+
+def _unselected(model: nn.Module, place: str, kind: Any, entry: Any) -> list[Problem]:
+    try:
+        entries = parse_config_list(kind, [entry])
+    except ConfigError:
+        return []
+    try:
+        resolve(model, kind, entries, "config_list")
+    except ConfigError as error:
+        return [
+            Problem(place + item.where.removeprefix("config_list[0]"), item.message, item.remedy)
+            for item in error.problems
+        ]
+    return []
+
+
+def _sequence(value: Any, key: str) -> Sequence[Any]:
+    found = value.get(key) if isinstance(value, Mapping) else None
+    return found if isinstance(found, list | tuple) else ()

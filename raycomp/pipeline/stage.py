@@ -64,6 +64,7 @@ class StageResult:
 
     Args:
         simulated: the model under masks and fake quantization, in eval mode.
+        masked: the plain model with its masks committed, before speedup.
         model: the plain model after speedup, in eval mode; the masked one where nothing was cut.
         masks: of the model before speedup.
         calibration: of the model after it.
@@ -75,6 +76,7 @@ class StageResult:
     """
 
     simulated: nn.Module
+    masked: nn.Module
     model: nn.Module
     masks: Masks
     calibration: Calibration
@@ -139,7 +141,7 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
     chain.unwrap()
     masked = chain.model
     if not (masks and job.speedup.enabled and job.stages[index].speedup):
-        return StageResult(simulated, masked, masks, calibration, folds, start.plan, None, (), state.notes)
+        return StageResult(simulated, masked, masked, masks, calibration, folds, start.plan, None, (), state.notes)
     training = job.training_for(job.stages[index])
     example = Settling(task, job.speedup, weight_dtype(training)).example()
     speedup = ModelSpeedup(masked, example, masks, exact=job.speedup.exact)
@@ -151,12 +153,12 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
         )
         return StageResult(
-            simulated, masked, masks, calibration, folds, start.plan, verification, speedup.unpruned, (*state.notes, note)
+            simulated, masked, masked, masks, calibration, folds, start.plan, verification, speedup.unpruned, (*state.notes, note)
         )
     plan = start.plan.then(speedup.plan)
     calibration = cut_calibration(calibration, speedup.plan)
     return StageResult(
-        simulated, smaller, masks, calibration, folds, plan, verification, speedup.unpruned, state.notes
+        simulated, masked, smaller, masks, calibration, folds, plan, verification, speedup.unpruned, state.notes
     )
 
 

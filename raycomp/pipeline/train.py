@@ -106,7 +106,7 @@ class StageTraining:
                 scheduler.step()
             self.step += 1
             self.loss_steps += 1
-            if rank() == 0 and time.monotonic() - last_event > _EVENT_EVERY_S:
+            if rank() == 0 and self.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
                 self.observer.progress(self._event(epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
             if self.step >= self.steps:
