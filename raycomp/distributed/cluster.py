@@ -15,7 +15,11 @@ from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
 from raycomp.errors import ClusterError
 
 # Reports block until the controller polls; a replacement worker group is awaited this long.
-_TRAIN_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60"}
+_TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
 _SPARE_CPUS = 1
 
 
@@ -104,7 +108,7 @@ def _runtime_env() -> dict[str, dict[str, str]] | None:
     """The storage credentials for processes of other nodes; a submitted job's own environment has them already."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return None
-    passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAY_TRAIN_"))}
+    passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAY_TRAIN_", "RAY_DATA_"))}
     return {"env_vars": passed} if passed else None
 
 

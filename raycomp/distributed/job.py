@@ -19,7 +19,7 @@ from raycomp.core.chain import Calibration, Masks
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
 from raycomp.distributed.place import RunPlace, RunRecord, job_uri, unfinished_run
-from raycomp.distributed.trainer import Progress, progress_sink, train_stage
+from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
 from raycomp.pipeline.artifact import REPORT
 from raycomp.pipeline.conclude import RunFacts, Stopwatch
@@ -128,8 +128,9 @@ class _Run:
     def fit(self, resume: bool) -> JobResult:
         with self.watch.part("validate and prepare"), TemporaryDirectory() as folder:
             self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
-            self.job.prepared_task(Path(folder))
+            task = self.job.prepared_task(Path(folder))
             self._begin(resume, Path(folder))
+            self.datasets = ray_datasets(task)
         with ExitStack() as stack:
             with self.watch.part("start Ray"):
                 self.cluster = stack.enter_context(connect(self.config))
@@ -179,7 +180,7 @@ class _Run:
         elapsed = time.monotonic() - self.started
         order = WorkerOrder(self.config, index, self.place, str(self.job.base_dir), sink, elapsed)
         with self.watch.part("train"):
-            return train_stage(order, self.cluster, self.callbacks)
+            return train_stage(order, self.cluster, self.datasets, self.callbacks)
 
     def _end_stage(self, order: HeadOrder, index: int) -> None:
         self.progress.message(f"stage {self.config.stages[index].name}: speedup and verification on the head node")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import ray
+import ray.data
 import ray.train
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -19,6 +20,8 @@ from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.worker import WorkerOrder, train_loop
 from raycomp.errors import ClusterError
+from raycomp.pipeline.task import Task
+from raycomp.pipeline.user_code import user_code
 from raycomp.report.summary import ProgressEvent
 
 _POLL_S = 0.2
@@ -81,7 +84,19 @@ def _hand_on(sink: Any, progress: Progress) -> None:
         progress.event(event)
 
 
-def train_stage(order: WorkerOrder, cluster: Cluster, callbacks: list[Any] | None = None) -> str:
+def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
+    """Those of the task's data sets that are Ray Data's; Ray Train streams a shard of each to every worker."""
+    with user_code(f"{type(task).__name__}.train_data() or eval_data()"):
+        found = {"train": task.train_data(), "eval": task.eval_data()}
+    return {name: data for name, data in found.items() if isinstance(data, ray.data.Dataset)}
+
+
+def train_stage(
+    order: WorkerOrder,
+    cluster: Cluster,
+    datasets: dict[str, ray.data.Dataset] | None = None,
+    callbacks: list[Any] | None = None,
+) -> str:
     """Trains one stage on the cluster; returns the path of its last committed checkpoint in the storage's filesystem.
 
     A stage that was begun under the same run goes on from where it was; one that is done returns at once.
@@ -89,6 +104,7 @@ def train_stage(order: WorkerOrder, cluster: Cluster, callbacks: list[Any] | Non
     Args:
         order: the job, the stage, the places.
         cluster: where.
+        datasets: what Ray Train shards, "train" and "eval".
         callbacks: Ray Train callbacks beside our own (a sweep's).
 
     Raises:
@@ -110,6 +126,7 @@ def train_stage(order: WorkerOrder, cluster: Cluster, callbacks: list[Any] | Non
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[StopOnOurErrors(), *(callbacks or [])],
         ),
+        datasets=dict(datasets or {}),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
     )
     with translated(order.place.train_uri):
