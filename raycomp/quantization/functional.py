@@ -69,7 +69,7 @@ def fake_quantize(value: Tensor, scale: Tensor, zero_point: Tensor, limits: Inte
     """
     if value.dtype == torch.float64:
         # torch's fused kernels compute 1/s in float32, whatever the dtype.
-        return _FakeQuantize.apply(value, scale, zero_point.to(value.dtype), limits)
+        return _FakeQuantize.apply(value, scale, zero_point.to(value.dtype), limits)  # type: ignore[no-untyped-call]
     narrow = value.dtype if value.dtype != torch.float32 else None
     value = value.float()
     if axis is None:
@@ -84,9 +84,10 @@ def fake_quantize(value: Tensor, scale: Tensor, zero_point: Tensor, limits: Inte
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, scale: Tensor, zero_point: Tensor, limits: IntegerRange) -> Tensor:
-        levels = value / scale + zero_point
+        # Rounded first, as torch's kernels do: an end of the range divided by its own scale may be an ulp outside.
+        levels = (value / scale + zero_point).round_()
         ctx.save_for_backward((levels >= limits.quant_min) & (levels <= limits.quant_max))
-        return (levels.clamp_(limits.quant_min, limits.quant_max).round_() - zero_point) * scale
+        return (levels.clamp_(limits.quant_min, limits.quant_max) - zero_point) * scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
