@@ -7,7 +7,9 @@ tied modules hold; inputs and outputs get forward (pre-)hooks. Nothing is cloned
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,9 +27,9 @@ class HookedTargets(nn.Module):
     Called as a layer it is the identity: `nn.Sequential` runs all of its children.
     """
 
-    def __init__(self, signature: tuple[str, ...]) -> None:
+    def __init__(self, signature: Sequence[str]) -> None:
         super().__init__()
-        self.signature = signature
+        self.signature = tuple(signature)
         self.targets = nn.ModuleDict()
 
     def forward(self, value: Any) -> Any:
@@ -69,7 +71,8 @@ def replace_part(output: Any, key: str, target: Callable[[Any], Any]) -> Any:
         names = list(output)
         name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
         if name in output:
-            output[name] = target(output[name])  # type: ignore[index]  # in place: keeps the user's output class
+            # In place, which keeps the user's output class.
+            output[name] = target(output[name])  # type: ignore[index]
         return output
     if isinstance(output, tuple | list):
         if not key.isdigit() and key in getattr(output, "_fields", ()):
@@ -97,11 +100,10 @@ class TargetSpace:
         """The target of that name, made and attached on first use."""
         if target_id not in self.targets:
             target = Target(target_id)
-            module = self.module(target_id.module)
             if target.kind == "parameter":
-                self._attach_parameter(module, target)
+                target = self._attach_parameter(target)
             else:
-                self._attach_hooks(module, target)
+                self._attach_hooks(self.module(target_id.module), target)
             self.targets[target_id] = target
         return self.targets[target_id]
 
@@ -129,22 +131,31 @@ class TargetSpace:
             self._undo.pop()()
         self.targets.clear()
 
-    def _attach_parameter(self, module: nn.Module, target: Target) -> None:
-        name = target.target_id.target
+    def _attach_parameter(self, target: Target) -> Target:
+        """Puts `target` on the Parameter in every module that holds it; gives the one that a tied name has already."""
+        parameter = self.parameter(target.target_id)
+        for tied in self.targets.values():
+            if tied.kind == "parameter" and self.parameter(tied.target_id) is parameter:
+                return tied
+        module, name = self.module(target.target_id.module), target.target_id.target
         if parametrize.is_parametrized(module, name):
             raise CompressionError(
                 "this parameter already has a parametrization of its own",
                 where=str(target.target_id),
                 remedy="remove it (torch.nn.utils.parametrize.remove_parametrizations) before compressing",
             )
-        order = list(module._parameters)
-        parametrize.register_parametrization(module, name, target, unsafe=True)
-        self.on_detach(lambda: _remove_parametrization(module, name, order))
+        for holder, own_name in list(_holders(self.model, parameter)):
+            order = list(holder._parameters)
+            parametrize.register_parametrization(holder, own_name, target, unsafe=True)
+            self.on_detach(partial(_remove_parametrization, holder, own_name, order))
+        return target
 
     def _attach_hooks(self, module: nn.Module, target: Target) -> None:
         container = getattr(module, _CONTAINER, None)
         if container is None:
-            container = HookedTargets(tuple(inspect.signature(module.forward).parameters))
+            container = HookedTargets(forward_arguments(module)[0])
+            if isinstance(module, nn.Sequential):
+                self.swap_class(module, _LayersAlone)
             module.add_module(_CONTAINER, container)
             handles = (
                 module.register_forward_pre_hook(container.on_inputs, with_kwargs=True),
@@ -154,6 +165,44 @@ class TargetSpace:
             for handle in handles:
                 self.on_detach(handle.remove)
         container.targets[target.target_id.target] = target
+
+
+class _LayersAlone(nn.Module):
+    """For an `nn.Sequential`: iteration, length and index see the user's layers and not the hooked targets."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([module for name, module in self._modules.items() if name != _CONTAINER and module is not None])
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        layers = {name: module for name, module in self._modules.items() if name != _CONTAINER and module is not None}
+        return nn.Sequential(OrderedDict(layers))[index]
+
+
+def user_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class as the user wrote it, below what compression put on top."""
+    kind = type(module)
+    while True:
+        if kind.__dict__.get("raycomp_swapped"):
+            kind = kind.__bases__[1]
+        elif parametrize.is_parametrized(module) and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+            kind = kind.__bases__[0]
+        else:
+            return kind
+
+
+def forward_arguments(module: nn.Module) -> tuple[list[str], bool]:
+    """The names of the arguments of the user's forward, and whether it takes any other by keyword."""
+    forward = module.__dict__.get("forward") or user_class(module).forward.__get__(module)  # type: ignore[attr-defined]
+    parameters = inspect.signature(forward).parameters.values()
+    return [each.name for each in parameters], any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether compressors stand on the model."""
+    return any(isinstance(module, Target | HookedTargets) for module in model.modules())
 
 
 def original_parameter(module: nn.Module, name: str) -> nn.Parameter:
@@ -173,4 +222,13 @@ def _remove_parametrization(module: nn.Module, name: str, order: list[str]) -> N
         module.__class__ = type(module).__bases__[0]
     module._parameters[name] = original
     known = [key for key in order if key in module._parameters]
-    module._parameters = {key: module._parameters[key] for key in [*known, *(set(module._parameters) - set(known))]}
+    later = [key for key in module._parameters if key not in order]
+    module._parameters = {key: module._parameters[key] for key in [*known, *later]}
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
+    """Every module that holds the Parameter, and its name there."""
+    for module in model.modules():
+        for name, own in module._parameters.items():
+            if own is parameter:
+                yield module, name

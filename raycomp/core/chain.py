@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from raycomp.core.attach import TargetSpace
+from raycomp.core.attach import TargetSpace, is_wrapped
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import CompressionError
 
 if TYPE_CHECKING:
     from raycomp.core.compressor import Compressor
+    from raycomp.core.evaluator import TorchEvaluator
 
 Masks = dict[str, dict[str, Tensor]]
 Calibration = dict[str, dict[str, dict[str, Any]]]
@@ -25,15 +26,25 @@ _STATE_VERSION = 1
 class Chain:
     """Fused compressors in the order in which they were fused, the innermost first.
 
-    One training run serves them all: `run` hooks the optimizers, `loss` lets every compressor add to the loss, and after
-    each optimizer step the statistics of all compressors that have a decision to make travel in one flat all-reduce.
+    One training run serves them all: `run` hooks the optimizers, `loss` lets every compressor add to the loss, and
+    after each optimizer step the statistics of all compressors that have a decision to make travel in one flat
+    all-reduce.
 
     Args:
         model: the model under compression, changed in place.
+
+    Raises:
+        CompressionError: compressors of another chain stand on the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if is_wrapped(model):
+            raise CompressionError(
+                "the model is wrapped by another compressor",
+                remedy="fuse with it (from_compressor), or take it off first (unwrap_model)",
+            )
         self.model = model
+        self.evaluator: TorchEvaluator | None = None
         self.space = TargetSpace(model)
         self.compressors: list[Compressor] = []
         self.step = 0
@@ -41,8 +52,8 @@ class Chain:
 
     def register(self, compressor: Compressor) -> None:
         """Adds a compressor behind those that are there, and attaches its targets."""
-        self.compressors.append(compressor)
         compressor.attach()
+        self.compressors.append(compressor)
 
     def wrap(self) -> None:
         """Attaches every compressor's targets again after `unwrap`."""
@@ -67,8 +78,6 @@ class Chain:
         """
         if not optimizers:
             raise CompressionError("a training run needs an optimizer")
-        if not self.space.targets:
-            raise CompressionError("the model is unwrapped", remedy="call wrap_model() first")
         self.begin()
         handles = (
             optimizers[0].register_step_pre_hook(lambda *_: self.before_step()),
@@ -88,7 +97,13 @@ class Chain:
             compressor.finish()
 
     def begin(self) -> None:
-        """Makes the decisions that need no training step; a resumed run has made them."""
+        """Makes the decisions that need no training step; a resumed run has made them.
+
+        Raises:
+            CompressionError: the model is unwrapped.
+        """
+        if not self.space.targets:
+            raise CompressionError("the model is unwrapped", remedy="call wrap_model() first")
         if not self.begun:
             self.begun = True
             self._decide()
@@ -110,7 +125,9 @@ class Chain:
         self._decide()
 
     def _decide(self) -> None:
-        due = [compressor for compressor in self.compressors if compressor.is_due(self.step)]
+        # A quantizer's ranges are those of masked weights, so pruners decide first, wherever they stand in the chain.
+        decisive = sorted(self.compressors, key=lambda compressor: compressor.kind == "quantizer")
+        due = [compressor for compressor in decisive if compressor.is_due(self.step)]
         statistics: list[Statistic] = [item for compressor in due for item in compressor.statistics()]
         reduce_(statistics)
         for compressor in due:
@@ -141,7 +158,8 @@ class Chain:
             "step": self.step,
             "begun": self.begun,
             "compressors": [
-                {"class": type(compressor).__name__, "state": compressor.state_dict()} for compressor in self.compressors
+                {"class": type(compressor).__name__, "state": compressor.state_dict()}
+                for compressor in self.compressors
             ],
         }
 
@@ -155,7 +173,8 @@ class Chain:
         here = [type(compressor).__name__ for compressor in self.compressors]
         if state["version"] != _STATE_VERSION or saved != here:
             raise CompressionError(
-                f"the state is version {state['version']} of {saved}, these compressors are version {_STATE_VERSION} of {here}"
+                f"the state is version {state['version']} of {saved}, "
+                f"these compressors are version {_STATE_VERSION} of {here}"
             )
         self.step, self.begun = state["step"], state["begun"]
         for compressor, item in zip(self.compressors, state["compressors"], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from raycomp.config import SelectionEntry, parse_config_list
@@ -40,16 +41,16 @@ class Compressor:
         self.chain = model if isinstance(model, Chain) else Chain(model)
         self.entries = parse_config_list(self.kind, config_list, where="config_list")
         self.selected = resolve(self.chain.model, self.kind, self.entries, where="config_list")
-        inherited = next((c.evaluator for c in self.chain.compressors if c.evaluator is not None), None)
-        self.evaluator = inherited or evaluator
+        self.chain.evaluator = self.chain.evaluator or evaluator
         self.check()
         self.chain.register(self)
 
     @classmethod
     def from_compressor(cls, compressor: Compressor, config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
-        """A compressor fused with `compressor` and all that is fused with it already; its arguments are those of the class.
+        """A compressor fused with `compressor` and all that is fused with it already.
 
-        The evaluator of the earlier compressors is kept; one given here is used only where they have none.
+        Its other arguments are those of the class. The evaluator of the earlier compressors is kept; one given here is
+        used only where they have none.
         """
         return cls(compressor.chain, config_list, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -58,20 +59,33 @@ class Compressor:
         """The model under compression."""
         return self.chain.model
 
+    @property
+    def evaluator(self) -> TorchEvaluator | None:
+        """How all fused compressors train."""
+        return self.chain.evaluator
+
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> Any:
         """Runs one training run for all fused compressors; returns what `result` says.
 
+        Args:
+            max_steps, max_epochs: how long, handed to the evaluator's training function. Without them a compressor that
+                needs no training doesn't train, and a pruner alone trains until its last decision.
+
         Raises:
-            CompressionError: there is no evaluator and a fused compressor needs training.
+            CompressionError: there is no evaluator, and a length is given or a fused compressor needs training.
         """
-        if self.evaluator is not None:
-            self.evaluator.train(self.chain, max_steps, max_epochs)
-        elif any(compressor.needs_training for compressor in self.chain.compressors):
-            needing = ", ".join(type(c).__name__ for c in self.chain.compressors if c.needs_training)
-            raise CompressionError(f"{needing} needs an evaluator", remedy="pass a TorchEvaluator")
-        else:
+        needing = [compressor for compressor in self.chain.compressors if compressor.needs_training]
+        unlimited = max_steps is None and max_epochs is None
+        if unlimited and not needing:
             self.chain.begin()
             self.chain.finish()
+        elif self.evaluator is None:
+            names = ", ".join(type(compressor).__name__ for compressor in needing) or "training"
+            raise CompressionError(f"{names} needs an evaluator", remedy="pass a TorchEvaluator")
+        else:
+            if unlimited and len(self.chain.compressors) == 1:
+                max_steps = self.steps_to_go()
+            self.evaluator.train(self.chain, max_steps, max_epochs)
         return self.result()
 
     def wrap_model(self) -> None:
@@ -82,9 +96,30 @@ class Compressor:
         """Commits the masks into the weights and takes all fused compressors off the model."""
         self.chain.unwrap()
 
+    def track_forward(self, *args: Any, **kwargs: Any) -> None:
+        """Runs the model once on an example, without gradients and in evaluation mode.
+
+        Afterwards masks of inputs and outputs have the rank that they apply to.
+        """
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+
     # What a subclass says of itself.
 
-    needs_training: ClassVar[bool] = True
+    @property
+    def needs_training(self) -> bool:
+        """Whether it can't do its work without training steps."""
+        return True
+
+    def steps_to_go(self) -> int | None:
+        """The optimizer steps until its last decision; None where the user says how long."""
+        return None
 
     def check(self) -> None:
         """Refuses what can't work, before anything is attached (ConfigError)."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from raycomp.core.attach import replace_part
 from raycomp.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -25,9 +26,10 @@ class TorchEvaluator:
 
     Args:
         training_func: `training_func(model, optimizers, training_step, lr_schedulers, max_steps, max_epochs)`; it must
-            use the `training_step` that it is given, and end after `max_steps` or `max_epochs`, whichever is not None.
+            use the `training_step` that it is given, and end after `max_steps` or `max_epochs`, whichever is given.
         optimizers: one optimizer or a list of them over the model's parameters.
-        training_step: `training_step(batch, model, …)` gives the loss, or a tuple or dict that holds it (first, or "loss").
+        training_step: `training_step(batch, model, …)` gives the loss, a tuple that holds it first, or a mapping that
+            holds it as "loss".
         lr_schedulers: handed to `training_func`.
         dummy_input: an example input, kept for the user's speedup call.
         evaluating_func: `evaluating_func(model)` gives the metric.
@@ -62,9 +64,7 @@ class TorchEvaluator:
             return _with_loss(output, lambda loss: chain.loss(loss, batch))
 
         with chain.run(optimizers):
-            self.training_func(
-                chain.model, self.optimizers, training_step, self.lr_schedulers, max_steps, max_epochs
-            )
+            self.training_func(chain.model, self.optimizers, training_step, self.lr_schedulers, max_steps, max_epochs)
 
     def evaluate(self, model: nn.Module) -> Any:
         """The user's metric of `model`.
@@ -78,13 +78,20 @@ class TorchEvaluator:
 
 
 def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, dict):
-        return {**output, "loss": change(output["loss"])}
-    if isinstance(output, tuple | list):
-        return type(output)([change(output[0]), *output[1:]])
-    raise CompressionError(f"training_step returned {type(output).__name__}", remedy="return the loss, or (loss, …)")
+    found = False
+
+    def changed(loss: Any) -> Any:
+        nonlocal found
+        found = isinstance(loss, Tensor)
+        return change(loss) if found else loss
+
+    output = replace_part(output, "loss" if isinstance(output, Mapping) else "0", changed)
+    if not found:
+        raise CompressionError(
+            f"training_step returned {type(output).__name__} without a loss",
+            remedy="return the loss, (loss, …), or a mapping that holds it as 'loss'",
+        )
+    return output
 
 
 def _add_learned_parameters(chain: Chain, optimizers: Sequence[Optimizer]) -> None:
@@ -93,4 +100,3 @@ def _add_learned_parameters(chain: Chain, optimizers: Sequence[Optimizer]) -> No
     learned = [p for p in trainable if id(p) not in held]
     if learned:
         optimizers[0].add_param_group({"params": learned})
-

@@ -54,7 +54,7 @@ def reduce_(statistics: Iterable[Statistic]) -> None:
         return
     groups: dict[tuple[torch.dtype, str], list[Statistic]] = defaultdict(list)
     for statistic in statistics:
-        operation = "max" if statistic.operation == "min" else statistic.operation
+        operation = "sum" if statistic.operation == "sum" else "max"
         groups[statistic.tensor.dtype, operation].append(statistic)
     for (_, operation), members in groups.items():
         _reduce_group(members, operation)
@@ -77,7 +77,7 @@ def _signed(member: Statistic) -> Tensor:
 
 
 def communication_device(device: torch.device) -> torch.device:
-    """Where a tensor of `device` must lie for the process group's backend: NCCL reduces GPU tensors alone, gloo CPU ones."""
+    """Where a tensor of `device` must lie for the process group: NCCL reduces GPU tensors alone, gloo CPU ones."""
     backend = dist.get_backend()
     if backend == "nccl":
         return device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())

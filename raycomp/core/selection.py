@@ -6,7 +6,7 @@ Selection is `((op_names ∪ op_names_re) ∩ op_types) − (exclude_op_names �
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, SelectionEntry, nearest
-from raycomp.config.entries import canonical_target
+from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, canonical_target
+from raycomp.core.attach import forward_arguments, original_parameter, user_class
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import ConfigError, Problem
 
@@ -24,14 +25,14 @@ TargetSettings = PruneTarget | QuantizeTarget | DistillTarget
 _CONVOLUTIONS = tuple(f"Conv{transpose}{dim}d" for transpose in ("", "Transpose") for dim in (1, 2, 3))
 _TEMPLATES: dict[Kind, dict[str, tuple[str, ...]]] = {
     "pruner": {
-        **{name: ("weight", "bias") for name in ("Linear", *_CONVOLUTIONS)},
+        **dict.fromkeys(("Linear", *_CONVOLUTIONS), ("weight", "bias")),
         **{f"BatchNorm{dim}d": ("weight", "bias") for dim in (1, 2, 3)},
         "Embedding": ("weight",),
     },
     "quantizer": {
-        **{name: ("_input_0", "weight", "bias", "_output_0") for name in ("Linear", *_CONVOLUTIONS)},
+        **dict.fromkeys(("Linear", *_CONVOLUTIONS), ("_input_0", "weight", "bias", "_output_0")),
         **{f"BatchNorm{dim}d": ("_input_0", "weight", "bias", "_output_0") for dim in (1, 2)},
-        **{name: ("_input_0", "_output_0") for name in ("ReLU", "ReLU6", "Hardtanh", "MaxPool2d")},
+        **dict.fromkeys(("ReLU", "ReLU6", "Hardtanh", "MaxPool2d"), ("_input_0", "_output_0")),
     },
     "distiller": {},
 }
@@ -55,17 +56,7 @@ def default_targets(kind: Kind, class_name: str) -> tuple[str, ...]:
 
 def type_name(module: nn.Module) -> str:
     """The name of the module's class as the user wrote it, below what compression put on top."""
-    kind = type(module)
-    while getattr(kind, "raycomp_swapped", False) or (
-        parametrize.is_parametrized(module) and kind.__name__.startswith("Parametrized")
-    ):
-        if kind.__dict__.get("raycomp_swapped"):
-            kind = kind.__bases__[1]
-        elif kind.__name__.startswith("Parametrized"):
-            kind = kind.__bases__[0]
-        else:
-            break
-    return kind.__name__
+    return user_class(module).__name__
 
 
 def module_names(model: nn.Module) -> dict[str, str]:
@@ -114,6 +105,7 @@ def resolve(model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], whe
                 earlier = selected[target.target_id].where
                 problems.append(Problem(place, f"{target.target_id} is set already by {earlier}", "exclude it in one"))
             selected[target.target_id] = target
+    problems += _tied_problems(model, selected.values())
     if problems:
         raise ConfigError(problems)
     return selected
@@ -138,7 +130,7 @@ def _select(model: nn.Module, entry: SelectionEntry, where: str, problems: list[
     for key in ("op_names", "exclude_op_names"):
         for name in getattr(entry, key):
             if name not in types:
-                problems.append(Problem(f"{where}.{key}", f"the model has no module {name!r}", nearest(name, types)))
+                problems.append(Problem(f"{where}.{key}", *_unknown_module(model, name, types)))
     classes = sorted(set(types.values()))
     for key in ("op_types", "exclude_op_types"):
         for name in getattr(entry, key):
@@ -179,12 +171,49 @@ def _targets(
                 message = f"{name or 'the model'} ({type_name(module)}) has no parameter {target!r}"
                 problems.append(Problem(f"{where}.target_names", message, nearest(target, parameters)))
             continue
+        if target_kind(target) == "input" and (problem := _argument_problem(module, target)):
+            problems.append(Problem(f"{where}.target_names", f"{name} ({type_name(module)}): {problem[0]}", problem[1]))
+            continue
+        assert isinstance(entry, PruneEntry | QuantizeEntry | DistillEntry)
         found.append(Selected(TargetId(name, target), entry.settings_for(target), where, _own_keys(entry, target)))
     return found
 
 
-def _own_keys(entry: SelectionEntry, target: str) -> frozenset[str]:
-    own = entry.target_settings.get(target)  # type: ignore[attr-defined]
+def _unknown_module(model: nn.Module, name: str, known: Mapping[str, str]) -> tuple[str, str]:
+    """Message and remedy for a name that is not among the modules' first names."""
+    shared = dict(model.named_modules(remove_duplicate=False)).get(name)
+    first = next((own for own, module in model.named_modules() if module is shared), None)
+    if shared is not None and first is not None and first in known:
+        return f"{name!r} is the same module as {first!r}", f"name {first!r}"
+    return f"the model has no module {name!r}", nearest(name, known)
+
+
+def _argument_problem(module: nn.Module, target: str) -> tuple[str, str] | None:
+    """What is wrong with an input target that names no argument of the module's forward."""
+    key = target.removeprefix("_input_")
+    names, takes_any = forward_arguments(module)
+    if key.isdigit() or key in names or takes_any:
+        return None
+    return f"forward has no argument {key!r}", nearest(key, names)
+
+
+def _tied_problems(model: nn.Module, selected: Iterable[Selected]) -> list[Problem]:
+    """Targets that are one and the same Parameter: what one compressor does to it, it does once."""
+    first: dict[int, TargetId] = {}
+    problems = []
+    for item in selected:
+        if target_kind(item.target_id.target) != "parameter":
+            continue
+        parameter = original_parameter(model.get_submodule(item.target_id.module), item.target_id.target)
+        earlier = first.setdefault(id(parameter), item.target_id)
+        if earlier != item.target_id:
+            message = f"{item.target_id} and {earlier} are one tied parameter"
+            problems.append(Problem(item.where, message, "exclude one of them; the other holds for both"))
+    return problems
+
+
+def _own_keys(entry: Entry, target: str) -> frozenset[str]:
+    own = entry.target_settings.get(target)
     return frozenset(own.model_fields_set if own is not None else ())
 
 

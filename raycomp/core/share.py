@@ -44,7 +44,7 @@ def use_share(share: BatchShare) -> Iterator[None]:
 
 
 def current_share() -> BatchShare | None:
-    """The share that the training loop stated, or None where it states none (a user's own loop: ranks weigh the same)."""
+    """The share that the training loop stated; None where it states none (a user's own loop: ranks weigh the same)."""
     return _SHARE.get()
 
 

@@ -34,12 +34,17 @@ def target_kind(name: str) -> TargetKind:
 
 
 class AdoptsShapes(nn.Module):
-    """A module whose buffers take the shape that a loaded state dict brings: statistics grow to their size in training."""
+    """A module whose buffers take the shape and the dtype that a loaded state dict brings.
+
+    Statistics grow to their size, and take the precision of what they watch, in training.
+    """
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name, buffer in self._buffers.items():
             loaded = state_dict.get(prefix + name)
-            if buffer is not None and loaded is not None and loaded.shape != buffer.shape:
+            if buffer is None or loaded is None:
+                continue
+            if (loaded.shape, loaded.dtype) != (buffer.shape, buffer.dtype):
                 self._buffers[name] = torch.empty_like(loaded, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[arg-type]
 
@@ -62,6 +67,11 @@ class Target(nn.Module):
     Args:
         target_id: which target this is.
     """
+
+    tracker: nn.Module | None
+    quantizer: nn.Module | None
+    mask: nn.Module | None
+    recorder: nn.Module | None
 
     def __init__(self, target_id: TargetId) -> None:
         super().__init__()
