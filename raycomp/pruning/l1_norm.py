@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from raycomp.core.target import TargetId
@@ -22,8 +20,6 @@ class L1NormPruner(Pruner):
         config_list: see `PruneEntry`.
         evaluator: only for what is fused with it.
     """
-
-    needs_training: ClassVar[bool] = False
 
     def saliencies(self) -> dict[TargetId, Tensor]:
         """The L1 norm of each block of the weights as they are."""

@@ -54,7 +54,11 @@ def make_masks(requests: Sequence[MaskRequest]) -> dict[Hashable, Tensor]:
             groups[unit.settings.global_group_id].append(unit)
     for name, members in groups.items():
         counts |= _global_counts(name, members)
-    return {member.key: unit.mask(counts[id(unit)]) for unit in units for member in unit.members}
+    made: dict[Hashable, Tensor] = {}
+    for unit in units:
+        mask = unit.mask(counts[id(unit)])
+        made |= {member.key: mask.view(member.saliency.shape) for member in unit.members}
+    return made
 
 
 class _Unit:
@@ -65,11 +69,12 @@ class _Unit:
         self.settings = members[0].settings
         self.fraction = members[0].fraction
         self._check()
-        self.shape = members[0].saliency.shape
         blocks = lcm(*(member.settings.internal_metric_block or 1 for member in members))
-        saliency = torch.stack([_pinned(member) for member in members]).mean(dim=0).flatten()
+        saliency = torch.stack([_pinned(member).flatten() for member in members]).mean(dim=0)
         if saliency.numel() % blocks:
-            raise ValueError(f"internal_metric_block {blocks} doesn't divide the {saliency.numel()} blocks of {members[0].key}")
+            raise ValueError(
+                f"internal_metric_block {blocks} doesn't divide the {saliency.numel()} blocks of {members[0].key}"
+            )
         values, self.order = saliency.view(blocks, -1).sort(dim=1, stable=True)
         self.values = values.mean(dim=0)
         self.step_elements = blocks * sum(member.elements for member in members)
@@ -77,7 +82,7 @@ class _Unit:
     def _check(self) -> None:
         first = self.members[0]
         for member in self.members[1:]:
-            if member.saliency.shape != first.saliency.shape:
+            if _grid(member) != _grid(first):
                 shapes = tuple(first.saliency.shape), tuple(member.saliency.shape)
                 raise ValueError(f"{first.key} and {member.key} share a dependency group, but have {shapes} blocks")
             for name in ("sparse_ratio", "sparse_threshold", "global_group_id"):
@@ -85,11 +90,12 @@ class _Unit:
                     raise ValueError(f"{first.key} and {member.key} share a dependency group, but differ in {name}")
 
     def clamps(self) -> tuple[int, int]:
-        """The least and the greatest number of steps that may be pruned."""
+        """The least and the greatest number of steps that may be pruned; what is pruned already stays so."""
         least = max(member.settings.min_sparse_ratio or 0.0 for member in self.members)
         given = [member.settings.max_sparse_ratio for member in self.members]
         most = min([ratio for ratio in given if ratio is not None], default=1.0)
-        return _share(len(self.values), least * self.fraction), _share(len(self.values), most)
+        pinned = int((self.values == -torch.inf).sum())
+        return max(_share(len(self.values), least * self.fraction), pinned), max(_share(len(self.values), most), pinned)
 
     def wanted(self) -> int:
         """The number of steps to prune by threshold or ratio, clamped."""
@@ -102,10 +108,10 @@ class _Unit:
         return min(max(count, least), most)
 
     def mask(self, count: int) -> Tensor:
-        """True = keep, with the `count` least steps pruned."""
+        """True = keep, flat, with the `count` least steps pruned."""
         keep = torch.ones_like(self.order, dtype=torch.bool)
         keep.scatter_(1, self.order[:, :count], False)
-        return keep.view(self.shape)
+        return keep.flatten()
 
 
 def _units(requests: Sequence[MaskRequest]) -> list[_Unit]:
@@ -119,7 +125,9 @@ def _units(requests: Sequence[MaskRequest]) -> list[_Unit]:
 def _global_counts(name: str, units: Sequence[_Unit]) -> dict[int, int]:
     ratios = {unit.settings.sparse_ratio for unit in units}
     if len(ratios) != 1 or None in ratios:
-        raise ValueError(f"the targets of global group {name!r} need one equal sparse_ratio, not {sorted(map(str, ratios))}")
+        raise ValueError(
+            f"the targets of global group {name!r} need one equal sparse_ratio, not {sorted(map(str, ratios))}"
+        )
     ratio = next(iter(ratios)) or 0.0
     values = torch.cat([unit.values for unit in units])
     sizes = torch.cat([torch.full((len(unit.values),), unit.step_elements) for unit in units])
@@ -134,12 +142,17 @@ def _global_counts(name: str, units: Sequence[_Unit]) -> dict[int, int]:
     spent = sizes[order].cumsum(0) + sizes[forced].sum()
     pruned = forced.clone()
     pruned[order[spent <= budget]] = True
-    parts = pruned.split([len(unit.values) for unit in units])
+    parts = torch.split(pruned, [len(unit.values) for unit in units])
     return {id(unit): int(part.sum()) for unit, part in zip(units, parts, strict=True)}
 
 
 def _share(total: int, ratio: float) -> int:
     return floor(total * ratio + _ROUNDING)
+
+
+def _grid(request: MaskRequest) -> list[int]:
+    """The numbers of blocks, without the dimensions that have one: a conv's channels are those of a linear layer."""
+    return [count for count in request.saliency.shape if count != 1]
 
 
 def _pinned(request: MaskRequest) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,13 +15,14 @@ from raycomp.config import Align, PruneTarget
 from raycomp.core.chain import Chain, Masks
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import TorchEvaluator
-from raycomp.core.selection import Kind, Selected
+from raycomp.core.selection import Kind, Selected, type_name
 from raycomp.core.target import AdoptsShapes, TargetId, set_buffer_, target_kind
-from raycomp.errors import ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks, follow
 from raycomp.pruning.schedule import Decision, Schedule, once
 
+_CONVOLUTION = re.compile(r"(?:Conv|ConvTranspose)([123])d")
 _SOFTMAX_ZERO = -1000.0
 """What `add` adds where masked: exp of it is 0 (NNI's value)."""
 
@@ -28,7 +31,7 @@ class Mask(AdoptsShapes):
     """Applies a mask to its target: `mul` zeroes, `add` adds -1000 where masked (for the inputs of a softmax).
 
     Args:
-        shape: the target's shape; () for an activation, whose shape is known once it has run.
+        shape: the target's shape; () for an activation, whose mask has none before the first decision.
         method: mul, add or bypass.
     """
 
@@ -41,6 +44,9 @@ class Mask(AdoptsShapes):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value."""
+        if 0 < self.mask.dim() < value.dim():
+            # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
+            self.mask = self.mask.reshape(*self.mask.shape, *[1] * (value.dim() - self.mask.dim()))
         if self.method == "mul":
             return value * self.mask.to(value.dtype)
         if self.method == "add":
@@ -67,6 +73,13 @@ class Pruner(Compressor):
         self.schedule: Schedule = once(self.window)
         self.masks: dict[TargetId, Mask] = {}
         super().__init__(model, config_list, evaluator)
+
+    @property
+    def needs_training(self) -> bool:
+        return self.schedule[-1].step > 0
+
+    def steps_to_go(self) -> int | None:
+        return max(self.schedule[-1].step - self.chain.step, 0) or None
 
     @property
     def window(self) -> int:
@@ -121,21 +134,49 @@ class Pruner(Compressor):
             self.chain.space.target(target_id).claim("mask", mask.to(device), f"{type(self).__name__} {selected.where}")
 
     def is_due(self, step: int) -> bool:
-        return any(decision.step == step for decision in self.schedule)
+        return self._decision(step) is not None or any(leader.is_due(step) for leader in self._leaders())
 
     def decide(self, step: int) -> None:
-        """Makes and sets the masks that are due at `step`."""
-        decision = next(decision for decision in self.schedule if decision.step == step)
+        """Makes and sets the masks that are due at `step`, and lets followers follow.
+
+        Raises:
+            ConfigError: members of a group don't fit each other.
+            CompressionError: a saliency is not a finite number.
+        """
+        decision = self._decision(step)
+        if decision is not None:
+            self._set_masks(decision)
+        self._align()
+
+    def finish(self) -> None:
+        last = self.schedule[-1].step
+        if self.chain.step < last and self.goals:
+            message = f"the training ended after step {self.chain.step}, the last masks are due after step {last}"
+            warnings.warn(f"{type(self).__name__}: {message}: the goal is not reached", stacklevel=2)
+
+    def _decision(self, step: int) -> Decision | None:
+        return next((decision for decision in self.schedule if decision.step == step), None)
+
+    def _leaders(self) -> list[Compressor]:
+        """The compressors fused before this one whose masks its own follow."""
+        sources = [self._source(key, align) for key in self.selected if (align := self.alignment(key)) is not None]
+        earlier = self.chain.compressors[: self.chain.compressors.index(self)]
+        return [c for c in earlier if isinstance(c, Pruner) and any(source in c.masks for source in sources)]
+
+    def _set_masks(self, decision: Decision) -> None:
         saliencies = self.saliencies()
+        for target_id, saliency in saliencies.items():
+            if not bool(torch.isfinite(saliency).all()):
+                message = "the saliency is not finite: the training has diverged"
+                raise CompressionError(message, where=str(target_id), remedy="lower the learning rate")
         requests = [self._request(target_id, saliency, decision) for target_id, saliency in saliencies.items()]
         try:
             made = make_masks(requests)
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
-        for target_id, saliency in saliencies.items():
+        for target_id in saliencies:
             keep = expand_blocks(made[target_id].to(torch.float32), self.blocks(target_id))
             set_buffer_(self.masks[target_id], "mask", keep)
-        self._align()
 
     def commit(self) -> None:
         """Zeroes the masked elements of the parameters for good."""
@@ -192,7 +233,8 @@ class Pruner(Compressor):
             mask = self._mask_of(source)
             followed = follow(mask, align.dims)
             target = self.masks[target_id]
-            shape = target.mask.shape if target_kind(target_id.target) == "parameter" else _activation(followed)
+            parameter = target_kind(target_id.target) == "parameter"
+            shape = target.mask.shape if parameter else self._activation_shape(target_id, followed)
             set_buffer_(target, "mask", followed.reshape(shape))
 
     def _source(self, target_id: TargetId, align: Align) -> TargetId:
@@ -227,7 +269,9 @@ class Pruner(Compressor):
             source = self._source(target_id, align)
             if source not in self.selected and source.target not in earlier.get(source.module, {}):
                 remedy = "name a target that this pruner or one fused before it masks"
-                problems.append(Problem(f"{selected.where}.align", f"{target_id} follows {source}, which has no mask", remedy))
+                problems.append(
+                    Problem(f"{selected.where}.align", f"{target_id} follows {source}, which has no mask", remedy)
+                )
             elif target_id not in ordered:
                 problems.append(Problem(f"{selected.where}.align", f"{target_id} follows itself in a circle"))
             else:
@@ -248,14 +292,17 @@ class Pruner(Compressor):
             return []
         return [Problem(where, f"{target_id} of shape {ours} can't follow {count} entries of {source}")]
 
+    def _activation_shape(self, target_id: TargetId, followed: Tensor) -> tuple[int, ...]:
+        """Channels in the last dimension of what a linear layer sees, else in dimension 1."""
+        name = type_name(self.chain.space.module(target_id.module))
+        known = self.masks[target_id].mask.dim()
+        convolution = _CONVOLUTION.fullmatch(name)
+        rank = int(convolution[1]) + 2 if convolution else max(known, 2)
+        return (*[1] * (rank - 1), followed.numel()) if name == "Linear" else (1, followed.numel(), *[1] * (rank - 2))
+
     def _block_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
         try:
             self.blocks(target_id)
         except ValueError as error:
             return [Problem(f"{selected.where}.granularity", f"{target_id}: {error}")]
         return []
-
-
-def _activation(mask: Tensor) -> tuple[int, ...]:
-    """A per-channel mask's shape against an activation [batch, channel, …] of unknown rank: trailing dims broadcast."""
-    return (1, *mask.shape)

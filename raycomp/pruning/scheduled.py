@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from raycomp.core.chain import Chain, Masks
-from raycomp.core.compressor import Compressor
 from raycomp.core.evaluator import TorchEvaluator
-from raycomp.errors import ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import Schedule
 
 
 class ScheduledPruner:
-    """Drives a basic pruner through a schedule; the pruner stays the one in the chain, and what is fused sees its masks grow.
+    """Drives a basic pruner through a schedule: it stays the one in the chain, and what is fused sees its masks grow.
 
     Args:
         pruner: the basic pruner that ranks and masks.
@@ -26,17 +26,21 @@ class ScheduledPruner:
 
     Raises:
         ConfigError: a decision would rest on more steps than lie before it.
+        CompressionError: `pruner` is no basic pruner.
     """
 
     def __init__(
         self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: TorchEvaluator | None = None
     ) -> None:
+        if not isinstance(pruner, Pruner):
+            message = f"{type(self).__name__} schedules a pruner, not a {type(pruner).__name__}"
+            raise CompressionError(message, remedy="give it an L1NormPruner or another basic pruner")
         self.pruner = pruner
         if pruner.window > interval_steps:
             message = f"interval_steps {interval_steps} is below the pruner's training_steps {pruner.window}"
             raise ConfigError([Problem("interval_steps", message, f"at least {pruner.window}")])
         pruner.schedule = self.schedule(interval_steps, total_times)
-        pruner.evaluator = pruner.evaluator or evaluator
+        pruner.chain.evaluator = pruner.chain.evaluator or evaluator
 
     @classmethod
     def from_compressor(cls, compressor: Pruner, *args: Any, **kwargs: Any) -> ScheduledPruner:
@@ -59,8 +63,21 @@ class ScheduledPruner:
         return self.pruner.evaluator
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, Masks]:
-        """One training run; returns the model and its masks."""
-        return Compressor.compress(self.pruner, max_steps, max_epochs)
+        """One training run, without a length until the goal is reached; returns the model and its masks."""
+        return self.pruner.compress(max_steps, max_epochs)  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under compression."""
+        return self.pruner.model
+
+    def track_forward(self, *args: Any, **kwargs: Any) -> None:
+        """As `Compressor.track_forward`."""
+        self.pruner.track_forward(*args, **kwargs)
+
+    def update_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """As `Pruner.update_masks`."""
+        self.pruner.update_masks(masks)
 
     def get_masks(self) -> Masks:
         """{module: {target: mask}}; 1 = keep."""

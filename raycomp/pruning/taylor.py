@@ -44,7 +44,7 @@ class TaylorPruner(Pruner):
 
     @classmethod
     def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> TaylorPruner:
-        """As `Compressor.from_compressor`; NNI's argument order `(compressor, config_list, training_steps, evaluator)` holds."""
+        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, training_steps, evaluator)` holds."""
         if args and isinstance(args[0], int):
             training_steps, *rest = args
             kwargs = {"training_steps": training_steps, **({"evaluator": rest[0]} if rest else {}), **kwargs}
@@ -66,6 +66,8 @@ class TaylorPruner(Pruner):
                 self._sum(target_id).add_(saliency)
 
     def statistics(self) -> list[Statistic]:
+        if self._decision(self.chain.step) is None:
+            return []
         return [Statistic(self._sum(target_id), "sum") for target_id in self.goals]
 
     def saliencies(self) -> dict[TargetId, Tensor]:
