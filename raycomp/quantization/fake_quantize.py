@@ -42,6 +42,14 @@ class FakeQuantize(AdoptsShapes):
             return value
         return fake_quantize(value, self.scale.to(_precise(value)), self.zero_point, self.limits, self.axis)
 
+    def get_extra_state(self) -> Tensor:
+        """Whether it is active: in the model's state dict, so that a reloaded model computes what the saved one did."""
+        return torch.tensor(self.active)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over `get_extra_state()`."""
+        self.active = bool(state)
+
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Takes over a range: scale and zero point follow from it."""

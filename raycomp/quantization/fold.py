@@ -6,8 +6,6 @@ statistics; in evaluation the host computes exactly what the folded integer laye
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,43 +21,47 @@ _ACTIVATIONS = ("ReLU", "ReLU6", "Hardtanh")
 
 
 class _PassThrough(nn.Module):
-    def forward(self, value: Tensor) -> Tensor:
-        return value
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be called
+        return input
 
     def host_forward(self, value: Tensor) -> Tensor:
-        return super().forward(value)
+        return super().forward(value)  # type: ignore[no-any-return, misc]
 
 
 class _Host(nn.Module):
     # In a tuple, because a module in an attribute would become a child and stand twice in the state dict.
     raycomp_fold: tuple[Target | None, nn.Module | None, nn.Module | None]
+    weight: Tensor
+    bias: Tensor | None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be called
         weight_target, norm, activation = self.raycomp_fold
         if norm is None:
-            value = super().forward(*args, **kwargs)
+            value = super().forward(input)  # type: ignore[misc]
         else:
-            value = self._with_norm(args[0] if args else kwargs["input"], weight_target, norm)
-        return value if activation is None else activation.host_forward(value)  # type: ignore[operator]
+            value = self._with_norm(input, weight_target, norm)
+        return value if activation is None else activation.host_forward(value)  # type: ignore[operator, no-any-return]
 
     def _with_norm(self, value: Tensor, weight_target: Target | None, norm: nn.Module) -> Tensor:
         factor = fold_factor(norm)
         if norm.training:
-            # A channel whose gamma is 0 must not divide by it; any factor serves, because the norm multiplies by 0.
-            factor = torch.where(factor == 0, torch.ones_like(factor), factor)
+            # The output is divided by the factor again, so no gradient belongs to it; and a channel whose gamma is 0
+            # must not divide by it: any factor serves, because the norm multiplies by 0.
+            factor = torch.where(factor == 0, torch.ones_like(factor), factor).detach()
         weight = self.weight * _along_first(factor, self.weight)
         if weight_target is not None and weight_target.quantizer is not None:
             weight = weight_target.quantizer(weight)
         if not norm.training:
             mean: Tensor = norm.running_mean  # type: ignore[assignment]
+            beta: Tensor | None = norm.bias  # type: ignore[assignment]
             bias = -mean if self.bias is None else self.bias - mean
-            shift = bias * factor if norm.bias is None else bias * factor + norm.bias
+            shift = bias * factor if beta is None else bias * factor + beta
             return _linear_part(self, value, weight, shift.to(weight.dtype))
         output = _linear_part(self, value, weight, None)
         output = output / _along_channel(factor, output)
         if self.bias is not None:
             output = output + _along_channel(self.bias, output)
-        return norm.host_forward(output)  # type: ignore[operator]
+        return norm.host_forward(output)  # type: ignore[operator, no-any-return]
 
 
 def fold_factor(norm: nn.Module) -> Tensor:

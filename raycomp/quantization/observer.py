@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycomp.core.reduction import Statistic
 from raycomp.core.share import is_idle
-from raycomp.core.target import AdoptsShapes, set_buffer_
 
 
-class RangeTracker(AdoptsShapes):
+class RangeTracker(nn.Module):
     """The least and the greatest value since the last reset, on this rank; min and max merge them over the ranks.
 
-    Watches in training mode alone, and not the stand-in batch of a rank without samples.
+    Watches in training mode alone, and not the stand-in batch of a rank without samples. What it has seen is no buffer,
+    because DDP would overwrite the buffers of all ranks with those of rank 0 at each forward pass.
 
     Args:
         keep: the dimension whose entries have a range each (None: one range for the tensor).
     """
 
-    low: Tensor
-    high: Tensor
-
     def __init__(self, keep: int | None = None) -> None:
         super().__init__()
         self.keep = keep
-        self.register_buffer("low", torch.tensor(torch.inf), persistent=False)
-        self.register_buffer("high", torch.tensor(-torch.inf), persistent=False)
+        self.low = torch.tensor(torch.inf)
+        self.high = torch.tensor(-torch.inf)
 
     @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         """Takes one batch into account."""
         if not self.training:
             return
-        low, high = value_range(value, self.keep)
+        low, high = value_range(value.to(torch.promote_types(value.dtype, torch.float32)), self.keep)
         if is_idle():
             low, high = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
-        set_buffer_(self, "low", torch.minimum(self.low.to(low), low))
-        set_buffer_(self, "high", torch.maximum(self.high.to(high), high))
+        self.low = torch.minimum(self.low.to(low), low)
+        self.high = torch.maximum(self.high.to(high), high)
 
     def statistics(self) -> list[Statistic]:
         """The two ends, to be merged in place."""
@@ -47,8 +42,8 @@ class RangeTracker(AdoptsShapes):
 
     def reset(self) -> None:
         """Forgets what was seen."""
-        self.low.fill_(torch.inf)
-        self.high.fill_(-torch.inf)
+        self.low = torch.full_like(self.low, torch.inf)
+        self.high = torch.full_like(self.high, -torch.inf)
 
 
 def value_range(value: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
@@ -57,7 +52,7 @@ def value_range(value: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]
     if keep is None:
         low, high = torch.aminmax(value)
         return low, high
-    others: Sequence[int] = [dim for dim in range(value.dim()) if dim != keep]
+    others = [dim for dim in range(value.dim()) if dim != keep]
     if not others:
         return value, value
     return value.amin(dim=others, keepdim=True), value.amax(dim=others, keepdim=True)

@@ -42,7 +42,7 @@ class QATQuantizer(Quantizer):
 
     @classmethod
     def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> QATQuantizer:
-        """As `Compressor.from_compressor`; NNI's argument order `(compressor, config_list, quant_start_step, evaluator)` holds."""
+        """As `Compressor.from_compressor`; NNI's `(compressor, config_list, quant_start_step, evaluator)` holds."""
         if args and isinstance(args[0], int):
             start, *rest = args
             kwargs = {"quant_start_step": start, **({"evaluator": rest[0]} if rest else {}), **kwargs}
@@ -55,8 +55,10 @@ class QATQuantizer(Quantizer):
     @torch.no_grad()
     def statistics(self) -> list[Statistic]:
         watched = [item for tracker in self.trackers.values() for item in tracker.statistics()]
-        self._parameter_ranges = {key: self.parameter_range(key) for key in self.quantizers if key not in self.trackers}
-        for low, high in self._parameter_ranges.values():
+        # Weights are the same on every rank; the running statistics that a folded one is multiplied by need not be.
+        folded = [key for key in self.quantizers if self.chain.space.targets[key].defer_quantizer]
+        self._folded_ranges = {key: self.parameter_range(key) for key in folded}
+        for low, high in self._folded_ranges.values():
             watched += [Statistic(low, "min"), Statistic(high, "max")]
         return watched
 
@@ -72,6 +74,7 @@ class QATQuantizer(Quantizer):
                 quantizer.set_range(low, high)
             tracker.reset()
             quantizer.active = started and bool(torch.isfinite(quantizer.tracked_min).all())
-        for target_id, (low, high) in self._parameter_ranges.items():
+        for target_id in self.quantizers.keys() - self.trackers.keys():
+            low, high = self._folded_ranges.get(target_id) or self.parameter_range(target_id)
             self.quantizers[target_id].set_range(low, high)
             self.quantizers[target_id].active = started

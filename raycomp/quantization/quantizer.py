@@ -12,7 +12,7 @@ from raycomp.config import QuantizeEntry, QuantizeTarget
 from raycomp.core.chain import Calibration
 from raycomp.core.compressor import Compressor
 from raycomp.core.selection import Kind, Selected
-from raycomp.core.target import Target, TargetId, set_buffer_, target_kind
+from raycomp.core.target import Target, TargetId, set_buffer_
 from raycomp.errors import ConfigError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
 from raycomp.quantization.fold import fold, fold_problem, folded_weight
@@ -36,6 +36,7 @@ class Quantizer(Compressor):
         for index, names in self._fuse_names():
             problem = fold_problem(self.model, names, f"config_list[{index}].fuse_names")
             problems += [problem] if problem else []
+        problems += self._fused_twice()
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
         for selected in self.selected.values():
@@ -102,15 +103,17 @@ class Quantizer(Compressor):
         """The model and its calibration config."""
         return self.model, self.get_calibration_config()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"active": [str(key) for key, quantizer in self.quantizers.items() if quantizer.active]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for key, quantizer in self.quantizers.items():
-            quantizer.active = str(key) in state["active"]
-
     def _weight_target(self, host: str) -> Target | None:
         return self.chain.space.targets.get(TargetId(host, "weight"))
+
+    def _fused_twice(self) -> list[Problem]:
+        first = {name: str(type(c).__name__) for c in self.chain.compressors for names in c.folds() for name in names}
+        problems = []
+        for index, names in self._fuse_names():
+            where = f"config_list[{index}].fuse_names"
+            problems += [Problem(where, f"{name} is fused already by {first[name]}") for name in names if name in first]
+            first |= dict.fromkeys(names, where)
+        return problems
 
     def _fuse_names(self) -> list[tuple[int, tuple[str, ...]]]:
         entries = [(index, entry) for index, entry in enumerate(self.entries) if isinstance(entry, QuantizeEntry)]
@@ -135,4 +138,5 @@ def _granularity_problems(selected: Selected) -> list[Problem]:
     if isinstance(granularity, str):
         return []
     where = f"{selected.where}.granularity"
-    return [Problem(where, f"{granularity} is not a granularity of scales", "out_channel, in_channel, per_channel or default")]
+    remedy = "out_channel, in_channel, per_channel or default"
+    return [Problem(where, f"{granularity} is not a granularity of scales", remedy)]
