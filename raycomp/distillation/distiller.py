@@ -23,9 +23,10 @@ from raycomp.errors import CompressionError, ConfigError, Problem
 
 
 class LayerwiseDistiller(Compressor):
-    """Adds λ₀·L + Σ λᵢ·dᵢ: the distances of a student's module outputs from those of linked teacher modules.
+    """Trains λ₀·L + Σ λᵢ·dᵢ: the distances of a student's module outputs from those of linked teacher modules.
 
-    The teacher runs in evaluation mode and without gradients, whatever mode it is handed over in; nothing of it changes.
+    The teacher runs in evaluation mode and without gradients, whatever mode it is handed over in; nothing of it
+    changes.
 
     Args:
         model: the student, changed in place.
@@ -55,11 +56,12 @@ class LayerwiseDistiller(Compressor):
         self.recorders: dict[TargetId, Recorder] = {}
         self.teacher_values: dict[TargetId, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
+        self._teacher_modes: list[tuple[nn.Module, bool]] = []
         super().__init__(model, config_list, evaluator)
 
     @classmethod
     def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> Any:
-        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, teacher_model, teacher_predict, …)` holds."""
+        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, teacher_model, …)` holds."""
         if args and isinstance(args[0], nn.Module):
             names = ("teacher_model", "teacher_predict", "origin_loss_lambda", "evaluator")
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -103,7 +105,10 @@ class LayerwiseDistiller(Compressor):
         if not running:
             while self._handles:
                 self._handles.pop().remove()
+            for module, training in self._teacher_modes:
+                module.training = training
             return
+        self._teacher_modes = [(module, module.training) for module in self.teacher.modules()]
         self.teacher.to(next(self.model.parameters()).device).eval()
         for link in {link for target_id in self.recorders for link in self.links(target_id)}:
             module = self.teacher.get_submodule(link.module)
@@ -126,8 +131,12 @@ class LayerwiseDistiller(Compressor):
         return settings
 
     def _teacher_hook(self, link: TargetId) -> Callable[[nn.Module, Any, Any], None]:
+        def note(value: Tensor) -> Tensor:
+            self.teacher_values.setdefault(link, []).append(value)
+            return value
+
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            replace_part(output, link.target.removeprefix("_output_"), self.teacher_values.setdefault(link, []).append)
+            replace_part(output, link.target.removeprefix("_output_"), note)
 
         return keep
 
@@ -137,7 +146,11 @@ class LayerwiseDistiller(Compressor):
         return [self._distance(target_id, link, student, distance_fn) for link in self.links(target_id)]
 
     def _distance(
-        self, target_id: TargetId, link: TargetId, student: list[Tensor], distance_fn: Callable[[Tensor, Tensor], Tensor]
+        self,
+        target_id: TargetId,
+        link: TargetId,
+        student: list[Tensor],
+        distance_fn: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         teacher = self.teacher_values.get(link, [])
         shapes = [tuple(value.shape) for value in student], [tuple(value.shape) for value in teacher]

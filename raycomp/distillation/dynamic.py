@@ -14,8 +14,8 @@ from raycomp.distillation.distiller import LayerwiseDistiller
 class DynamicLayerwiseDistiller(LayerwiseDistiller):
     """Holds each target against that one of its links that is nearest at the moment.
 
-    loss = λ₀·L + Σ λᵢ·minⱼ dᵢⱼ (Xia et al., Structured Pruning Learns Compact and Accurate Models, arXiv:2204.00408). Which link is
-    nearest is judged over the global batch, so every rank takes the same one.
+    loss = λ₀·L + Σ λᵢ·minⱼ dᵢⱼ (Xia et al., Structured Pruning Learns Compact and Accurate Models, arXiv:2204.00408).
+    Which link is nearest is judged over the global batch, so every rank takes the same one.
     """
 
     def combine(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, Tensor]:

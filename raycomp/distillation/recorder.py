@@ -11,7 +11,7 @@ from raycomp.errors import CompressionError
 
 
 class Recorder(nn.Module):
-    """Keeps what passes while it is open; a copy of the model starts empty (tensors of a live graph can't be copied)."""
+    """Keeps what passes while it is open; a copy starts empty, because tensors of a live graph can't be copied."""
 
     def __init__(self) -> None:
         super().__init__()
