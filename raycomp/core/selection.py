@@ -97,8 +97,9 @@ def resolve(model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], whe
     for index, entry in enumerate(entries):
         place = f"{where}[{index}]"
         names = _select(model, entry, place, problems)
+        known = len(problems)
         found = [target for name in names for target in _targets(model, kind, name, entry, place, problems)]
-        if names and not found:
+        if names and not found and len(problems) == known:
             problems.append(_no_targets(model, kind, names, place))
         for target in found:
             if target.target_id in selected:
