@@ -64,7 +64,7 @@ class Digits(Task):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             model = ResNet(self.width)
-        train(model, *self.train_set.tensors, epochs=self.dense_epochs, seed=self.seed)
+        train(model, self.train_set, epochs=self.dense_epochs, seed=self.seed)
         return model.state_dict()
 
 

@@ -91,7 +91,7 @@ class FashionMnist(Task):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 model = ResNet(blocks=blocks, stem_stride=2)
-            train(model, *self.train_data().tensors, epochs=epochs, seed=self.seed)
+            train(model, self.train_data(), epochs=epochs, seed=self.seed)
             return model.state_dict()
 
         recipe = {

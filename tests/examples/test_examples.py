@@ -101,6 +101,16 @@ def test_job_files_fit_their_models(name: str, tmp_path: Path, clothes: Path) ->
             assert "fc" not in pruned
 
 
+def test_the_hugging_face_job_fits_its_model() -> None:
+    pytest.importorskip("transformers")
+    job = load_job(EXAMPLES / "huggingface.yaml")
+    chain = stage_chain(job, 0, build_task(job.task, EXAMPLES), StageStart())
+    pruned = {module for module, targets in chain.masks().items() if "weight" in targets}
+    convolutions = {name for name, layer in chain.model.named_modules() if type(layer).__name__ == "Conv2d"}
+    assert len(convolutions) == 7
+    assert convolutions <= pruned
+
+
 def test_fashion_mnist_reads_what_the_folder_holds(clothes: Path) -> None:
     task = build("fashion_mnist.py:FashionMnist", folder=str(clothes), train_samples=30)
     assert len(task.train_data()) == 30
