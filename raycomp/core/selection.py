@@ -1,6 +1,7 @@
 """From config-list entries to targets: which modules an entry selects, and which of their targets it sets.
 
 Selection is `((op_names ∪ op_names_re) ∩ op_types) − (exclude_op_names ∪ exclude_op_names_re ∪ exclude_op_types)`.
+Patterns match from the beginning of a name, as NNI's do: "layer1" means everything below layer1, "layer1$" it alone.
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def _select(model: nn.Module, entry: SelectionEntry, where: str, problems: list[
                 problems.append(Problem(f"{where}.{key}", f"no module is of type {name!r}", nearest(name, classes)))
     for key in ("op_names_re", "exclude_op_names_re"):
         for pattern in getattr(entry, key):
-            if not any(re.fullmatch(pattern, name) for name in types):
-                remedy = "the pattern must match a module's whole name"
+            if not any(re.match(pattern, name) for name in types):
+                remedy = "the pattern must match a module's name from its beginning"
                 problems.append(Problem(f"{where}.{key}", f"{pattern!r} matches no module", remedy))
     if len(problems) > known:
         return []
@@ -151,13 +152,13 @@ def _select(model: nn.Module, entry: SelectionEntry, where: str, problems: list[
 
 
 def _chosen(name: str, kind: str, entry: SelectionEntry) -> bool:
-    named = name in entry.op_names or any(re.fullmatch(pattern, name) for pattern in entry.op_names_re)
+    named = name in entry.op_names or any(re.match(pattern, name) for pattern in entry.op_names_re)
     if (entry.op_names or entry.op_names_re) and not named:
         return False
     if entry.op_types and kind not in entry.op_types:
         return False
     excluded = name in entry.exclude_op_names or kind in entry.exclude_op_types
-    return not excluded and not any(re.fullmatch(pattern, name) for pattern in entry.exclude_op_names_re)
+    return not excluded and not any(re.match(pattern, name) for pattern in entry.exclude_op_names_re)
 
 
 def _targets(

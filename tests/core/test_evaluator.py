@@ -1,0 +1,242 @@
+"""A plain script in NNI's form: the user's training function, compress, speedup, then a distiller."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from raycomp import TorchEvaluator
+from raycomp.distillation import DynamicLayerwiseDistiller
+from raycomp.errors import CompressionError
+from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
+from raycomp.quantization import QATQuantizer
+from raycomp.speedup import ModelSpeedup
+from tests.contracts.settings import batch_of, network
+
+HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+LOGITS = [{"op_types": ["Linear"]}]
+
+
+def training_step(batch: Any, model: nn.Module) -> Any:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def teacher_predict(batch: Any, teacher: nn.Module) -> Tensor:
+    return teacher(batch[0])
+
+
+class Script:
+    """What a user of NNI has: a training function, and a note of how long it was told to train."""
+
+    def __init__(self, model: nn.Module, step: Callable[..., Any] = training_step) -> None:
+        self.lengths: list[tuple[int | None, int | None]] = []
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        self.evaluator = TorchEvaluator(self.train, self.optimizer, step)
+        self.losses: list[float] = []
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer,
+        training_step: Callable[..., Any],
+        lr_schedulers: Any = None,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+    ) -> None:
+        self.lengths.append((max_steps, max_epochs))
+        model.train()
+        for step in range(max_steps or 4 * (max_epochs or 1)):
+            optimizers.zero_grad()
+            output = training_step(batch_of(step), model)
+            loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, dict) else output[0]
+            loss.backward()
+            optimizers.step()
+            self.losses.append(float(loss.detach()))
+
+
+def test_nnis_own_sequence_of_prune_speedup_distill() -> None:
+    model = network()
+    teacher = copy.deepcopy(model)
+    pruner = TaylorPruner(model, HALF, Script(model).evaluator, training_steps=3)
+    masked, masks = pruner.compress(max_steps=5, max_epochs=None)
+    assert masked is model
+    pruner.unwrap_model()
+    smaller = ModelSpeedup(model, torch.randn(2, 1, 6, 6), masks).speedup_model()
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+    script = Script(smaller)
+    distiller = DynamicLayerwiseDistiller(smaller, LOGITS, script.evaluator, teacher, teacher_predict, 0.1)
+    assert distiller.compress(4, None) is smaller
+    distiller.unwrap_model()
+    assert len(script.losses) == 4
+    assert smaller(torch.randn(2, 1, 6, 6)).shape == (2, 3)
+
+
+def test_l1_fused_with_a_distiller_does_prune_and_both_train_in_one_run() -> None:
+    model = network()
+    script = Script(model)
+    pruner = L1NormPruner(model, HALF)
+    distiller = DynamicLayerwiseDistiller.from_compressor(
+        pruner, LOGITS, copy.deepcopy(model), teacher_predict, 0.5, script.evaluator
+    )
+    distiller.compress(3, None)
+    assert float(pruner.get_masks()["stem"]["weight"].mean()) == 0.5
+    assert len(script.losses) == 3
+    pruner.unwrap_model()
+    assert float((model.stem.weight == 0).float().mean()) == 0.5
+
+
+def test_an_evaluator_given_late_trains_every_parameter_and_serves_every_compressor() -> None:
+    model = network()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pruner = L1NormPruner(model, HALF)
+    quantizer = QATQuantizer.from_compressor(pruner, [{"op_types": ["Linear"]}], 0, Script(model).evaluator)
+    assert pruner.evaluator is quantizer.evaluator is not None
+    pruner.compress(max_steps=2)
+    quantizer.unwrap_model()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_the_first_evaluator_stays() -> None:
+    model = network()
+    first, second = Script(model).evaluator, Script(model).evaluator
+    pruner = L1NormPruner(model, HALF, first)
+    assert QATQuantizer.from_compressor(pruner, [{"op_types": ["Linear"]}], 0, second).evaluator is first
+
+
+def test_from_compressor_takes_nnis_orders_of_arguments() -> None:
+    model = network()
+    evaluator, teacher = Script(model).evaluator, copy.deepcopy(model)
+    taylor = TaylorPruner.from_compressor(
+        DynamicLayerwiseDistiller(model, LOGITS, evaluator, teacher, teacher_predict), HALF, 3
+    )
+    scheduled = AGPPruner.from_compressor(taylor, 4, 2)
+    quantizer = QATQuantizer.from_compressor(scheduled, [{"op_types": ["Linear"]}], 5)
+    norms = L1NormPruner.from_compressor(quantizer, [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.25}], evaluator)
+    assert (taylor.training_steps, quantizer.quant_start_step) == (3, 5)
+    assert [type(c).__name__ for c in norms.chain.compressors] == [
+        "DynamicLayerwiseDistiller",
+        "TaylorPruner",
+        "QATQuantizer",
+        "L1NormPruner",
+    ]
+    assert norms.evaluator is evaluator
+
+
+def test_compress_without_a_length_trains_until_the_last_decision() -> None:
+    model = network()
+    script = Script(model)
+    TaylorPruner(model, HALF, script.evaluator, training_steps=3).compress()
+    assert script.lengths == [(3, None)]
+    model = network()
+    script = Script(model)
+    _, masks = LinearPruner(L1NormPruner(model, HALF), 2, 3, script.evaluator).compress()
+    assert script.lengths == [(6, None)]
+    assert float(masks["stem"]["weight"].mean()) == 0.5
+
+
+def test_l1_alone_needs_no_training_even_where_it_could() -> None:
+    model = network()
+    script = Script(model)
+    _, masks = L1NormPruner(model, HALF, script.evaluator).compress()
+    assert script.lengths == []
+    assert float(masks["stem"]["weight"].mean()) == 0.5
+
+
+def test_what_needs_training_says_so() -> None:
+    model = network()
+    pruner = AGPPruner(L1NormPruner(model, HALF), 2, 2)
+    with pytest.raises(CompressionError, match="L1NormPruner needs an evaluator"):
+        pruner.compress()
+    with pytest.raises(CompressionError, match="training needs an evaluator"):
+        L1NormPruner(network(), HALF).compress(max_steps=3)
+
+
+def test_a_training_that_ends_before_the_goal_is_told() -> None:
+    model = network()
+    pruner = AGPPruner(L1NormPruner(model, HALF, Script(model).evaluator), 2, 3)
+    with pytest.warns(UserWarning, match=r"ended after step 4, the last masks are due after step 6"):
+        pruner.compress(max_steps=4)
+
+
+class Losses(NamedTuple):
+    loss: Tensor
+    note: str
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda loss: loss,
+        lambda loss: (loss, "note"),
+        lambda loss: [loss, None],
+        lambda loss: Losses(loss, "note"),
+        lambda loss: {"note": None, "loss": loss},
+    ],
+)
+def test_a_training_step_may_give_its_loss_in_any_of_nnis_forms(form: Callable[[Tensor], Any]) -> None:
+    model = network()
+    seen: list[Any] = []
+    script = Script(model, lambda batch, model: form(training_step(batch, model)))
+    teacher = copy.deepcopy(model)
+    distiller = DynamicLayerwiseDistiller(model, LOGITS, script.evaluator, teacher, teacher_predict, 0.0)
+    train = script.train
+    script.evaluator.training_func = lambda m, o, step, *rest: train(
+        m, o, lambda *given: seen.append(step(*given)) or seen[-1], *rest
+    )
+    distiller.compress(1, None)
+    # λ₀ is 0 and the student is the teacher in training mode, so what is left is the distance of their logits.
+    assert 0 < script.losses[0] < 0.5
+    assert type(seen[0]) is type(form(torch.zeros(())))
+
+
+def test_a_training_step_without_a_loss_is_refused() -> None:
+    model = network()
+    script = Script(model, lambda batch, model: SimpleNamespace(loss=training_step(batch, model)))
+    with pytest.raises(CompressionError, match="training_step returned SimpleNamespace without a loss"):
+        TaylorPruner(model, HALF, script.evaluator, 2).compress()
+
+
+def test_a_wrapped_model_is_not_wrapped_by_a_stranger() -> None:
+    model = network()
+    pruner = L1NormPruner(model, HALF)
+    with pytest.raises(CompressionError, match="wrapped by another compressor"):
+        QATQuantizer(model, [{"op_types": ["Linear"]}])
+    pruner.unwrap_model()
+    with pytest.raises(CompressionError, match="unwrapped"):
+        pruner.compress()
+    QATQuantizer(model, [{"op_types": ["Linear"]}])
+
+
+def test_a_state_of_other_compressors_is_refused() -> None:
+    taylor = TaylorPruner(network(), HALF, training_steps=2)
+    with pytest.raises(CompressionError, match=r"\['TaylorPruner'\].*\['L1NormPruner'\]"):
+        L1NormPruner(network(), HALF).chain.load_state_dict(taylor.chain.state_dict())
+
+
+def test_tracking_a_forward_pass_changes_no_mode_and_no_statistics() -> None:
+    model = network()
+    model.train()
+    model.stem_norm.eval()
+    quantizer = QATQuantizer(model, [{"op_types": ["Linear"]}])
+    before = copy.deepcopy(model.state_dict())
+    quantizer.track_forward(batch_of(0)[0])
+    assert model.training and not model.stem_norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_evaluator_evaluates() -> None:
+    model = network()
+    evaluator = TorchEvaluator(
+        Script(model).train, torch.optim.SGD(model.parameters(), 0.1), training_step, None, None, lambda model: 0.75
+    )
+    assert evaluator.evaluate(model) == 0.75
+    with pytest.raises(CompressionError, match="no evaluating_func"):
+        Script(model).evaluator.evaluate(model)
