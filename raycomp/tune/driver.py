@@ -1,0 +1,213 @@
+"""A sweep on the driver: trials through Ray Tune, their rows, the Pareto front and the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from rich.table import Table
+
+from raycomp.config.sweep import SweepConfig
+from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
+from raycomp.distributed.cluster import Cluster, connect
+from raycomp.distributed.job import CompressionJob
+from raycomp.distributed.trainer import Progress
+from raycomp.errors import ClusterError
+from raycomp.report import render_sweep, sweep_table
+from raycomp.report.summary import RunSummary, TrialFigures
+from raycomp.storage import open_artifact
+from raycomp.tune.events import TrialEvents
+from raycomp.tune.front import with_front
+from raycomp.tune.place import REPORT, SweepPlace, SweepRecord, sweeps_of, unfinished_sweep
+from raycomp.tune.resources import TRIAL_RESOURCES, largest, trials_at_once
+from raycomp.tune.trial import TrialOrder, run_trial
+
+_UNFINISHED = "it hasn't ended; resume goes on with it"
+# The user's relative paths mean the same in a trial as in a job; an interrupt ends a sweep as it ends a job.
+_TUNE_SETTINGS = {"RAY_CHDIR_TO_TRIAL_DIR": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep gave.
+
+    Args:
+        name: the job's name.
+        sweep: the sweep's id.
+        metric: the metric that was compared.
+        mode: whether more or less of it is better.
+        rows: all trials, in the order of the search space.
+        uri: the sweep's folder in storage.
+        report_path: the HTML report: a path where the storage is a folder, else its URI.
+    """
+
+    name: str
+    sweep: str
+    metric: str
+    mode: Literal["max", "min"]
+    rows: tuple[TrialFigures, ...] = field(repr=False)
+    uri: str
+    report_path: str
+
+    @property
+    def front(self) -> tuple[TrialFigures, ...]:
+        """The trials on the Pareto front of metric against MACs, the fewest MACs first."""
+        return tuple(sorted((row for row in self.rows if row.on_front), key=lambda row: row.macs or 0))
+
+    @property
+    def failed(self) -> tuple[TrialFigures, ...]:
+        """The trials that ended without a model, or without its metric."""
+        return tuple(row for row in self.rows if row.error)
+
+    def table(self) -> Table:
+        """All trials, the best first, for a terminal."""
+        return sweep_table(self.rows, self.metric, self.mode)
+
+
+def sweep(
+    config: SweepConfig | Mapping[str, Any] | str | Path,
+    base_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Runs a job at every point of a search space, each a distributed job with its own artifact.
+
+    Args:
+        config: a sweep file's path, a `SweepConfig`, or a mapping of the same keys.
+        base_dir: for settings that aren't a file: what the job's path is relative to; default the current folder.
+        resume: go on with the latest equal sweep that has unfinished or failed trials, where there is one. Trials that
+            ended well are kept, others go on from their last checkpoint.
+        progress: hears when trials begin and end.
+
+    Raises:
+        ConfigError, TaskError, StorageError: before the cluster is asked for anything.
+        ClusterError: Ray can't be reached, or has not what a trial needs. A trial that fails is no error of the sweep.
+    """
+    plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
+    CompressionJob(plan.trials[0].job, plan.base_dir).validate()
+    return _Sweep(plan, progress).run(resume)
+
+
+class _Sweep:
+    """One sweep, on the driver."""
+
+    def __init__(self, plan: SweepPlan, progress: Progress | None) -> None:
+        self.plan, self.progress = plan, progress
+
+    def run(self, resume: bool) -> SweepResult:
+        self._begin(resume)
+        trials = {trial.id: trial for trial in self.plan.trials}
+        todo = sorted(trials.keys() - self.place.done(tuple(trials)))
+        self.place.forget(todo)
+        jobs = {name: self.place.job_of(trials[name]) for name in todo}
+        orders = {
+            name: TrialOrder(
+                name, trials[name].settings, job, str(self.plan.base_dir), self.plan.config.metric, self.place
+            )
+            for name, job in jobs.items()
+        }
+        for name, value in _TUNE_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        with connect(largest(jobs.values())) as cluster:
+            lost = self._tune(orders, cluster)
+        return self._finish(lost)
+
+    def _begin(self, resume: bool) -> None:
+        plan = self.plan
+        found = unfinished_sweep(plan) if resume else None
+        if found is not None:
+            record = found.read_record()
+            assert record is not None
+            self.place, self.record = found, record
+            self._say(f"resuming sweep {record.sweep}")
+            return
+        now = datetime.now(UTC)
+        sweep_id = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
+        self.place = SweepPlace(sweeps_of(plan.job).join(sweep_id).uri)
+        trials = tuple(trial.id for trial in plan.trials)
+        self.record = SweepRecord(sweep_id, plan.digest(), now.isoformat(timespec="seconds"), trials)
+        self.place.write_record(self.record)
+
+    def _tune(self, orders: Mapping[str, TrialOrder], cluster: Cluster) -> dict[str, str]:
+        """Runs the trials; the causes of those that Ray Tune lost."""
+        jobs = [order.job for order in orders.values()]
+        at_once = self.plan.config.max_concurrent_trials or trials_at_once(
+            jobs, ray.cluster_resources(), use_gpu=cluster.use_gpu
+        )
+        at_once = min(at_once, len(orders))
+        count = f"{len(orders)} trials, {at_once} at once"
+        self._say(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
+        events = TrialEvents(self.progress)
+        points = [{"id": name, "settings": order.settings} for name, order in orders.items()]
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(run_trial, orders=dict(orders)), tune.PlacementGroupFactory([TRIAL_RESOURCES])
+            ),
+            param_space={"trial": tune.grid_search(points)},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+            ),
+            run_config=tune.RunConfig(
+                name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",
+                storage_path=self.place.tune_uri,
+                failure_config=tune.FailureConfig(max_failures=self.plan.job.scaling.max_failures),
+                callbacks=[events],
+                verbose=0,
+            ),
+        )
+        try:
+            tuner.fit()
+        except (tune.TuneError, ray.exceptions.RayError) as error:
+            raise ClusterError(f"the sweep broke off: {error}", where=self.place.uri, remedy=_UNFINISHED) from error
+        return events.lost
+
+    def _finish(self, lost: Mapping[str, str]) -> SweepResult:
+        config, place = self.plan.config, self.place
+        rows = tuple(
+            place.read_row(trial.id)
+            or TrialFigures(trial.id, trial.settings, None, None, error=lost.get(trial.id, _UNFINISHED))
+            for trial in self.plan.trials
+        )
+        rows = with_front(rows, config.mode)
+        metric = self._metric(rows)
+        place.write_result(rows, render_sweep(self.plan.job.name, rows, metric, config.mode))
+        report = place.store.join(REPORT)
+        return SweepResult(
+            self.plan.job.name,
+            self.record.sweep,
+            metric,
+            config.mode,
+            rows,
+            place.uri,
+            report.path if report.is_local else report.uri,
+        )
+
+    def _metric(self, rows: tuple[TrialFigures, ...]) -> str:
+        """The metric's name: the one that was asked for, else the first that any artifact names."""
+        if self.plan.config.metric is not None:
+            return self.plan.config.metric
+        for row in rows:
+            if row.artifact_uri:
+                manifest = open_artifact(row.artifact_uri).manifest
+                found = RunSummary.from_figures(
+                    manifest.figures, job=manifest.job, run=manifest.run, created=manifest.created
+                )
+                return next(iter(found.models[-1].metrics))
+        return "metric"
+
+    def _say(self, line: str) -> None:
+        if self.progress is not None:
+            self.progress.message(line)
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.config['trial']['id']}"

@@ -1,0 +1,65 @@
+"""What the driver hears of trials from Ray Tune, and tells in a line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from raycomp.distributed.trainer import Progress
+from raycomp.report import text
+from raycomp.report.table import short_keys
+from raycomp.tune.trial import FAILED
+
+_ERROR_LINE = re.compile(r"(?:\w+\.)*(\w*(?:Error|Exception|Exit)\w*: .+)")
+
+
+class TrialEvents(Callback):
+    """Tells `progress` when trials begin and end, and keeps the causes of those that Ray Tune lost.
+
+    Args:
+        progress: who shows it, or None.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self.lost: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune stores its settings with the sweep; a terminal is no part of them.
+        return {"_progress": None, "lost": self.lost}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        settings = trial.config["trial"]["settings"]
+        shown = zip(short_keys(list(settings)), settings.values(), strict=True)
+        self._say(trial, "begins: " + ", ".join(f"{key} {_value(value)}" for key, value in shown))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        result = trial.last_result or {}
+        figures = [f"{text.count(result['macs'])} MACs"] if result.get("macs") is not None else []
+        self._say(trial, f"failed: {result[FAILED]}" if result.get(FAILED) else ", ".join(["ended", *figures]))
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._say(trial, f"is tried again: {last_error(str(trial.get_error() or ''))}")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        cause = last_error(str(trial.get_error() or ""))
+        self.lost[trial.config["trial"]["id"]] = cause
+        self._say(trial, f"is lost: {cause}")
+
+    def _say(self, trial: Trial, line: str) -> None:
+        if self._progress is not None:
+            self._progress.message(f"trial {trial.config['trial']['id']} {line}")
+
+
+def last_error(traceback: str) -> str:
+    """The last error that a traceback's text names, in one line."""
+    found: Sequence[str] = _ERROR_LINE.findall(traceback)
+    return found[-1].strip() if found else "its process was lost"
+
+
+def _value(value: object) -> str:
+    return text.number(value) if isinstance(value, float) else str(value)

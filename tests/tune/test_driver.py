@@ -1,0 +1,109 @@
+"""What the driver decides, with trials that end as the test says instead of running on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from raycomp.config import JobConfig
+from raycomp.distributed.cluster import Cluster
+from raycomp.report.summary import TrialFigures
+from raycomp.tune import sweep
+from raycomp.tune.driver import _Sweep
+from raycomp.tune.trial import TrialOrder
+from tests.tune.jobs import RATIO, tiny_job
+
+End = Callable[[TrialOrder], TrialFigures | None]
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[End], list[str]]:
+    """Makes trials end as a function says (None: the process is lost); gives the list of those that will have run."""
+
+    @contextmanager
+    def connected(job: JobConfig) -> Iterator[Cluster]:
+        yield Cluster(True, False, "no cluster")
+
+    def install(end: End) -> list[str]:
+        ran: list[str] = []
+
+        def run(self: _Sweep, orders: Mapping[str, TrialOrder], cluster: Cluster) -> dict[str, str]:
+            lost = {}
+            for name, order in orders.items():
+                ran.append(name)
+                row = end(order)
+                if row is None:
+                    lost[name] = "its process was lost"
+                else:
+                    order.place.write_row(row)
+            return lost
+
+        monkeypatch.setattr(_Sweep, "_tune", run)
+        return ran
+
+    monkeypatch.setattr("raycomp.tune.driver.connect", connected)
+    return install
+
+
+def good(order: TrialOrder) -> TrialFigures:
+    ratio = order.settings[RATIO]
+    assert isinstance(ratio, float)
+    return TrialFigures(order.trial, order.settings, 1 - ratio, int(100 * (1 - ratio)), 10)
+
+
+def settings(folder: Path, **more: object) -> dict[str, object]:
+    return {"job": tiny_job(folder), "search": {RATIO: {"grid": [0.25, 0.5, 0.75]}}, "metric": "accuracy", **more}
+
+
+def test_a_lost_trial_has_its_cause_and_the_others_their_rows(
+    tmp_path: Path, trials: Callable[[End], list[str]]
+) -> None:
+    trials(lambda order: None if order.trial == "01" else good(order))
+    result = sweep(settings(tmp_path), tmp_path)
+    assert [row.metric for row in result.rows] == [0.75, None, 0.25]
+    assert [row.error for row in result.rows] == ["", "its process was lost", ""]
+    assert [row.trial for row in result.front] == ["02", "00"]
+
+
+def test_resume_runs_what_is_not_done(tmp_path: Path, trials: Callable[[End], list[str]]) -> None:
+    def end(order: TrialOrder) -> TrialFigures | None:
+        if order.trial == "00":
+            return good(order)
+        return TrialFigures(order.trial, order.settings, None, None, error="no luck") if order.trial == "01" else None
+
+    trials(end)
+    first = sweep(settings(tmp_path), tmp_path)
+    assert len(first.failed) == 2
+    ran = trials(good)
+    second = sweep(settings(tmp_path), tmp_path, resume=True)
+    assert ran == ["01", "02"]
+    assert second.sweep == first.sweep
+    assert [row.metric for row in second.rows] == [0.75, 0.5, 0.25]
+    ran = trials(good)
+    third = sweep(settings(tmp_path), tmp_path, resume=True)
+    assert ran == ["00", "01", "02"]
+    assert third.sweep != first.sweep
+
+
+def test_without_resume_a_sweep_begins_anew(tmp_path: Path, trials: Callable[[End], list[str]]) -> None:
+    trials(lambda order: None)
+    first = sweep(settings(tmp_path), tmp_path)
+    ran = trials(good)
+    assert sweep(settings(tmp_path), tmp_path).sweep != first.sweep
+    assert ran == ["00", "01", "02"]
+
+
+def test_less_can_be_better(tmp_path: Path, trials: Callable[[End], list[str]]) -> None:
+    trials(good)
+    result = sweep(settings(tmp_path, mode="min"), tmp_path)
+    assert [row.trial for row in result.front] == ["02"]
+
+
+def test_a_sweep_of_failures_still_ends_with_its_table(tmp_path: Path, trials: Callable[[End], list[str]]) -> None:
+    trials(lambda order: TrialFigures(order.trial, order.settings, None, None, error="no luck"))
+    result = sweep({**settings(tmp_path), "metric": None}, tmp_path)
+    assert result.front == ()
+    assert "no luck" in Path(result.report_path).read_text()
