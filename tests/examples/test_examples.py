@@ -92,7 +92,7 @@ def test_job_files_fit_their_models(name: str, tmp_path: Path, clothes: Path) ->
         quantized = chain.calibration()
         if quantized:
             assert {names[0] for names in chain.folds()} == {
-                module for module, layer in chain.model.named_modules() if type(layer).__name__ == "Conv2d"
+                module for module, layer in chain.model.named_modules() if isinstance(layer, nn.Conv2d)
             }
             assert "weight" in quantized["fc"]
         if index == 0:
@@ -106,7 +106,7 @@ def test_the_hugging_face_job_fits_its_model() -> None:
     job = load_job(EXAMPLES / "huggingface.yaml")
     chain = stage_chain(job, 0, build_task(job.task, EXAMPLES), StageStart())
     pruned = {module for module, targets in chain.masks().items() if "weight" in targets}
-    convolutions = {name for name, layer in chain.model.named_modules() if type(layer).__name__ == "Conv2d"}
+    convolutions = {name for name, layer in chain.model.named_modules() if isinstance(layer, nn.Conv2d)}
     assert len(convolutions) == 7
     assert convolutions <= pruned
 
