@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shlex
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import raycomp
 from raycomp.config import JobConfig
@@ -29,16 +31,17 @@ _CREDENTIALS = (
 )
 _EXCLUDES = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "artifacts", "results")
 _TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
-_AGENT_WAIT_S = 60.0
+_PATIENCE_S = 60.0
 _POLL_S = 1.0
-_RECONNECTS = 5
 
 
 class JobsClient(Protocol):
     """What raycomp uses of `ray.job_submission.JobSubmissionClient`."""
 
-    def submit_job(self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> str:
-        """Starts a job and returns its submission id."""
+    def submit_job(
+        self, *, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str], submission_id: str
+    ) -> str:
+        """Starts a job under an id that no other has."""
 
     def get_job_info(self, job_id: str) -> Any:
         """An object with `status`, `message` and `driver_exit_code`."""
@@ -165,20 +168,27 @@ def send(client: JobsClient, submission: Submission, *, sleep: Callable[[float],
         The submission id.
 
     Raises:
-        RuntimeError: Ray refuses.
+        RuntimeError, OSError: Ray refuses, or is lost.
     """
-    for attempt in range(int(_AGENT_WAIT_S / _POLL_S) + 1):
+    submission_id = f"{submission.name}-{uuid4().hex[:8]}"
+    for attempt in itertools.count():
         try:
-            return client.submit_job(
+            client.submit_job(
                 entrypoint=submission.entrypoint,
                 runtime_env=submission.runtime_env(),
                 metadata={"raycomp_job": submission.name},
+                submission_id=submission_id,
             )
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or attempt * _POLL_S >= _AGENT_WAIT_S:
+            break
+        except (RuntimeError, OSError) as error:
+            # An answer that was lost on its way: the id shows that the job is there.
+            if attempt and "already exists" in str(error):
+                break
+            passing = isinstance(error, OSError) or "No available agent" in str(error)
+            if not passing or attempt * _POLL_S >= _PATIENCE_S:
                 raise
         sleep(_POLL_S)
-    raise AssertionError("unreachable")
+    return submission_id
 
 
 def follow(
@@ -188,24 +198,27 @@ def follow(
     *,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Outcome:
-    """Writes the job's log as it comes, until the job has ended; a lost connection is taken up again.
+    """Writes the job's log as it comes, until the job has ended; a lost connection is taken up again for a minute.
 
     Raises:
         RuntimeError, OSError: the cluster is lost.
     """
-    written = failures = 0
+    log = _Log(write)
+    failures = 0
     while True:
-        printed, lost = asyncio.run(_tail(client, submission_id, write, written))
-        failures = failures + 1 if lost is not None and printed == written else 0
-        written = printed
-        if lost is not None and failures > _RECONNECTS:
-            raise lost
-        if lost is None:
+        before = log.written
+        try:
+            asyncio.run(_tail(client, submission_id, log))
             details = client.get_job_info(submission_id)
             if _status(details) in _TERMINAL:
                 logs = client.get_job_logs(submission_id)
-                write(logs[written:])
+                log.take(len(logs), logs)
                 return outcome(details, logs)
+            failures = 0
+        except (RuntimeError, OSError):
+            failures = 1 if log.written > before else failures + 1
+            if failures * _POLL_S > _PATIENCE_S:
+                raise
         sleep(_POLL_S)
 
 
@@ -226,20 +239,30 @@ def outcome(details: Any, logs: str) -> Outcome:
     return Outcome(0)
 
 
-async def _tail(
-    client: JobsClient, submission_id: str, write: Callable[[str], None], written: int
-) -> tuple[int, Exception | None]:
-    """Writes what comes after the first `written` characters; returns how many there are now, and what cut it short."""
-    seen = 0
+@dataclass
+class _Log:
+    """Writes each character of a log once, however often the log is read from its beginning."""
+
+    write: Callable[[str], None]
+    written: int = 0
+
+    def take(self, end: int, text: str) -> None:
+        """Takes the piece of the log that ends at position `end`."""
+        if end > self.written:
+            self.write(text[-(end - self.written) :])
+            self.written = end
+
+
+async def _tail(client: JobsClient, submission_id: str, log: _Log) -> None:
+    from aiohttp import ClientError
+
+    end = 0
     try:
         async for text in client.tail_job_logs(submission_id):
-            seen += len(text)
-            if seen > written:
-                write(text[-(seen - written) :])
-                written = seen
-    except (RuntimeError, OSError) as error:
-        return written, error
-    return written, None
+            end += len(text)
+            log.take(end, text)
+    except ClientError as error:
+        raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 def _place_problems(job: JobConfig, file: Path, root: Path) -> Iterator[Problem]:
