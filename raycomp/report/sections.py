@@ -16,7 +16,7 @@ from raycomp.report.summary import LayerFigures, ModelFigures, ProgressEvent, Ru
 
 _FORMS = {
     "dense": "the model as it was, before compression",
-    "simulated": "trained with masks and rounding simulated in float; as large and slow as dense",
+    "simulated": "trained with masks and rounding simulated in float; as large as dense, and slower",
     "sped-up": "what was masked is cut out; computes the same function as the simulated model",
     "int8": "the sped-up model computing with 8-bit integers, with the scales that training learned",
 }
@@ -203,7 +203,7 @@ def layers(summary: RunSummary) -> str:
         Column("Layer", "name"),
         Column("Channels kept"),
         Column("", "num"),
-        Column("Weights masked", "num"),
+        Column("Weights masked", "num on-desk"),
         Column("Type", "on-desk"),
         Column("Stored as", "on-desk"),
     )
@@ -251,7 +251,7 @@ def job_file(summary: RunSummary) -> str:
     """The job file, to run it again."""
     if not summary.config_yaml:
         return ""
-    again = paragraph("Save it and run it again with `raycomp run job.yaml`.", "soft")
+    again = '<p class="soft">Save it as job.yaml; <code>raycomp run job.yaml</code> runs it again.</p>'
     shown = f"<details><summary>Show the job file</summary>{code_block(summary.config_yaml)}</details>"
     return section("Job file", again, shown)
 
@@ -304,8 +304,13 @@ def _warnings(summary: RunSummary) -> str:
 def _compressor(item: Mapping[str, Any]) -> str:
     inner = item.get("pruner")
     name = f"{item.get('type')} over {_compressor(inner)}" if isinstance(inner, Mapping) else str(item.get("type"))
-    ratios = {entry["sparse_ratio"] for entry in item.get("config_list", ()) if "sparse_ratio" in entry}
-    kinds = {entry["quant_dtype"] for entry in item.get("config_list", ()) if "quant_dtype" in entry}
+    settings = [
+        level
+        for entry in item.get("config_list", ())
+        for level in (entry, *(entry.get("target_settings") or {}).values())
+    ]
+    ratios = {level["sparse_ratio"] for level in settings if level.get("sparse_ratio") is not None}
+    kinds = {level["quant_dtype"] for level in settings if level.get("quant_dtype") is not None}
     details = [text.percent(ratio) for ratio in sorted(ratios)] + sorted(kinds)
     return f"{name} ({', '.join(details)})" if details else name
 

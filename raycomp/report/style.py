@@ -55,8 +55,8 @@ tr > :last-child { padding-right: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; font-weight: 600; }
 .chart { width: 100%; max-width: 34rem; height: auto; display: block; }
-.chart text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-.chart text.mark { font-size: 10px; }
+.chart text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
+.chart text.mark { font-size: 11.5px; }
 .grid { stroke: var(--faint); } .axis { stroke: var(--line); }
 line.mark { stroke: var(--soft); stroke-dasharray: 2 3; }
 .curve, .front { fill: none; stroke: var(--accent); stroke-width: 1.8; stroke-linejoin: round; }

@@ -26,7 +26,7 @@ stages:
         interval_steps: 10
         total_times: 5
         pruner: {type: TaylorPruner, training_steps: 10, config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]}
-      - {type: QATQuantizer, config_list: [{op_types: [Conv2d], quant_dtype: int8}]}
+      - {type: QATQuantizer, config_list: [{op_types: [Conv2d], target_settings: {weight: {quant_dtype: int8}}}]}
   - name: distil
     compressors:
       - {type: DynamicLayerwiseDistiller, config_list: [{op_types: [Linear]}]}
