@@ -33,18 +33,20 @@ class Mask(AdoptsShapes):
     Args:
         shape: the target's shape; () for an activation, whose mask has none before the first decision.
         method: mul, add or bypass.
+        channels_last: whether an activation's channels are its last dimension, and not dimension 1.
     """
 
     mask: Tensor
 
-    def __init__(self, shape: tuple[int, ...], method: str) -> None:
+    def __init__(self, shape: tuple[int, ...], method: str, *, channels_last: bool = False) -> None:
         super().__init__()
         self.method = method
+        self.channels_last = channels_last
         self.register_buffer("mask", torch.ones(shape))
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value."""
-        if 0 < self.mask.dim() < value.dim():
+        if 0 < self.mask.dim() < value.dim() and not self.channels_last:
             # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
             self.mask = self.mask.reshape(*self.mask.shape, *[1] * (value.dim() - self.mask.dim()))
         if self.method == "mul":
@@ -116,9 +118,11 @@ class Pruner(Compressor):
         """Refuses goals for activations, blocks that don't fit, and align cycles."""
         problems = []
         for target_id, selected in self.selected.items():
+            if self.alignment(target_id) is not None:
+                continue
             if target_kind(target_id.target) == "parameter":
                 problems += self._block_problems(target_id, selected)
-            elif self.alignment(target_id) is None:
+            else:
                 message = f"{target_id}: {type(self).__name__} can't rank inputs or outputs"
                 problems.append(Problem(selected.where, message, "align it to a parameter of a module"))
         problems += self._align_problems()
@@ -129,7 +133,9 @@ class Pruner(Compressor):
         for target_id, selected in self.selected.items():
             parameter = target_kind(target_id.target) == "parameter"
             shape = self.shape(target_id) if parameter else ()
-            mask = self.masks.setdefault(target_id, Mask(shape, self._settings(target_id).apply_method))
+            last = type_name(self.chain.space.module(target_id.module)) == "Linear"
+            fresh = Mask(shape, self._settings(target_id).apply_method, channels_last=last)
+            mask = self.masks.setdefault(target_id, fresh)
             device = next(self.model.parameters()).device
             self.chain.space.target(target_id).claim("mask", mask.to(device), f"{type(self).__name__} {selected.where}")
 
@@ -293,12 +299,9 @@ class Pruner(Compressor):
         return [Problem(where, f"{target_id} of shape {ours} can't follow {count} entries of {source}")]
 
     def _activation_shape(self, target_id: TargetId, followed: Tensor) -> tuple[int, ...]:
-        """Channels in the last dimension of what a linear layer sees, else in dimension 1."""
-        name = type_name(self.chain.space.module(target_id.module))
-        known = self.masks[target_id].mask.dim()
-        convolution = _CONVOLUTION.fullmatch(name)
-        rank = int(convolution[1]) + 2 if convolution else max(known, 2)
-        return (*[1] * (rank - 1), followed.numel()) if name == "Linear" else (1, followed.numel(), *[1] * (rank - 2))
+        convolution = _CONVOLUTION.fullmatch(type_name(self.chain.space.module(target_id.module)))
+        rank = int(convolution[1]) + 2 if convolution else max(self.masks[target_id].mask.dim(), 2)
+        return (1, followed.numel(), *[1] * (rank - 2))
 
     def _block_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
         try:

@@ -1,0 +1,233 @@
+"""Pruners on models: NNI's golden values, schedules, monotone masks, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycomp.errors import CompressionError, ConfigError
+from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
+
+
+class Net(nn.Module):
+    """A linear layer with the weight 1..16, and another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, 4)
+        self.fc2 = nn.Linear(4, 4)
+        with torch.no_grad():
+            self.fc1.weight.copy_(torch.arange(1.0, 17).view(4, 4))
+            self.fc2.weight.copy_(torch.ones(4, 4))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.fc2(self.fc1(value))
+
+
+def l1_masks(*config_list: dict[str, Any], model: nn.Module | None = None) -> dict[str, dict[str, Tensor]]:
+    return L1NormPruner(model or Net(), list(config_list)).compress()[1]
+
+
+def fc1(**settings: Any) -> dict[str, Any]:
+    return {"op_names": ["fc1"], **settings}
+
+
+def test_output_channels_and_their_bias_go_together() -> None:
+    masks = l1_masks(fc1(sparse_ratio=0.6))
+    assert masks["fc1"]["weight"].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    assert masks["fc1"]["bias"].tolist() == [0, 0, 1, 1]
+
+
+def test_input_channels_go_and_the_bias_stays() -> None:
+    masks = l1_masks(fc1(sparse_ratio=0.5, granularity="in_channel"))
+    assert masks["fc1"]["weight"].tolist() == [[0, 0, 1, 1]] * 4
+    assert masks["fc1"]["bias"].tolist() == [1, 1, 1, 1]
+
+
+def test_single_elements_half() -> None:
+    masks = l1_masks(fc1(sparse_ratio=0.5, granularity=[1, 1]))
+    assert masks["fc1"]["weight"].flatten().tolist() == [0] * 8 + [1] * 8
+    assert masks["fc1"]["bias"].tolist() == [0, 0, 1, 1]
+
+
+def test_a_threshold_and_its_clamp() -> None:
+    weight = l1_masks(fc1(sparse_threshold=6, granularity=[1, 1]))["fc1"]["weight"]
+    assert torch.equal(weight, (torch.arange(1.0, 17) >= 6).float().view(4, 4))
+    weight = l1_masks(fc1(sparse_threshold=6, max_sparse_ratio=0.2, granularity=[1, 1]))["fc1"]["weight"]
+    assert weight.flatten().tolist() == [0] * 3 + [1] * 13
+
+
+def test_settings_of_a_target_go_before_those_of_the_entry() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.fc1.bias.copy_(torch.tensor([4.0, 3, 2, 1]))
+    entry = fc1(sparse_ratio=0.5, target_settings={"bias": {"sparse_ratio": 0.25}})
+    masks = l1_masks(entry, model=model)
+    assert masks["fc1"]["weight"][:, 0].tolist() == [0, 0, 1, 1]
+    assert masks["fc1"]["bias"].tolist() == [1, 1, 1, 0]
+
+
+def test_a_global_group_over_two_layers() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.tensor([0.5, 1, 1.5, 2]).view(4, 1).expand(4, 4))
+        model.fc2.weight.copy_(torch.tensor([20, 1.5, 1, 0.5]).view(4, 1).expand(4, 4))
+    masks = l1_masks({"op_types": ["Linear"], "sparse_ratio": 0.5, "global_group_id": "g"}, model=model)
+    assert masks["fc1"]["bias"].tolist() == [0, 0, 1, 1]
+    assert masks["fc2"]["bias"].tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sparsities"),
+    [(AGPPruner, [0.375, 0.625, 0.6875, 0.75]), (LinearPruner, [0.1875, 0.375, 0.5625, 0.75])],
+)
+def test_schedules_reach_their_golden_sparsities(schedule: type, sparsities: list[float]) -> None:
+    model = Net()
+    inner = L1NormPruner(model, [fc1(sparse_ratio=0.75, granularity=[1, 1], target_names=["weight"])])
+    pruner = schedule(inner, 2, 4)
+    seen = [1 - float(mask.mean()) for mask in masks_while_training(pruner, model, 8)]
+    assert [seen[step - 1] for step in (2, 4, 6, 8)] == sparsities
+    assert [seen[step - 1] for step in (1, 3, 5, 7)] == [0.0, *sparsities[:-1]]
+
+
+def masks_while_training(
+    pruner: Any, model: nn.Module, steps: int, change: Callable[[int], None] = lambda step: None
+) -> list[Tensor]:
+    """The mask of fc1.weight after each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = []
+    with pruner.chain.run([optimizer]):
+        for step in range(1, steps + 1):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            change(step)
+            optimizer.step()
+            seen.append(pruner.get_masks()["fc1"]["weight"])
+    return seen
+
+
+def test_a_mask_never_grows_back_over_a_schedule() -> None:
+    model = Net()
+    pruner = AGPPruner(L1NormPruner(model, [fc1(sparse_ratio=0.75, granularity=[1, 1])]), 1, 4)
+
+    def turn(step: int) -> None:
+        # The ranking is another one at each decision.
+        with torch.no_grad():
+            model.fc1.parametrizations.weight.original.copy_(torch.randperm(16).view(4, 4))
+
+    torch.manual_seed(0)
+    seen = masks_while_training(pruner, model, 4, turn)
+    for before, after in pairwise(seen):
+        assert bool((after <= before).all())
+    assert [float(mask.sum()) for mask in seen] == [10, 6, 5, 4]
+
+
+def test_taylor_sums_over_the_steps_before_each_decision() -> None:
+    model = Net()
+    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], training_steps=2)
+    original = model.fc1.parametrizations.weight.original
+    gradients = [torch.zeros(4, 4) for _ in range(3)]
+    # Rows of the weight are 1-4, 5-8, 9-12, 13-16; the square of each product counts.
+    gradients[0][0, 0], gradients[0][3, 0] = 10.0, 0.5  # (1·10)² = 100, (13·0.5)² = 42.25
+    gradients[1][1, 0], gradients[1][3, 0] = -1.0, -0.5  # (5·-1)² = 25, 42.25: the sum is 84.5, not 0
+    gradients[1][2, 0] = 0.1  # (9·0.1)² = 0.81
+
+    def give(step: int) -> None:
+        original.grad = gradients[step - 1].clone()
+
+    seen = masks_while_training(pruner, model, 2, give)
+    assert seen[0].min() == 1
+    assert seen[1][:, 0].tolist() == [1, 0, 0, 1]
+
+
+def test_under_a_schedule_taylor_counts_the_last_steps_before_each_decision() -> None:
+    model = Net()
+    pruner = LinearPruner(TaylorPruner(model, [fc1(sparse_ratio=0.5)], training_steps=1), 2, 2)
+    original = model.fc1.parametrizations.weight.original
+
+    def give(step: int) -> None:
+        # Steps 1 and 3 say that the last row is unimportant, steps 2 and 4 that the first ones are.
+        importance = [9.0, 9, 9, 0] if step % 2 else [0.0, 1, 2, 3]
+        original.grad = torch.tensor(importance).view(4, 1).expand(4, 4) / original.detach()
+
+    seen = masks_while_training(pruner, model, 4, give)
+    assert [mask[:, 0].tolist() for mask in seen] == [[1] * 4, [0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_window_longer_than_the_interval_is_refused() -> None:
+    with pytest.raises(ConfigError, match="interval_steps 2 is below the pruner's training_steps 3"):
+        AGPPruner(TaylorPruner(Net(), [fc1(sparse_ratio=0.5)], training_steps=3), 2, 2)
+
+
+def test_a_schedule_takes_a_basic_pruner_alone() -> None:
+    inner = AGPPruner(L1NormPruner(Net(), [fc1(sparse_ratio=0.5)]), 2, 2)
+    with pytest.raises(CompressionError, match="LinearPruner schedules a pruner, not a AGPPruner"):
+        LinearPruner(inner, 2, 2)  # type: ignore[arg-type]
+
+
+def test_a_diverged_training_is_told() -> None:
+    model = Net()
+    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], training_steps=1)
+    original = model.fc1.parametrizations.weight.original
+
+    def diverge(step: int) -> None:
+        original.grad = torch.full((4, 4), torch.nan)
+
+    with pytest.raises(CompressionError, match=r"fc1.weight: the saliency is not finite"):
+        masks_while_training(pruner, model, 1, diverge)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    entries = [
+        fc1(sparse_ratio=0.5, dependency_group_id="d"),
+        {"op_names": ["fc2"], "sparse_ratio": 0.25, "dependency_group_id": "d"},
+    ]
+    with pytest.raises(ConfigError, match="share a dependency group, but differ in sparse_ratio"):
+        l1_masks(*entries)
+
+
+def test_activations_can_not_be_ranked_and_blocks_must_divide() -> None:
+    with pytest.raises(ConfigError) as raised:
+        l1_masks(
+            fc1(sparse_ratio=0.5, target_names=["_output_"]),
+            {"op_names": ["fc2"], "sparse_ratio": 0.5, "granularity": [3], "target_names": ["weight"]},
+        )
+    remedy = "(align it to a parameter of a module)"
+    assert [str(problem) for problem in raised.value.problems] == [
+        f"config_list[0]: fc1._output_0: L1NormPruner can't rank inputs or outputs {remedy}",
+        "config_list[1].granularity: fc2.weight: blocks of (1, 3) don't divide the target's shape (4, 4)",
+    ]
+
+
+def test_masks_that_were_stored_can_be_set() -> None:
+    model = Net()
+    pruner = L1NormPruner(model, [fc1(sparse_ratio=0.5)])
+    masks = pruner.compress()[1]
+    again = L1NormPruner(Net(), [fc1(sparse_ratio=0.5)])
+    again.update_masks(masks)
+    assert torch.equal(again.get_masks()["fc1"]["weight"], masks["fc1"]["weight"])
+    assert torch.equal(again.model.fc1.weight, model.fc1.weight)
+    with pytest.raises(KeyError):
+        again.update_masks({"fc2": {"weight": torch.ones(4, 4)}})
+
+
+def test_bypass_masks_and_changes_nothing() -> None:
+    model = Net()
+    before = model.fc1.weight.detach().clone()
+    pruner = L1NormPruner(model, [fc1(sparse_ratio=0.5, apply_method="bypass", target_names=["weight"])])
+    pruner.compress()
+    assert float(pruner.get_masks()["fc1"]["weight"].mean()) == 0.5
+    assert torch.equal(model.fc1.weight, before)
+    pruner.unwrap_model()
+    assert torch.equal(model.fc1.weight, before)
+
+
+def test_two_pruners_on_one_target_are_refused() -> None:
+    pruner = L1NormPruner(Net(), [fc1(sparse_ratio=0.5)])
+    with pytest.raises(CompressionError, match=r"fc1.weight: both L1NormPruner .* and TaylorPruner .* set the mask"):
+        TaylorPruner.from_compressor(pruner, [fc1(sparse_ratio=0.5)], 3)
