@@ -188,14 +188,24 @@ def export(uri: str, form: str, directory: Path) -> None:
 
 @main.command()
 @click.argument("sweep", type=click.Path(path_type=Path))
-def sweep(sweep: Path) -> None:
+@click.option("--resume", is_flag=True, help="Go on with the latest equal sweep that has unfinished or failed trials.")
+def sweep(sweep: Path, resume: bool) -> None:
     """Run a sweep file: a job over a search space.
 
-    It ends in a table with the Pareto front of metric against MACs.
+    It ends in a table with the Pareto front of metric against MACs. A trial that fails has its cause there; the exit
+    code is 1 only where all of them fail.
     """
+    from raycomp.report import ProgressPrinter
     from raycomp.tune import sweep as run_sweep
 
-    _console().print(run_sweep(sweep).table())
+    with ProgressPrinter() as progress:
+        result = run_sweep(sweep, resume=resume, progress=progress)
+    console = _console()
+    console.print(result.table())
+    for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):
+        console.print(Text(line), soft_wrap=True)
+    if len(result.failed) == len(result.rows):
+        sys.exit(1)
 
 
 @main.command()

@@ -210,11 +210,20 @@ def test_export_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert _invoke("export", "s3://b/a", "--to", "pickle", tmp_path).exit_code == 2
 
 
-def test_sweep_prints_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(sweep=lambda path: SimpleNamespace(table=lambda: Text(f"front of {path.name}")))
-    monkeypatch.setitem(sys.modules, "raycomp.tune", module)
-    result = _invoke("sweep", tmp_path / "sweep.yaml")
-    assert result.stdout == "front of sweep.yaml\n"
+@pytest.mark.parametrize(("failed", "exit_code"), [(1, 0), (2, 1)])
+def test_sweep_prints_its_table_and_fails_where_all_trials_do(
+    failed: int, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_sweep(path: Path, *, resume: bool, progress: object) -> SimpleNamespace:
+        table = Text(f"front of {path.name}, {resume}")
+        return SimpleNamespace(
+            table=lambda: table, uri="there", report_path="there/report.html", rows=[0, 1], failed=[0, 1][:failed]
+        )
+
+    monkeypatch.setitem(sys.modules, "raycomp.tune", SimpleNamespace(sweep=run_sweep))
+    result = _invoke("sweep", tmp_path / "sweep.yaml", "--resume")
+    assert result.stdout == "front of sweep.yaml, True\nsweep     there\nreport    there/report.html\n"
+    assert result.exit_code == exit_code
 
 
 def test_schema_is_one_that_takes_the_job_and_refuses_a_wrong_one() -> None:

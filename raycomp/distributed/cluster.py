@@ -20,7 +20,8 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
-_SPARE_CPUS = 1
+SPARE_CPUS = 1
+"""CPUs of a local Ray beyond what workers may take, for the processes that drive them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _init(config: ClusterConfig, scaling: ScalingConfig) -> None:
         needed = scaling.num_workers * scaling.resources_per_worker.get("CPU", 1.0)
         cpus = config.num_cpus or max(os.cpu_count() or 1, int(-(-needed // 1)))
         ray.init(
-            address="local", num_cpus=cpus + _SPARE_CPUS, include_dashboard=False, runtime_env=_runtime_env(), **quiet
+            address="local", num_cpus=cpus + SPARE_CPUS, include_dashboard=False, runtime_env=_runtime_env(), **quiet
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

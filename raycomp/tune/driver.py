@@ -17,7 +17,7 @@ from rich.table import Table
 
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
-from raycomp.distributed.cluster import Cluster, connect
+from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.trainer import Progress
 from raycomp.errors import ClusterError
@@ -140,10 +140,11 @@ class _Sweep:
     def _tune(self, orders: Mapping[str, TrialOrder], cluster: Cluster) -> dict[str, str]:
         """Runs the trials; the causes of those that Ray Tune lost."""
         jobs = [order.job for order in orders.values()]
-        at_once = self.plan.config.max_concurrent_trials or trials_at_once(
-            jobs, ray.cluster_resources(), use_gpu=cluster.use_gpu
-        )
-        at_once = min(at_once, len(orders))
+        resources = dict(ray.cluster_resources())
+        if cluster.local:
+            resources["CPU"] -= SPARE_CPUS
+        fitting = trials_at_once(jobs, resources, use_gpu=cluster.use_gpu)
+        at_once = min(self.plan.config.max_concurrent_trials or fitting, len(orders))
         count = f"{len(orders)} trials, {at_once} at once"
         self._say(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
         events = TrialEvents(self.progress)
