@@ -1,0 +1,223 @@
+"""Modules that compute as one operator."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from raycomp.errors import ConfigError
+from raycomp.pruning import L1NormPruner
+from raycomp.quantization import QATQuantizer
+from raycomp.quantization.fold import fold_factor
+
+NEVER = 10**6
+
+
+class Net(nn.Module):
+    """Convolutions of each rank and a linear layer, each with a batch norm, and a call by keyword."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, bias=bias)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.line = nn.Conv1d(4, 4, 1, bias=bias)
+        self.line_norm = nn.BatchNorm1d(4)
+        self.fc = nn.Linear(4, 3, bias=bias)
+        self.fc_norm = nn.BatchNorm1d(3)
+        self.last = nn.Linear(3, 2)
+        self.last_relu = nn.ReLU6()
+
+    def forward(self, images: Tensor) -> Tensor:
+        value = self.relu(self.norm(input=self.conv(input=images)))
+        value = self.line_norm(self.line(value.flatten(2))).mean(2)
+        return self.last_relu(self.last(self.fc_norm(self.fc(value))))
+
+
+FUSED = [("conv", "norm", "relu"), ("line", "line_norm"), ("fc", "fc_norm"), ("last", "last_relu")]
+
+
+def net(bias: bool = True) -> Net:
+    """With running statistics, gammas and betas of a trained one."""
+    torch.manual_seed(0)
+    model = Net(bias)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.weight.uniform_(-2, 2)
+                module.bias.uniform_(-1, 1)
+                module.running_mean.uniform_(-1, 1)
+                module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def folded(model: nn.Module, start: int = 0, fused: Any = FUSED, **keys: Any) -> QATQuantizer:
+    entry = {"op_types": ["Conv2d", "Conv1d", "Linear"], "fuse_names": fused, **keys}
+    return QATQuantizer(model, [entry], quant_start_step=start)
+
+
+def images(seed: int = 1) -> Tensor:
+    return torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def train(quantizer: QATQuantizer, steps: int, learning_rate: float = 0.05) -> list[float]:
+    model, losses = quantizer.model, []
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate)
+    model.train()
+    with quantizer.chain.run([optimizer]):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = (model(images()) - 1).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_quantization_the_folded_model_is_the_unfolded_one(bias: bool) -> None:
+    model, plain = net(bias), net(bias)
+    folded(model, NEVER)
+    assert torch.allclose(model.eval()(images()), plain.eval()(images()), rtol=0, atol=1e-6)
+    assert torch.allclose(model.train()(images()), plain.train()(images()), rtol=0, atol=1e-5)
+    for name, value in plain.named_buffers():
+        assert torch.allclose(model.get_buffer(name).double(), value.double(), atol=1e-5), name
+
+
+def test_its_gradients_are_those_of_the_unfolded_one() -> None:
+    model, plain = net(), net()
+    folded(model, NEVER)
+    for each in (model, plain):
+        each.double().train()(images().double()).square().sum().backward()
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    found = {
+        name.replace("parametrizations.", "").replace(".original", ""): p.grad for name, p in model.named_parameters()
+    }
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(found[name], gradient, rtol=0, atol=1e-12), name
+
+
+def test_in_evaluation_the_folded_weight_is_what_is_quantized() -> None:
+    model = net()
+    quantizer = folded(model, fused=FUSED[:1], target_names=["weight"], op_names=["conv"])
+    train(quantizer, 2)
+    model.eval()
+    found = quantizer.get_calibration_config()["conv"]["weight"]
+    weight = model.conv.parametrizations.weight.original.detach()
+    factor = model.norm.weight / torch.sqrt(model.norm.running_var + model.norm.eps)
+    product = weight * factor.detach().view(-1, 1, 1, 1)
+    assert float(found["scale"]) == pytest.approx(float(product.abs().max()) / 127, rel=1e-6)
+    integers = (product / found["scale"]).round().clamp(-127, 127)
+    bias = (model.conv.bias - model.norm.running_mean) * factor + model.norm.bias
+    expected = functional.relu(functional.conv2d(images(), integers * found["scale"], bias))
+    assert torch.allclose(model.conv(images()), expected, atol=1e-5)
+    assert torch.equal(model.relu(model.norm(expected)), expected)
+
+
+def test_outputs_are_watched_behind_the_whole_and_hosted_modules_have_no_targets() -> None:
+    model = net()
+    entry = {"op_types": ["Conv2d", "BatchNorm2d", "ReLU"], "fuse_names": FUSED[:1]}
+    quantizer = QATQuantizer(model, [entry])
+    train(quantizer, 3)
+    calibration = quantizer.get_calibration_config()
+    assert set(calibration) == {"conv"}
+    # ReLU's output has no negative values, the convolution's own has.
+    assert float(calibration["conv"]["_output_0"]["tracked_min"]) == 0
+    assert quantizer.chain.folds() == [("conv", "norm", "relu")]
+
+
+def test_it_trains() -> None:
+    losses = train(folded(net()), 25)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("gammas", [[0.0, 1, 1, 1], [0.0, 0, 0, 0], [1e-12, 1, 1, 1]])
+def test_a_gamma_of_zero_gives_no_nan_and_may_grow(gammas: list[float]) -> None:
+    model = net()
+    with torch.no_grad():
+        model.norm.weight.copy_(torch.tensor(gammas))
+    losses = train(folded(model), 5)
+    assert all(loss == loss for loss in losses)
+    for name, parameter in model.named_parameters():
+        assert bool(torch.isfinite(parameter).all()), name
+    assert float(model.norm.weight.detach()[0]) != gammas[0]
+    assert bool(torch.isfinite(model.eval()(images())).all())
+
+
+def test_masked_channels_of_a_folded_pair_are_exactly_zero() -> None:
+    model = net()
+    align = {"op_names": ["norm"], "align": {"module_name": "conv"}}
+    pruner = L1NormPruner(model, [{"op_names": ["conv"], "sparse_ratio": 0.5}, align])
+    quantizer = QATQuantizer.from_compressor(pruner, [{"op_names": ["conv"], "fuse_names": FUSED[:1]}])
+    train(quantizer, 3)
+    kept = pruner.get_masks()["conv"]["bias"]
+    output = model.eval()(images()), model.conv(images())
+    assert kept.sum() == 2
+    assert bool((output[1][:, kept == 0] == 0).all())
+    simulated = output[0]
+    quantizer.unwrap_model()
+    # Only quantization is gone.
+    assert torch.allclose(model(images()), simulated, atol=0.1)
+
+
+def test_unwrapping_and_wrapping_again() -> None:
+    model = net()
+    quantizer = folded(model)
+    train(quantizer, 3)
+    before = model.eval()(images())
+    quantizer.unwrap_model()
+    assert [type(module) for module in model.modules()] == [type(module) for module in net().modules()]
+    assert list(model.state_dict()) == list(net().state_dict())
+    quantizer.wrap_model()
+    assert torch.equal(model(images()), before)
+
+
+def test_a_copy_folds_its_own_modules() -> None:
+    model = net()
+    quantizer = folded(model)
+    train(quantizer, 2)
+    copied = copy.deepcopy(model).eval()
+    expected = model.eval()(images())
+    with torch.no_grad():
+        model.norm.bias.add_(100)
+    assert torch.equal(copied(images()), expected)
+    with torch.no_grad():
+        copied.norm.bias.add_(100)
+    assert torch.equal(copied(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("fused", "message"),
+    [
+        ([("norm", "conv")], "BatchNorm2d + Conv2d can't be fused"),
+        ([("conv", "relu", "norm")], "Conv2d + ReLU + BatchNorm2d can't be fused"),
+        ([("conv", "norms")], "the model has no module 'norms'"),
+        ([("conv", "fc_norm")], "fc_norm has 3 channels, conv gives 4"),
+        ([("conv", "norm"), ("conv", "relu")], "conv is fused already by config_list[0].fuse_names"),
+    ],
+)
+def test_what_can_not_compute_as_one_is_refused(fused: list[tuple[str, ...]], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        folded(net(), fused=fused)
+    assert message in str(raised.value)
+
+
+def test_a_norm_without_running_statistics_can_not_be_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
+    with pytest.raises(ConfigError, match="1 keeps no running statistics"):
+        QATQuantizer(model, [{"op_types": ["Conv2d"], "fuse_names": [("0", "1")]}])
+
+
+def test_the_factor_is_gamma_over_sigma() -> None:
+    norm = nn.BatchNorm1d(2, eps=0.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([3.0, -1.0]))
+        norm.running_var.copy_(torch.tensor([4.0, 0.25]))
+    assert fold_factor(norm).tolist() == [1.5, -2.0]
+    assert fold_factor(nn.BatchNorm1d(2, affine=False, eps=0.0)).tolist() == [1, 1]

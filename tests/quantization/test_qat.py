@@ -1,0 +1,232 @@
+"""Quantization-aware training: golden ranges, when it starts, what it watches, and what it leaves."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycomp.core.share import BatchShare, use_share
+from raycomp.errors import ConfigError
+from raycomp.pruning import L1NormPruner
+from raycomp.quantization import QATQuantizer
+
+
+def linear(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """A layer whose weight lies in [-1, 3]."""
+    model = nn.Sequential(nn.Linear(2, 2)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[-1.0, 3.0], [0.5, 0.25]]))
+        model[0].bias.zero_()
+    return model
+
+
+def train(quantizer: QATQuantizer, *batches: Tensor, learning_rate: float = 0.0) -> list[Tensor]:
+    """One step on each batch; gives the outputs."""
+    model, outputs = quantizer.model, []
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate)
+    model.train()
+    with quantizer.chain.run([optimizer]):
+        for batch in batches:
+            optimizer.zero_grad()
+            outputs.append(model(batch))
+            outputs[-1].sum().backward()
+            optimizer.step()
+    return [output.detach() for output in outputs]
+
+
+def quantized(model: nn.Module, **settings: Any) -> QATQuantizer:
+    return QATQuantizer(model, [{"op_types": ["Linear"], **settings}])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scheme", "scale", "zero_point"),
+    [
+        ("int8", "symmetric", 3 / 127, 0),
+        ("int8", "affine", 4 / 254, -63),
+        ("uint8", "symmetric", 3 / 127.5, 128),
+        ("uint4", "affine", 4 / 15, 4),
+    ],
+)
+def test_the_golden_scales_of_a_weight(dtype: str, scheme: str, scale: float, zero_point: int) -> None:
+    quantizer = quantized(linear(), target_names=["weight"], quant_dtype=dtype, quant_scheme=scheme)
+    train(quantizer, torch.ones(1, 2))
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    assert float(found["scale"]) == pytest.approx(scale, rel=1e-6)
+    assert int(found["zero_point"]) == zero_point
+    assert (float(found["tracked_min"]), float(found["tracked_max"])) == (-1, 3)
+    assert (found["quant_dtype"], found["quant_scheme"], found["axis"]) == (dtype, scheme, None)
+    bits = int(dtype.removeprefix("u").removeprefix("int"))
+    assert found["quant_bits"] == bits
+
+
+def test_an_inputs_maximum_is_a_moving_average() -> None:
+    quantizer = quantized(linear(), target_names=["_input_"])
+    train(quantizer, torch.tensor([[1.0, -0.5]]), torch.tensor([[2.0, -0.5]]))
+    found = quantizer.get_calibration_config()["0"]["_input_0"]
+    assert float(found["tracked_max"]) == pytest.approx(1.01, rel=1e-6)
+    assert float(found["tracked_min"]) == pytest.approx(-0.5, rel=1e-6)
+    assert float(found["scale"]) == pytest.approx(1.01 / 127, rel=1e-6)
+
+
+def test_a_step_that_runs_several_batches_has_the_range_of_them_all() -> None:
+    model = linear()
+    quantizer = quantized(model, target_names=["_input_"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with quantizer.chain.run([optimizer]):
+        for batch in ([[1.0, 0.0]], [[-2.0, 3.0]], [[0.0, 0.5]]):
+            model(torch.tensor(batch)).sum().backward()
+        optimizer.step()
+    found = quantizer.get_calibration_config()["0"]["_input_0"]
+    assert (float(found["tracked_min"]), float(found["tracked_max"])) == (-2, 3)
+
+
+def test_per_channel_scales() -> None:
+    quantizer = quantized(
+        linear(),
+        target_names=["weight", "_input_"],
+        target_settings={"weight": {"granularity": "out_channel"}, "_input_": {"granularity": "per_channel"}},
+    )
+    train(quantizer, torch.tensor([[1.0, -4.0], [2.0, 3.0]]))
+    found = quantizer.get_calibration_config()["0"]
+    assert found["weight"]["axis"] == 0
+    assert torch.allclose(found["weight"]["scale"], torch.tensor([[3.0], [0.5]]) / 127)
+    assert found["_input_0"]["axis"] == 1
+    assert torch.allclose(found["_input_0"]["scale"], torch.tensor([[2.0, 4.0]]) / 127)
+
+
+def test_before_its_start_step_it_watches_and_changes_nothing() -> None:
+    model = linear()
+    quantizer = QATQuantizer(model, [{"op_types": ["Linear"], "quant_dtype": "int2"}], quant_start_step=3)
+    batches = [torch.tensor([[0.3, 0.7]]) * (step + 1) for step in range(5)]
+    outputs = train(quantizer, *batches)
+    plain = linear()
+    exact = [torch.equal(output, plain(batch)) for output, batch in zip(outputs, batches, strict=True)]
+    assert exact == [True, True, True, False, False]
+    tracked = float(quantizer.get_calibration_config()["0"]["_input_0"]["tracked_max"])
+    expected = 0.7
+    for step in range(1, 5):
+        expected = 0.99 * expected + 0.01 * 0.7 * (step + 1)
+    assert tracked == pytest.approx(expected, rel=1e-5)
+
+
+def test_there_is_no_calibration_of_what_is_not_quantized_yet() -> None:
+    quantizer = QATQuantizer(linear(), [{"op_types": ["Linear"]}], quant_start_step=3)
+    train(quantizer, torch.ones(1, 2))
+    assert quantizer.get_calibration_config() == {}
+
+
+def test_the_first_step_quantizes_weights_and_no_activations() -> None:
+    model = linear()
+    quantizer = quantized(model, target_names=["weight", "_input_"], quant_dtype="int2")
+    first, second = train(quantizer, torch.tensor([[0.3, 0.7]]), torch.tensor([[0.3, 0.7]]))
+    # int2 symmetric has the levels -1, 0, 1 times 3: the weight is [[0, 3], [0, 0]].
+    assert torch.allclose(first, torch.tensor([[2.1, 0.0]]))
+    # The input's step is 0.7: 0.3 / 0.7 rounds to 0.
+    assert torch.allclose(second, torch.tensor([[2.1, 0.0]]))
+    assert torch.allclose(model.eval()(torch.tensor([[0.4, 0.7]])), torch.tensor([[2.1, 0.0]]))
+
+
+def test_evaluation_and_idle_ranks_do_not_count() -> None:
+    model = linear()
+    quantizer = quantized(model, target_names=["_input_"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with quantizer.chain.run([optimizer]):
+        model.train()(torch.ones(1, 2)).sum().backward()
+        with use_share(BatchShare(0, 4)):
+            model(torch.full((1, 2), 50.0))
+        model.eval()(torch.full((1, 2), 70.0))
+        optimizer.step()
+    assert float(quantizer.get_calibration_config()["0"]["_input_0"]["tracked_max"]) == 1
+
+
+def test_what_is_watched_is_no_buffer_that_ddp_could_overwrite() -> None:
+    model = linear()
+    quantized(model, target_names=["_input_"])
+    model.train()(torch.ones(1, 2))
+    assert not [name for name, _ in model.named_buffers() if "tracker" in name]
+
+
+def test_float64_ranges_stay_float64() -> None:
+    third = torch.tensor([[1 / 3, 0.1]], dtype=torch.float64)
+    quantizer = quantized(linear(torch.float64))
+    train(quantizer, third)
+    found = quantizer.get_calibration_config()["0"]
+    assert float(found["_input_0"]["tracked_max"]) == 1 / 3
+    assert float(found["weight"]["scale"]) == 3 / 127
+    assert {values["scale"].dtype for values in found.values()} == {torch.float64}
+
+
+def test_bfloat16_activations_are_averaged_in_float32() -> None:
+    model = linear()
+    quantizer = quantized(model, target_names=["_output_"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = train(quantizer, torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]]))
+    found = quantizer.get_calibration_config()["0"]["_output_0"]["tracked_max"]
+    assert outputs[0].dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    # In bfloat16 the average of 2 and 4 would stay 2.
+    assert float(found) == pytest.approx(2.02, rel=1e-6)
+
+
+@pytest.mark.parametrize("pruner_first", [True, False])
+def test_a_weights_range_is_that_of_what_the_mask_leaves(pruner_first: bool) -> None:
+    model = linear()
+    prune, quantize = [{"op_types": ["Linear"], "sparse_ratio": 0.5}], [{"op_types": ["Linear"]}]
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0, 0.5], [0.0, -2.25]]))
+    # Row 1 has the smaller norm and the greater entry.
+    if pruner_first:
+        quantizer = QATQuantizer.from_compressor(L1NormPruner(model, prune), quantize)
+    else:
+        quantizer = QATQuantizer(model, quantize)
+        L1NormPruner.from_compressor(quantizer, prune)
+    quantizer.chain.begin()
+    assert float(quantizer.get_calibration_config()["0"]["weight"]["scale"]) == pytest.approx(2 / 127)
+
+
+def test_gradients_pass_straight_through_inside_the_range_alone() -> None:
+    model = linear()
+    quantizer = quantized(model, target_names=["_input_"])
+    train(quantizer, torch.tensor([[1.0, 1.0]]))
+    value = torch.tensor([[0.5, 1.5]], requires_grad=True)
+    model(value).sum().backward()
+    # Columns of the weight sum to -0.5 and 3.25; 1.5 is beyond the range.
+    assert value.grad is not None
+    assert value.grad.tolist() == [[-0.5, 0.0]]
+
+
+def test_a_reloaded_state_quantizes_as_the_saved_one() -> None:
+    quantizer = quantized(linear(), target_settings={"weight": {"granularity": "out_channel"}})
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    fresh = quantized(linear(), target_settings={"weight": {"granularity": "out_channel"}})
+    fresh.model.load_state_dict(quantizer.model.state_dict())
+    value = torch.randn(5, 2)
+    assert torch.equal(fresh.model.eval()(value), quantizer.model.eval()(value))
+    copied = copy.deepcopy(quantizer.model)
+    assert torch.equal(copied(value), quantizer.model(value))
+
+
+def test_a_stored_calibration_can_be_taken_over() -> None:
+    quantizer = quantized(linear())
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    fresh = quantized(linear())
+    fresh.update_calibration_config(quantizer.get_calibration_config())
+    value = torch.randn(5, 2)
+    assert torch.equal(fresh.model.eval()(value), quantizer.model.eval()(value))
+
+
+def test_bypass_is_watched_and_not_quantized() -> None:
+    model = linear()
+    quantizer = quantized(model, apply_method="bypass", quant_dtype="int2")
+    train(quantizer, torch.tensor([[0.3, 0.7]]))
+    assert torch.equal(model.eval()(torch.tensor([[0.3, 0.7]])), linear()(torch.tensor([[0.3, 0.7]])))
+    assert quantizer.get_calibration_config() == {}
+
+
+def test_blocks_are_no_granularity_of_scales() -> None:
+    with pytest.raises(ConfigError, match=r"config_list\[0\].granularity: \(2,\) is not a granularity of scales"):
+        quantized(linear(), granularity=[2])
