@@ -15,7 +15,7 @@ from raycomp.speedup.flow import Flow
 from raycomp.speedup.graph import Call, Graph, Value
 from raycomp.speedup.masks import Masks, buffer_name, canonical_target, value_masks
 from raycomp.speedup.propagate import propagate, relate
-from raycomp.speedup.rules.base import Registry
+from raycomp.speedup.rules.base import Bools, Registry
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,20 @@ def unpruned(analysis: Analysis, model: nn.Module, masks: Masks) -> tuple[Unprun
                 if value is None:
                     _count(counts, name, dim, "forward() does not use it", int(coordinates.sum()))
                     continue
-                roots = analysis.atoms.roots(analysis.atoms.ids(value, dim))[coordinates.numpy()]
-                for root in roots:
+                for root in _roots(analysis, value, dim, coordinates.cpu().numpy()):
                     if analysis.decision.removed[root] or (root in seen and target != "weight"):
                         continue
                     seen.add(int(root))
                     _count(counts, name, dim, _reason(analysis, int(root), name))
     return tuple(Unpruned(module, dim, count, reason) for (module, dim, reason), count in counts.items())
+
+
+def _roots(analysis: Analysis, value: Value, dim: int, coordinates: Bools) -> Ids:
+    """The atoms of a masked tensor's coordinates; a grouped weight's column stands for a channel of each group."""
+    for each in analysis.decision.channels:
+        if each.weight is value and dim == 1:
+            return analysis.atoms.roots(each.columns.reshape(each.groups, -1)[:, coordinates].ravel())
+    return analysis.atoms.roots(analysis.atoms.ids(value, dim)[coordinates])
 
 
 def _count(counts: dict[tuple[str, int, str], int], module: str, dim: int, reason: str, count: int = 1) -> None:
@@ -162,21 +169,10 @@ def _reason(analysis: Analysis, root: int, module: str) -> str:
 def _unmasked_makers(analysis: Analysis, root: int) -> list[str]:
     found = []
     for call in analysis.graph.calls:
-        if makes(analysis.atoms, call, root) and not _is_masked(analysis, call, root):
+        made = analysis.rules.find(call).makes(call, analysis.atoms)
+        if root in analysis.atoms.roots(made) and not _is_masked(analysis, call, root):
             found.append(call.owner)
     return found
-
-
-def _has(atoms: Atoms, value: Value, root: int) -> bool:
-    return any((atoms.roots(atoms.ids(value, dim)) == root).any() for dim in range(value.ndim))
-
-
-def makes(atoms: Atoms, call: Call, root: int) -> bool:
-    """Whether the call is a layer whose output has the atom and whose input doesn't."""
-    weights = [value for value in call.inputs if value.kind == "parameter" and value.ndim >= 2]
-    if not weights or not call.outputs or not _has(atoms, call.output, root):
-        return False
-    return not any(_has(atoms, value, root) for value in call.inputs if value.kind in ("result", "input"))
 
 
 def _is_masked(analysis: Analysis, call: Call, root: int) -> bool:

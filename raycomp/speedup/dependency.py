@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.analysis import makes
 from raycomp.speedup.atoms import Atoms, Ids
 from raycomp.speedup.call import Example
 from raycomp.speedup.decide import decide
@@ -212,7 +211,7 @@ class _Study:
         dynamic = [value for value in call.inputs if value.kind not in ("parameter", "buffer")]
         if len(dynamic) == 1:
             return True
-        makers = {c.owner for c in self.graph.calls if makes(self.atoms, c, int(rows[0]))}
+        makers = {c.owner for c in self.graph.calls if rows[0] in self.atoms.roots(RULES.find(c).makes(c, self.atoms))}
         return makers <= same_mask
 
     def obstacles(self, groups: Sequence[Group], following: Mapping[str, Sequence[str]]) -> list[str | None]:

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.call import Example, as_call, with_batch_size
+from raycomp.speedup.call import Example, as_call, batch_size, with_batch_size
+from raycomp.speedup.functional import functional, functional_target
 from raycomp.speedup.program import cause_of, quiet
 
 Kind = Literal["input", "parameter", "buffer", "constant", "result"]
@@ -135,8 +136,7 @@ def export(model: nn.Module, example: Example) -> ExportedProgram:
     args, kwargs = as_call(example)
     try:
         with quiet(), torch.no_grad():
-            exported: ExportedProgram = torch.export.export(model, args, kwargs, strict=False).run_decompositions({})
-            return exported
+            return functional(torch.export.export(model, args, kwargs, strict=False))
     except Exception as error:
         raise SpeedupError(
             f"torch.export can't trace {type(model).__name__}: {cause_of(error)}",
@@ -157,7 +157,9 @@ def trace(model: nn.Module, example: Example) -> Graph:
     try:
         return _build(model, pair, export(model, pair))
     except SpeedupError:
-        return _build(model, example, export(model, example))
+        # Copies, because one tensor given for two inputs would be traced as one input.
+        whole = with_batch_size(example, batch_size(example))
+        return _build(model, whole, export(model, whole))
 
 
 def _build(model: nn.Module, example: Example, program: ExportedProgram) -> Graph:
@@ -246,7 +248,7 @@ class _Builder:
         self.found[node] = result
         scope, path = _innermost(node)
         module = self.paths.get(path, "")
-        self.calls.append(Call(node.name, node.target, arguments, inputs, outputs, module, scope, node))
+        self.calls.append(Call(node.name, functional_target(node), arguments, inputs, outputs, module, scope, node))
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
         schema = getattr(node.target, "_schema", None)

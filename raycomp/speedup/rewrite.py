@@ -7,6 +7,7 @@ sizes between them. It is part of the surgery plan, as JSON: operators by name, 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup.call import Example, Outputs, Tree, as_call, describe, parameter_names, with_batch_size
+from raycomp.speedup.functional import functional, functional_target
 from raycomp.speedup.graph import Call, Execution, Graph, Value, executions
 from raycomp.speedup.program import export_program
 from raycomp.speedup.rules.base import Kept, Registry
@@ -43,7 +45,7 @@ def rewrite(
         CannotRewriteError: see there.
         SpeedupError: the model can't be exported.
     """
-    program = export_program(traced, example)[0].run_decompositions({})
+    program = functional(export_program(traced, example)[0])
     pair = with_batch_size(example, 2)
     args, kwargs = as_call(pair)
     with torch.no_grad():
@@ -85,19 +87,21 @@ class _Writer:
             if node.op == "call_function" and node not in self.names:
                 self._call(node, layers)
         output = next(node for node in self.program.graph.nodes if node.op == "output")
+        if any(spec.kind.name != "USER_OUTPUT" for spec in self.program.graph_signature.output_specs):
+            raise CannotRewriteError("forward() changes buffers or inputs in place")
         results = [arg for arg in output.args[0] if isinstance(arg, fx.Node)]
         self._add("output", "output", "output", [self._structure(tree, iter(results))])
         return {"nodes": self.nodes, "constants": self.constants}
 
     def _paired(self) -> dict[fx.Node, Call]:
         """The analysed call behind each tensor operator of the program with a free batch size."""
-        calls = [call for call in self.graph.calls if call.outputs]
+        calls = [call for call in self.graph.calls if call.outputs and not _is_whole(call.node)]
         nodes = [
             node
             for node in self.program.graph.nodes
-            if node.op == "call_function" and node.target is not operator.getitem and _makes_tensors(node)
+            if _makes_tensors(node) and node.target is not operator.getitem and not _is_whole(node)
         ]
-        if [call.target for call in calls] != [node.target for node in nodes]:
+        if [call.target for call in calls] != [functional_target(node) for node in nodes]:
             raise CannotRewriteError("the model runs other operators when the batch size is left open")
         return dict(zip(nodes, calls, strict=True))
 
@@ -154,6 +158,9 @@ class _Writer:
         return any(self.kept.size(value, dim) != value.shape[dim] for value in values for dim in range(value.ndim))
 
     def _call(self, node: fx.Node, layers: Mapping[fx.Node, Execution]) -> None:
+        if _is_whole(node):
+            self.names[node] = self._reference(node.args[0])  # type: ignore[arg-type]
+            return
         if node in layers:
             self._call_layer(node, layers)
             return
@@ -169,7 +176,7 @@ class _Writer:
         name = self._add(
             "call_function",
             node.name,
-            target or _name_of(node.target),
+            target or _name_of(functional_target(node)),
             self._json(list(args)),
             self._json(dict(kwargs)),
         )
@@ -189,11 +196,14 @@ class _Writer:
 
     def _of_value(self, value: Value) -> Any:
         """The written node that holds a value."""
+        for call in self.graph.calls:
+            if value in call.outputs and _is_whole(call.node):
+                return self._of_value(call.inputs[0])
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node.name == value.name:
                 return self._json(node)
-            call = self.calls.get(node)
-            if call is not None and value in call.outputs:
+            made = self.calls.get(node)
+            if made is not None and value in made.outputs:
                 if node.meta.get("val") is not None and isinstance(node.meta["val"], Tensor):
                     return self._json(node)
                 index = int(value.name.rpartition("#")[2])
@@ -274,8 +284,17 @@ class _Writer:
 
 
 def _makes_tensors(node: fx.Node) -> bool:
-    made = node.meta.get("val")
+    made = node.meta.get("val") if node.op == "call_function" else None
     return isinstance(made, Tensor) or (isinstance(made, (tuple, list)) and any(isinstance(m, Tensor) for m in made))
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a node slices all of a dimension: exports with a free batch size have more of them."""
+    if str(node.target) != "aten.slice.Tensor":
+        return False
+    given = _by_name(node.target._schema, node.args, node.kwargs)  # type: ignore[union-attr]
+    start, end, step = given.get("start"), given.get("end"), given.get("step", 1)
+    return start in (None, 0) and step == 1 and (end is None or (isinstance(end, int) and end >= sys.maxsize))
 
 
 def _by_name(schema: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class ModelSpeedup:
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
         self.simulated = masked_copy(model, masks)
-        self._training = model.training
+        self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
         self._masks = masks
         self._exact = exact
@@ -77,7 +77,7 @@ class ModelSpeedup:
         self._old_value_masks = set(value_masks(model))
 
     def speedup_model(self) -> nn.Module:
-        """The smaller model, in the training or eval mode of the model that was given."""
+        """The smaller model, each module in the training or eval mode that it had in the given model."""
         graph = trace(self._traced, self._example)
         tensors = run(graph)
         masked = masked_elements(graph, self._traced, self._masks)
@@ -128,8 +128,9 @@ class ModelSpeedup:
         self.plan = Plan(() if surgery.is_empty else (surgery,))
         if not self._exact:
             self.inexact_difference = verify(self.simulated, model, [self._example], batch_sizes=[2]).relative
-        model.train(self._training)
-        self.simulated.train(self._training)
+        for each in (model, self.simulated):
+            for name, module in each.named_modules():
+                module.training = self._modes.get(name, self._modes[""])
         return model
 
     def _settle_value_masks(self, model: nn.Module) -> tuple[ValueMask, ...]:
@@ -149,14 +150,11 @@ class ModelSpeedup:
         """Whether two models give the same outputs, for one sample and more, on the example and beside it."""
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         tolerance = _TOLERANCES.get(dtype, _ROUGH_TOLERANCE)
-        for example in (self._example, _jittered(self._example)):
-            for size in _sizes(self.simulated, example):
-                try:
-                    if not verify(expected, model, [example], tolerance, [size]).passed:
-                        return False
-                except Exception:
-                    return False
-        return True
+        examples = (self._example, _jittered(self._example))
+        try:
+            return verify(expected, model, examples, tolerance, _sizes(expected, examples)).passed
+        except Exception:
+            return False
 
 
 def _jittered(example: Example) -> Example:
@@ -172,11 +170,11 @@ def _jittered(example: Example) -> Example:
     return pytree.tree_map(jitter, kwargs) if kwargs else tuple(pytree.tree_map(jitter, arg) for arg in args)
 
 
-def _sizes(model: nn.Module, example: Example) -> list[int]:
+def _sizes(model: nn.Module, examples: Sequence[Example]) -> list[int]:
     """Of the batch sizes 1, 2 and the example's own, those that the model takes."""
     found = []
-    for size in dict.fromkeys((1, 2, batch_size(example))):
+    for size in dict.fromkeys((1, 2, batch_size(examples[0]))):
         with contextlib.suppress(Exception):  # a model may refuse a batch size in its own way
-            verify(model, model, [example], batch_sizes=[size])
+            verify(model, model, examples, batch_sizes=[size])
             found.append(size)
     return found

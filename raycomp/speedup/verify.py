@@ -21,7 +21,8 @@ class Verification:
 
     Args:
         max_abs_diff: the greatest absolute difference of any output element.
-        output_range: greatest minus least element of the output tensor where the relative difference is greatest.
+        output_range: greatest minus least element, over all inputs, of the output tensor where the relative difference
+            is greatest (the greatest magnitude, where all its elements are equal).
         relative: the greatest difference of an output tensor, divided by the range of that tensor.
         tolerance: what `relative` may be.
         batch_sizes: the batch sizes that were tried.
@@ -62,8 +63,9 @@ def verify(
             pairs.append(_compare(_run(simulated, resized), _run(sped_up, resized)))
     if not pairs:
         raise SpeedupError("there is nothing to verify with", remedy="give at least one example input")
-    ranges = [max(one[i][1] for one in pairs) for i in range(len(pairs[0]))]
-    differences = [max(one[i][0] for one in pairs) for i in range(len(pairs[0]))]
+    columns = list(zip(*pairs, strict=True))
+    differences = [max(each.difference for each in column) for column in columns]
+    ranges = [_range(column) for column in columns]
     relatives = [_ratio(d, r) for d, r in zip(differences, ranges, strict=True)]
     worst = max(range(len(relatives)), key=lambda i: relatives[i])
     relative = relatives[worst]
@@ -90,18 +92,30 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
             module.training = True
 
 
-def _compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[tuple[float, float]]:
-    """Difference and range of every output tensor."""
+@dataclass(frozen=True)
+class _Compared:
+    difference: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+
+
+def _range(column: Sequence[_Compared]) -> float:
+    low, high = min(each.low for each in column), max(each.high for each in column)
+    return high - low if high > low else abs(high)
+
+
+def _compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[_Compared]:
+    """Difference and extremes of every output tensor."""
     if [t.shape for t in simulated] != [t.shape for t in sped_up]:
         raise SpeedupError("the sped-up model's outputs have other shapes than the simulated model's")
     found = []
     for left, right in zip(simulated, sped_up, strict=True):
         a, b = left.double(), right.double()
         if a.numel() == 0:
-            found.append((0.0, 0.0))
+            found.append(_Compared())
             continue
         difference = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).max()
-        found.append((float(difference.nan_to_num(nan=float("inf"))), float(a.max() - a.min())))
+        found.append(_Compared(float(difference.nan_to_num(nan=float("inf"))), float(a.min()), float(a.max())))
     return found
 
 

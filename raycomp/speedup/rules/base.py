@@ -116,6 +116,10 @@ class Rule:
         """The dimensions that the call contracts away."""
         return ()
 
+    def makes(self, call: Call, atoms: Atoms) -> Ids:
+        """The atoms of channels that a layer makes from others, by its weight."""
+        return np.empty(0, dtype=np.int64)
+
     def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
         """Coordinates that must go in equal numbers."""
         return ()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms
+from raycomp.speedup.atoms import Atoms, Ids
 from raycomp.speedup.flow import Flow
 from raycomp.speedup.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, Channels, Fold, NewAttribute, Rule, Sink, Sizes, tensor_argument
@@ -115,6 +115,10 @@ class ContractionRule(Rule):
         atoms.same(c.weight, 0, sides[0], c.dim)
         atoms.bind_grouped(c.weight, atoms.ids(sides[1], c.dim))
         atoms.fix_dim(c.weight, 1, "the columns of a grouped convolution go by its channels")
+
+    def makes(self, call: Call, atoms: Atoms) -> Ids:
+        c = self.parts(call)
+        return super().makes(call, atoms) if c is None or c.is_depthwise else atoms.ids(c.output, c.dim)
 
     def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
         c = self.parts(call)

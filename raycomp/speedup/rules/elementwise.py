@@ -58,6 +58,14 @@ class Filled(Elementwise):
         return [torch.zeros(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs)]
 
 
+class Shaped(Elementwise):
+    """The first tensor, broadcast to the shape of the others."""
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        first = given[call.inputs[0]]
+        return [first.expand(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs[1:])]
+
+
 class ChannelSlope(Elementwise):
     """PReLU: one slope for each channel (dimension 1), or one for all."""
 
@@ -95,4 +103,5 @@ RULES.register(Elementwise(), "aten.max.other", "aten.min.other")
 RULES.register(Product(), "aten.mul")
 RULES.register(Quotient(), "aten.div", "aten.true_divide")
 RULES.register(Filled(), "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like")
+RULES.register(Shaped(), "aten.expand_as")
 RULES.register(ChannelSlope(), "aten.prelu", "aten._prelu_kernel")

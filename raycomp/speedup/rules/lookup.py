@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms
+from raycomp.speedup.atoms import Atoms, Ids
 from raycomp.speedup.flow import Flow
 from raycomp.speedup.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, NewAttribute, Rule, Sizes
@@ -21,6 +21,9 @@ class Embedding(Rule):
         for dim in range(indices.ndim):
             atoms.same(indices, dim, call.output, dim)
         atoms.same(weight, 1, call.output, call.output.ndim - 1)
+
+    def makes(self, call: Call, atoms: Atoms) -> Ids:
+        return atoms.ids(call.output, call.output.ndim - 1)
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         weight, indices = call.arguments["weight"], call.arguments["indices"]

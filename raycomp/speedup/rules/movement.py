@@ -164,6 +164,15 @@ class Movement(Rule):
         return call.run(given)
 
 
+class ChannelShuffle(Movement):
+    """Channels as (groups, C / groups), transposed: the same channels of all groups go, so that it stays a shuffle."""
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        super().relate(call, atoms)
+        ids = atoms.ids(call.inputs[0], 1).reshape(call.arguments["groups"], -1)
+        atoms.unite(ids.ravel(), np.tile(ids[0], len(ids)))
+
+
 class View(Movement):
     """A new shape for the same elements."""
 
@@ -201,10 +210,20 @@ class Split(Movement):
 class Slice(Movement):
     """A stretch of one dimension."""
 
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        super().relate(call, atoms)
+        if call.arguments.get("step", 1) != 1:
+            atoms.fix_dim(call.inputs[0], call.arguments["dim"], f"{call.label} counts its coordinates")
+
     def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
-        value, dim = call.arguments["self"], call.arguments["dim"]
-        stays = kept.mask(value, dim)
-        start, end, _ = slice(call.arguments["start"], call.arguments["end"]).indices(len(stays))
+        arguments = call.arguments
+        stays = kept.mask(call.inputs[0], arguments["dim"])
+        if stays.all():
+            return {}
+        if "length" in arguments:
+            start = arguments["start"] % len(stays)
+            return {"start": int(stays[:start].sum()), "length": kept.size(call.output, arguments["dim"])}
+        start, end, _ = slice(arguments["start"], arguments["end"]).indices(len(stays))
         return {"start": int(stays[:start].sum()), "end": int(stays[:end].sum())}
 
 
@@ -282,10 +301,11 @@ class Created(Rule):
 
 _PLAIN = """
 flatten squeeze unsqueeze permute transpose t movedim swapaxes swapdims cat concat stack unbind flip repeat tile
-pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat_interleave.self_int numpy_T mT adjoint
+pixel_shuffle pixel_unshuffle repeat_interleave.self_int numpy_T mT adjoint
 slice_scatter select_scatter
 """.split()  # noqa: SIM905
 RULES.register(Movement(), *(f"aten.{name}" for name in _PLAIN))
+RULES.register(ChannelShuffle(), "aten.channel_shuffle", "aten.native_channel_shuffle")
 RULES.register(View(), "aten.view", "aten.reshape", "aten._unsafe_view", "aten.view_copy")
 RULES.register(Unflatten(), "aten.unflatten")
 RULES.register(Expand(), "aten.expand", "aten.broadcast_to")

@@ -37,17 +37,20 @@ class ChannelNorm(Rule):
     """Batch and instance norm: each channel by itself.
 
     Args:
-        over_positions: whether statistics are taken over the positions of the present input.
+        batch_statistics: whether statistics are those of the present input; None: as the call says.
     """
 
-    def __init__(self, over_positions: bool) -> None:
-        self._over_positions = over_positions
+    def __init__(self, batch_statistics: bool | None = None) -> None:
+        self._batch_statistics = batch_statistics
+
+    def _over_positions(self, call: Call) -> bool:
+        return bool(call.arguments["training"]) if self._batch_statistics is None else self._batch_statistics
 
     def relate(self, call: Call, atoms: Atoms) -> None:
         value = call.inputs[0]
         for dim in range(value.ndim):
             atoms.same(value, dim, call.output, dim)
-            if dim >= 2 and self._over_positions:
+            if dim >= 2 and self._over_positions(call):
                 atoms.fix_dim(value, dim, f"{call.label} takes its statistics over it")
         for name in _PER_CHANNEL:
             parameter = tensor_argument(call, name)
@@ -60,7 +63,7 @@ class ChannelNorm(Rule):
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         value = call.inputs[0]
         taint = given[value]
-        if self._over_positions:
+        if self._over_positions(call):
             others = [dim for dim in range(value.ndim) if dim != 1]
             taint = taint + taint.mean(dim=others, keepdim=True)
         result = _scaled(taint, call, given, flow)
@@ -130,9 +133,10 @@ class LayerNorm(Rule):
         return [total + given[bias] if bias is not None else total]
 
 
-RULES.register(ChannelNorm(over_positions=False), "aten._native_batch_norm_legit_no_training")
+RULES.register(ChannelNorm(), "aten.batch_norm")
+RULES.register(ChannelNorm(batch_statistics=False), "aten._native_batch_norm_legit_no_training")
 RULES.register(
-    ChannelNorm(over_positions=True),
+    ChannelNorm(batch_statistics=True),
     "aten.instance_norm",
     "aten._native_batch_norm_legit",
     "aten._native_batch_norm_legit_functional",
