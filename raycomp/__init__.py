@@ -1,4 +1,4 @@
-"""raycomp compresses PyTorch models on Ray clusters: fused pruning, quantization and distillation, verified and stored."""
+"""Fused pruning, quantization and distillation of PyTorch models on Ray clusters: verified, resumable, stored."""
 
 from __future__ import annotations
 

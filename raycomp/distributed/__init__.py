@@ -1,1 +1,1 @@
-"""Ray Train: workers, checkpoints, the driver. Imported for its modules, so that nothing needs Ray that does not use it."""
+"""Ray Train: workers, checkpoints, failures, the driver and the head node."""

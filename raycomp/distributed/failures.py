@@ -14,7 +14,7 @@ from raycomp.errors import ClusterError, RaycompError
 
 
 class StopOnOurErrors(UserCallback):
-    """Ends a run at once where a worker raised an error of raycomp's: the user's code or settings are wrong, and would be again.
+    """Ends a run at once where a worker raised an error of raycomp's: what is wrong there would be wrong again.
 
     Everything else (a killed worker, a lost node, a broken connection) is left to Ray's failure policy, which retries.
     """

@@ -1,4 +1,4 @@
-"""What runs on the head node after a stage's training: in the driver itself where that is there, else as a pinned task."""
+"""What runs on the head node after a stage's training: in the driver where that is there, else as a pinned task."""
 
 from __future__ import annotations
 

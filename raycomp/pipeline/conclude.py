@@ -107,7 +107,8 @@ def conclude(
     with watch.part("write the artifact"):
         export_notes = artifact.write_models(folder, result, int8, inputs)
         artifact.write_statistics(folder, masks, result)
-    notes = [*(note for outcome in outcomes for note in outcome.notes), *_int8_notes(int8), *timing_notes, *export_notes]
+    stage_notes = [note for outcome in outcomes for note in outcome.notes]
+    notes = [*stage_notes, *_int8_notes(int8), *timing_notes, *export_notes]
     summary = RunSummary(
         job=job.name,
         run=facts.run,

@@ -1,4 +1,4 @@
-"""Measures every form of a model: metric, parameters, MACs, size, latency, and the int8 model against its simulation."""
+"""Measures every form of a model: metric, parameters, MACs, size, latency, and int8 against its simulation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SQNR_SAMPLES = 256
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one model, dense to int8; `masked` is the plain model below `simulated`, int8 is there if it was made."""
+    """The forms of one model; `masked` is the plain model below `simulated`, `int8` is there if it was made."""
 
     dense: nn.Module
     simulated: nn.Module
@@ -107,19 +107,29 @@ def environment() -> dict[str, str]:
     """What the figures stand on."""
     machine = hardware()
     packages = {name: version(name) for name in ("torch", "pyarrow", "safetensors")}
-    return {"python": platform.python_version(), **packages, "processor": machine.cpu, "vnni": str(machine.vnni).lower()}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "processor": machine.cpu,
+        "vnni": str(machine.vnni).lower(),
+    }
 
 
 def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
     dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
     evaluation = job.evaluation
     return evaluate(
-        task, module, task.eval_data(), batch_size=evaluation.batch_size, dtype=dtype, max_samples=evaluation.max_samples
+        task,
+        module,
+        task.eval_data(),
+        batch_size=evaluation.batch_size,
+        dtype=dtype,
+        max_samples=evaluation.max_samples,
     )
 
 
 def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], str, tuple[str, ...]]:
-    """The modules to time: ONNX Runtime for all but the simulation, so that int8 is held against float on equal terms."""
+    """The modules to time: all but the simulation in ONNX Runtime, so that int8 and float stand on equal terms."""
     timed = {**modules, "simulated": _Float32(modules["simulated"])}
     inputs = real_inputs(task, torch.float32, 2)
     with TemporaryDirectory() as folder:

@@ -23,7 +23,12 @@ _FORMATS = {"onnx": (files.ONNX, files.INT8), "pt2": (files.PROGRAM,), "state-di
 
 
 def load(
-    uri: str, model: nn.Module | None = None, *, int8: bool = False, endpoint: str | None = None, region: str | None = None
+    uri: str,
+    model: nn.Module | None = None,
+    *,
+    int8: bool = False,
+    endpoint: str | None = None,
+    region: str | None = None,
 ) -> nn.Module:
     """The sped-up model of a stored run, in eval mode, ready to run.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,25 +140,25 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
     simulated = copy.deepcopy(chain.model)
     chain.unwrap()
     masked = chain.model
+    uncut = StageResult(simulated, masked, masked, masks, calibration, folds, start.plan, None, (), state.notes)
     if not (masks and job.speedup.enabled and job.stages[index].speedup):
-        return StageResult(simulated, masked, masked, masks, calibration, folds, start.plan, None, (), state.notes)
-    training = job.training_for(job.stages[index])
-    example = Settling(task, job.speedup, weight_dtype(training)).example()
-    speedup = ModelSpeedup(masked, example, masks, exact=job.speedup.exact)
+        return uncut
+    dtype = weight_dtype(job.training_for(job.stages[index]))
+    speedup = ModelSpeedup(masked, Settling(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
     smaller = speedup.speedup_model().eval()
-    verification = verify(masked, smaller, [real_inputs(task, weight_dtype(training))], job.speedup.tolerance)
+    verification = verify(masked, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
+    tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (
             f"stage {job.stages[index].name}: the sped-up model differed from the simulated one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
         )
-        return StageResult(
-            simulated, masked, masked, masks, calibration, folds, start.plan, verification, speedup.unpruned, (*state.notes, note)
-        )
-    plan = start.plan.then(speedup.plan)
-    calibration = cut_calibration(calibration, speedup.plan)
-    return StageResult(
-        simulated, masked, smaller, masks, calibration, folds, plan, verification, speedup.unpruned, state.notes
+        return replace(tried, notes=(*state.notes, note))
+    return replace(
+        tried,
+        model=smaller,
+        calibration=cut_calibration(calibration, speedup.plan),
+        plan=start.plan.then(speedup.plan),
     )
 
 
