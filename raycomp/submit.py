@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import shlex
 import time
@@ -30,6 +31,11 @@ _CREDENTIALS = (
     "AWS_EC2_METADATA_DISABLED",
 )
 _EXCLUDES = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "artifacts", "results")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 _PATIENCE_S = 60.0
 _POLL_S = 1.0
@@ -143,6 +149,8 @@ def jobs_client(address: str) -> Iterator[JobsClient]:
         raise ClusterError(
             f"got {address!r}", where="--address", remedy="should be the dashboard's address, http://host:8265"
         )
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     # Ray lets RAY_ADDRESS win over an address that is given; only this variable wins over both.
     before = os.environ.get(_API_ADDRESS)
     os.environ[_API_ADDRESS] = address
