@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 import raycomp
-from raycomp.config import JobConfig, job_schema, load_job, parse_job, read_job, set_key
+from raycomp.config import JobConfig, job_schema, parse_job, read_job, set_key
 from raycomp.errors import ConfigError, Problem, RaycompError
 
 _PIPE_WIDTH = 120
@@ -215,9 +215,7 @@ def schema() -> None:
 
 
 def _job(path: Path, settings: Sequence[str]) -> JobConfig:
-    """The job that a file and overrides describe, every problem with its line."""
-    if not settings:
-        return load_job(path)
+    """The job that a file and overrides describe; every problem with its line, those of its config lists among them."""
     raw, source = read_job(path)
     for setting in settings:
         key, separator, value = setting.partition("=")
@@ -227,7 +225,10 @@ def _job(path: Path, settings: Sequence[str]) -> JobConfig:
     try:
         return parse_job(raw, where="")
     except ConfigError as error:
-        raise source.place(error) from None
+        from raycomp.pipeline.preflight import selection_problems
+
+        found = selection_problems(raw, path.resolve().parent)
+        raise source.place(ConfigError([*error.problems, *found])) from None
 
 
 def _value(setting: str, text: str) -> Any:
