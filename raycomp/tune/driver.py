@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,7 +147,7 @@ class _Sweep:
             resources["CPU"] -= SPARE_CPUS
         fitting = trials_at_once(jobs, resources, use_gpu=cluster.use_gpu)
         at_once = min(self.plan.config.max_concurrent_trials or fitting, len(orders))
-        count = f"{len(orders)} trials, {at_once} at once"
+        count = f"{len(orders)} trial{'s' * (len(orders) != 1)}, {at_once} at once"
         self._say(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
         events = TrialEvents(self.progress)
         points = [{"id": name, "settings": order.settings} for name, order in orders.items()]
@@ -166,7 +168,8 @@ class _Sweep:
             ),
         )
         try:
-            tuner.fit()
+            with _quiet():
+                tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise ClusterError(f"the sweep broke off: {error}", where=self.place.uri, remedy=_UNFINISHED) from error
         return events.lost
@@ -208,6 +211,18 @@ class _Sweep:
     def _say(self, line: str) -> None:
         if self.progress is not None:
             self.progress.message(line)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray Tune's tracebacks from the terminal: every cause has its line in the table."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _trial_name(trial: Trial) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -43,10 +44,10 @@ class TrialEvents(Callback):
         self._say(trial, f"failed: {result[FAILED]}" if result.get(FAILED) else ", ".join(["ended", *figures]))
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._say(trial, f"is tried again: {last_error(str(trial.get_error() or ''))}")
+        self._say(trial, f"is tried again: {_cause(trial)}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        cause = last_error(str(trial.get_error() or ""))
+        cause = _cause(trial)
         self.lost[trial.config["trial"]["id"]] = cause
         self._say(trial, f"is lost: {cause}")
 
@@ -59,6 +60,12 @@ def last_error(traceback: str) -> str:
     """The last error that a traceback's text names, in one line."""
     found: Sequence[str] = _ERROR_LINE.findall(traceback)
     return found[-1].strip() if found else "its process was lost"
+
+
+def _cause(trial: Trial) -> str:
+    # Ray Tune's own copy in storage comes later than its calls here.
+    file = Path(trial.error_file) if trial.error_file else None
+    return last_error(file.read_text(errors="replace") if file is not None and file.is_file() else "")
 
 
 def _value(value: object) -> str:
