@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from raycomp.config import Align, PruneTarget
+from raycomp.config import Align, PruneTarget, nearest
 from raycomp.core.chain import Chain, Masks
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import TorchEvaluator
@@ -203,11 +203,20 @@ class Pruner(Compressor):
         """Sets masks that were stored before.
 
         Raises:
-            KeyError: a target that this pruner doesn't have.
+            CompressionError: a target that this pruner doesn't have, or a mask that doesn't fit its parameter.
         """
-        for module, targets in masks.items():
-            for target, mask in targets.items():
-                set_buffer_(self.masks[TargetId(module, target)], "mask", mask)
+        given = {
+            TargetId(module, target): mask for module, targets in masks.items() for target, mask in targets.items()
+        }
+        for target_id, mask in given.items():
+            if target_id not in self.masks:
+                remedy = nearest(str(target_id), map(str, self.masks))
+                raise CompressionError(f"{type(self).__name__} has no such target", where=str(target_id), remedy=remedy)
+            if target_kind(target_id.target) == "parameter" and tuple(mask.shape) != self.shape(target_id):
+                message = f"the mask's shape is {tuple(mask.shape)}, the parameter's {self.shape(target_id)}"
+                raise CompressionError(message, where=str(target_id))
+        for target_id, mask in given.items():
+            set_buffer_(self.masks[target_id], "mask", mask)
 
     def result(self) -> tuple[nn.Module, Masks]:
         """The model and its masks."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from raycomp.core.attach import TargetSpace
 from raycomp.core.selection import type_name
 from raycomp.core.target import Target
-from raycomp.errors import Problem
+from raycomp.errors import CompressionError, Problem
 
 _HOSTS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
 _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
@@ -43,6 +43,9 @@ class _Host(nn.Module):
         return value if activation is None else activation.host_forward(value)  # type: ignore[operator, no-any-return]
 
     def _with_norm(self, value: Tensor, weight_target: Target | None, norm: nn.Module) -> Tensor:
+        if type_name(self) == "Linear" and value.dim() != 2:
+            message = f"a linear layer whose input has the shape {tuple(value.shape)} has no channels in dimension 1"
+            raise CompressionError(message, remedy="fuse a batch norm with linear layers of [samples, features] alone")
         factor = fold_factor(norm)
         if norm.training:
             # The output is divided by the factor again, so no gradient belongs to it; and a channel whose gamma is 0

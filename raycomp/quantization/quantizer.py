@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from raycomp.config import QuantizeEntry, QuantizeTarget
+from raycomp.config import QuantizeEntry, QuantizeTarget, nearest
 from raycomp.core.chain import Calibration
 from raycomp.core.compressor import Compressor
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_
-from raycomp.errors import ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
 from raycomp.quantization.fold import fold, fold_problem, folded_weight
 from raycomp.quantization.observer import RangeTracker, value_range
@@ -89,11 +89,15 @@ class Quantizer(Compressor):
         """Takes over ranges that were stored before.
 
         Raises:
-            KeyError: a target that this quantizer doesn't have.
+            CompressionError: a target that this quantizer doesn't have.
         """
         for module, targets in calibration.items():
             for target, values in targets.items():
-                quantizer = self.quantizers[TargetId(module, target)]
+                target_id = TargetId(module, target)
+                if target_id not in self.quantizers:
+                    message, remedy = f"{type(self).__name__} has no such target", map(str, self.quantizers)
+                    raise CompressionError(message, where=str(target_id), remedy=nearest(str(target_id), remedy))
+                quantizer = self.quantizers[target_id]
                 quantizer.set_range(torch.as_tensor(values["tracked_min"]), torch.as_tensor(values["tracked_max"]))
                 for name in ("scale", "zero_point"):
                     set_buffer_(quantizer, name, torch.as_tensor(values[name]))

@@ -78,15 +78,18 @@ class Run:
         self.chain = self.algorithm.build(self.model).chain
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
 
-    def train(self, steps: Iterable[int] = range(STEPS)) -> list[float]:
-        """Trains on the batches of these numbers; gives the losses."""
+    def train(
+        self, steps: Iterable[int] = range(STEPS), forward: Callable[[Tensor], Tensor] | None = None
+    ) -> list[float]:
+        """Trains on the batches of these numbers, through `forward` instead of the model if it is given; the losses."""
         self.model.train()
+        forward = self.model if forward is None else forward
         losses = []
         with self.chain.run([self.optimizer]):
             for step in steps:
                 batch = batch_of(step, self.dtype)
                 self.optimizer.zero_grad()
-                loss = self.chain.loss(functional.cross_entropy(self.model(batch[0]), batch[1]), batch)
+                loss = self.chain.loss(functional.cross_entropy(forward(batch[0]), batch[1]), batch)
                 loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 losses.append(float(loss.detach()))

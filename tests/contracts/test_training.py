@@ -173,3 +173,13 @@ def test_the_simulated_model_can_be_exported(algorithm: Algorithm) -> None:
     images = batch_of(99)[0]
     exported = torch.export.export(run.model, (images,)).module()
     assert torch.allclose(exported(images), run.model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[-1:], ids=lambda algorithm: algorithm.name)
+def test_a_compiled_model_trains_and_computes_the_same(algorithm: Algorithm) -> None:
+    # The backend that compiles nothing: what is tested is that the graph is captured right.
+    compiled, plain = Run(algorithm), Run(algorithm)
+    wrapped = torch.compile(compiled.model, backend="eager")
+    assert compiled.train(forward=wrapped) == plain.train()
+    images = batch_of(99)[0]
+    assert torch.equal(wrapped(images), plain.model(images))

@@ -212,8 +212,10 @@ def test_masks_that_were_stored_can_be_set() -> None:
     again.update_masks(masks)
     assert torch.equal(again.get_masks()["fc1"]["weight"], masks["fc1"]["weight"])
     assert torch.equal(again.model.fc1.weight, model.fc1.weight)
-    with pytest.raises(KeyError):
+    with pytest.raises(CompressionError, match=r"fc2.weight: .* no such target \(did you mean 'fc1.weight'"):
         again.update_masks({"fc2": {"weight": torch.ones(4, 4)}})
+    with pytest.raises(CompressionError, match=r"the mask's shape is \(4, 1\), the parameter's \(4, 4\)"):
+        again.update_masks({"fc1": {"weight": torch.ones(4, 1)}})
 
 
 def test_bypass_masks_and_changes_nothing() -> None:

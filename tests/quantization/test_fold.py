@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raycomp.errors import ConfigError
+from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.quantization.fold import fold_factor
@@ -212,6 +212,14 @@ def test_a_norm_without_running_statistics_can_not_be_folded() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False))
     with pytest.raises(ConfigError, match="1 keeps no running statistics"):
         QATQuantizer(model, [{"op_types": ["Conv2d"], "fuse_names": [("0", "1")]}])
+
+
+def test_a_norm_behind_a_linear_layer_of_sequences_can_not_be_folded() -> None:
+    # With as many positions as features, the batch norm itself would run.
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    QATQuantizer(model, [{"op_types": ["Linear"], "fuse_names": [("0", "1")]}])
+    with pytest.raises(CompressionError, match=r"shape \(2, 4, 4\) has no channels in dimension 1"):
+        model.eval()(torch.ones(2, 4, 4))
 
 
 def test_the_factor_is_gamma_over_sigma() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.share import BatchShare, use_share
-from raycomp.errors import ConfigError
+from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 
@@ -217,6 +217,8 @@ def test_a_stored_calibration_can_be_taken_over() -> None:
     fresh.update_calibration_config(quantizer.get_calibration_config())
     value = torch.randn(5, 2)
     assert torch.equal(fresh.model.eval()(value), quantizer.model.eval()(value))
+    with pytest.raises(CompressionError, match=r"0.wight: QATQuantizer has no such target"):
+        fresh.update_calibration_config({"0": {"wight": {}}})
 
 
 def test_bypass_is_watched_and_not_quantized() -> None:
