@@ -142,6 +142,11 @@ def to_bytes(model: ir.Model, signature: OnnxSignature, extra: dict[str, Any]) -
     """
     import onnx_ir as ir
 
+    for node in model.graph:
+        for output in node.outputs:
+            if not output.is_graph_output():
+                # Runtimes infer them; in a small model they weigh more than they tell.
+                output.type, output.shape = None, None
     described = {"signature": asdict(signature), "versions": versions(), **extra}
     model.metadata_props[METADATA_KEY] = json.dumps(described)
     model.producer_name = "raycomp"

@@ -116,7 +116,7 @@ def calibrate(
 
             handles.append(model.get_submodule(hosted.get(name, name)).register_forward_hook(see_output))
         if isinstance(getattr(module, "weight", None), Tensor):
-            w = module.weight.detach()
+            w: Tensor = module.weight.detach()  # type: ignore[operator]
             if name in norms:
                 bn: Any = model.get_submodule(norms[name])
                 factor = (bn.weight / torch.sqrt(bn.running_var + bn.eps)).detach()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -131,10 +132,8 @@ def pickled_weight(config: Any) -> None:
 def test_torch_itself_would_run_the_payloads(archive: Path, tmp_path: Path) -> None:
     for count, files in enumerate(pickles(tmp_path / "made").values()):
         bad = rewrite(archive, tmp_path / f"{count}.pt2", files)
-        try:
+        with contextlib.suppress(Exception):  # what it makes of the payload's result does not matter
             torch.export.load(bad)
-        except Exception:  # noqa: BLE001, S110 # what it makes of the payload's result does not matter
-            pass
         assert (tmp_path / "made").is_dir(), files
         (tmp_path / "made").rmdir()
 
@@ -169,7 +168,7 @@ def test_an_old_style_archive_is_refused_and_not_run(archive: Path, tmp_path: Pa
         new.writestr("serialized_exported_program.json", "{}")
         for name in ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt"):
             new.writestr(name, torch_save(Payload(tmp_path / "made")))
-    with pytest.raises(SpeedupError, match="not a torch.export archive"):
+    with pytest.raises(SpeedupError, match=r"not a torch\.export archive"):
         load_pt2(bad)
     assert not (tmp_path / "made").exists()
 
@@ -216,10 +215,10 @@ def test_native_code_and_further_models_are_refused(archive: Path, tmp_path: Pat
 
 
 def test_what_is_not_an_archive(tmp_path: Path) -> None:
-    with pytest.raises(SpeedupError, match="cannot read .*No such file"):
+    with pytest.raises(SpeedupError, match=r"cannot read .*No such file"):
         load_pt2(tmp_path / "missing.pt2")
     (tmp_path / "text.pt2").write_text("hello")
-    with pytest.raises(SpeedupError, match="not a torch.export archive"):
+    with pytest.raises(SpeedupError, match=r"not a torch\.export archive"):
         load_pt2(tmp_path / "text.pt2")
 
 

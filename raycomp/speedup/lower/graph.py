@@ -14,7 +14,6 @@ import onnx_ir as ir
 from raycomp.speedup.lower.grid import Grid
 from raycomp.speedup.lower.reference import DOMAIN, FAKE_QUANTIZE
 
-
 _MOVEMENT = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 
@@ -46,7 +45,7 @@ def node_target(node: ir.Node) -> str:
 
 
 def fake_quantize(x: ir.Value, grid: Grid, target: str) -> ir.Node:
-    """A new FakeQuantize node; its output has the type and shape of `x`."""
+    """A new FakeQuantize node."""
     attributes = [
         ir.AttrFloat32s("scale", grid.scale),
         ir.AttrInt64s("zero_point", grid.zero_point),
@@ -55,19 +54,17 @@ def fake_quantize(x: ir.Value, grid: Grid, target: str) -> ir.Node:
         ir.AttrInt64("axis", -1 if grid.axis is None else grid.axis),
         ir.AttrString("target", target),
     ]
-    return like(ir.Node(DOMAIN, FAKE_QUANTIZE, [x], attributes), x)
+    return ir.Node(DOMAIN, FAKE_QUANTIZE, [x], attributes)
 
 
-def like(node: ir.Node, x: ir.Value) -> ir.Node:
-    """The node, its first output given the type and shape of `x`."""
-    node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
-    return node
-
-
-def replace(graph: ir.Graph, old: ir.Node, new: ir.Value) -> None:
-    """Every use of the old node's output uses `new` instead; the old node goes."""
-    ir.convenience.replace_all_uses_with(old.outputs[0], new, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
+def replace(graph: ir.Graph, node: ir.Node, new: ir.Value) -> None:
+    """Every use of the node's output uses `new` instead, which is of the same shape; the node goes."""
+    old = node.outputs[0]
+    new.type, new.shape = old.type, old.shape
+    if old.is_graph_output() and not new.is_graph_output() and not new.is_graph_input():
+        new.name, old.name = old.name, None
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
 
 
 def merge_equal_(graph: ir.Graph) -> None:
@@ -161,3 +158,42 @@ def _input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     return value
+
+
+def fold_transposes_(graph: ir.Graph) -> None:
+    """Transposes of quantized weights disappear into the weights, so that integer kernels find them."""
+    for node in fake_quantizers(graph):
+        x, users = _input(node), [use.node for use in node.outputs[0].uses()]
+        constant = ir.convenience.get_const_tensor(x)
+        if constant is None or not users or any(user.op_type != "Transpose" for user in users):
+            continue
+        orders = {tuple(user.attributes["perm"].as_ints()) for user in users if "perm" in user.attributes}
+        if len(orders) != 1 or x.name is None:
+            continue
+        (order,) = orders
+        grid = node_grid(node)
+        if grid.axis is not None:
+            grid = dataclasses.replace(grid, axis=order.index(grid.axis))
+        values = ir.tensor(np.ascontiguousarray(constant.numpy().transpose(order)))
+        transposed = ir.val(f"{x.name}_transposed", const_value=values)
+        graph.register_initializer(transposed)
+        quantizer = fake_quantize(transposed, grid, node_target(node))
+        graph.insert_before(node, quantizer)
+        for user in users:
+            replace(graph, user, quantizer.outputs[0])
+        graph.remove(node, safe=True)
+
+
+def kernel_axis(weight: ir.Node) -> int | None:
+    """The dimension of a quantized weight along which the integer kernels of its layers take scales, if they do."""
+    for use in weight.outputs[0].uses():
+        node = use.node
+        if node.op_type == "Conv":
+            return 0
+        if node.op_type == "Gemm":
+            transposed = node.attributes.get_int("transB", 0)
+            return 0 if transposed else 1
+        if node.op_type == "MatMul":
+            shape = weight.outputs[0].shape
+            return None if shape is None else len(shape) - 1
+    return None

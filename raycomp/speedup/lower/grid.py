@@ -80,16 +80,24 @@ def stored_activation(grid: Grid) -> tuple[Grid, str]:
     """The grid as unsigned integers, with their dtype.
 
     ONNX Runtime's integer kernels are quickest with unsigned activations and signed weights on x86, and want the same
-    type for inputs and outputs; a shift by 128 changes no number that the grid can hold.
+    type for inputs and outputs; a shift by 128 changes no number that the grid can hold. Per-channel grids get 16 bits,
+    because those kernels mistake them for per-tensor ones; 16 bits they leave alone.
     """
-    wide = grid.bits > 8
+    wide = grid.bits > 8 or grid.axis is not None
     shift = (32768 if wide else 128) if grid.quant_min < 0 else 0
     return grid.shifted(shift), "uint16" if wide else "uint8"
 
 
-def stored_weight(grid: Grid) -> tuple[Grid, str]:
-    """The grid as signed integers, with their dtype."""
-    wide = grid.bits > 8
+def stored_weight(grid: Grid, kernel_axis: int | None) -> tuple[Grid, str]:
+    """The grid as signed integers, with their dtype.
+
+    Args:
+        grid: of the weight.
+        kernel_axis: the dimension along which the layer's integer kernel takes scales, None where it has no such
+            kernel. Scales along another dimension get 16 bits, because the kernel would mistake them for its own.
+    """
+    misread = None not in (grid.axis, kernel_axis) and grid.axis != kernel_axis
+    wide = grid.bits > 8 or misread
     highest = 32767 if wide else 127
     shift = -(highest + 1) if grid.quant_max > highest else 0
     return grid.shifted(shift), "int16" if wide else "int8"

@@ -62,8 +62,8 @@ class Int8Model:
         A convolution needs its input, weight and output quantized (a ReLU or max pooling may stand between), a linear
         layer its input and weight.
         """
-        weights = [name.removesuffix("_quantized") for name in self.execution.dequantized]
-        return tuple(name.removesuffix(".weight") for name in weights if name.endswith(".weight"))
+        paths = [name.removesuffix("_quantized").split(".") for name in self.execution.dequantized]
+        return tuple(".".join(path[:-1]) for path in paths if path[-1] == "weight")
 
 
 def lower_int8(

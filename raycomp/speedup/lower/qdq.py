@@ -39,6 +39,7 @@ def to_qdq_(model: ir.Model) -> tuple[str, ...]:
     rewrites.raise_above_movement_(graph)
     rewrites.absorb_activations_(graph)
     rewrites.merge_equal_(graph)
+    rewrites.fold_transposes_(graph)
     for node in rewrites.fake_quantizers(graph):
         x = node.inputs[0]
         assert x is not None
@@ -60,10 +61,11 @@ def to_qdq_(model: ir.Model) -> tuple[str, ...]:
 
 
 def _store_weight(graph: ir.Graph, node: ir.Node, values: Array) -> None:
-    grid, dtype = stored_weight(rewrites.node_grid(node))
+    grid, dtype = stored_weight(rewrites.node_grid(node), rewrites.kernel_axis(node))
     integers = grid.quantize(torch.from_numpy(np.array(values))).numpy().astype(dtype)
     name = rewrites.node_target(node)
-    dequantize = _dequantize(graph, _initializer(graph, f"{name}_quantized", integers), grid, dtype, name)
+    quantized = _initializer(graph, f"{name}_quantized", integers)
+    dequantize = ir.Node("", "DequantizeLinear", [quantized, *_grid_values(graph, grid, dtype, name)], _axis(grid))
     graph.insert_before(node, dequantize)
     rewrites.replace(graph, node, dequantize.outputs[0])
 
@@ -76,43 +78,31 @@ def _store_activation(graph: ir.Graph, node: ir.Node, x: ir.Value) -> None:
         x = _clip_float(graph, node, x, grid, name)
     scale, zero_point = _grid_values(graph, grid, dtype, name)
     quantize = ir.Node("", "QuantizeLinear", [x, scale, zero_point], _axis(grid))
-    quantize.outputs[0].type = ir.TensorType(zero_point.dtype or ir.DataType.UINT8)
-    quantize.outputs[0].shape = x.shape
     quantized = quantize.outputs[0]
     graph.insert_before(node, quantize)
     # One step below the lowest number of a symmetric grid is let through: a clip would cost more than it corrects.
     if info.bits == 8 and (grid.quant_min > info.min + 1 or grid.quant_max < info.max):
         low = _initializer(graph, f"{name}_min", np.array(grid.quant_min, dtype))
         high = _initializer(graph, f"{name}_max", np.array(grid.quant_max, dtype))
-        clip = rewrites.like(ir.Node("", "Clip", [quantized, low, high]), quantized)
+        clip = ir.Node("", "Clip", [quantized, low, high])
         graph.insert_before(node, clip)
         quantized = clip.outputs[0]
     dequantize = ir.Node("", "DequantizeLinear", [quantized, scale, zero_point], _axis(grid))
-    rewrites.like(dequantize, x)
     graph.insert_before(node, dequantize)
     rewrites.replace(graph, node, dequantize.outputs[0])
 
 
 def _clip_float(graph: ir.Graph, node: ir.Node, x: ir.Value, grid: Grid, name: str) -> ir.Value:
+    shape = [1] * (0 if x.shape is None or grid.axis is None else len(x.shape))
     if grid.axis is not None:
-        raise SpeedupError(
-            f"{name}: per-channel activations of {grid.bits} bits cannot be lowered",
-            where=name,
-            remedy="one scale for the whole tensor, or 8 or 16 bits",
-        )
-    scale, zero_point = grid.scale[0], grid.zero_point[0]
-    low = _initializer(graph, f"{name}_min", np.array((grid.quant_min - zero_point) * scale, np.float32))
-    high = _initializer(graph, f"{name}_max", np.array((grid.quant_max - zero_point) * scale, np.float32))
-    clip = rewrites.like(ir.Node("", "Clip", [x, low, high]), x)
-    graph.insert_before(node, clip)
-    return clip.outputs[0]
-
-
-def _dequantize(graph: ir.Graph, quantized: ir.Value, grid: Grid, dtype: str, name: str) -> ir.Node:
-    node = ir.Node("", "DequantizeLinear", [quantized, *_grid_values(graph, grid, dtype, name)], _axis(grid))
-    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    node.outputs[0].shape = quantized.shape
-    return node
+        shape[grid.axis] = -1
+    scale, zero_point = np.array(grid.scale, np.float32), np.array(grid.zero_point, np.float32)
+    for operator, limit in (("Max", grid.quant_min), ("Min", grid.quant_max)):
+        bound = _initializer(graph, f"{name}_{operator.lower()}", ((limit - zero_point) * scale).reshape(shape))
+        clip = ir.Node("", operator, [x, bound])
+        graph.insert_before(node, clip)
+        x = clip.outputs[0]
+    return x
 
 
 def _grid_values(graph: ir.Graph, grid: Grid, dtype: str, name: str) -> tuple[ir.Value, ir.Value]:
@@ -129,6 +119,9 @@ def _axis(grid: Grid) -> list[ir.Attr]:
 def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     unique, count = name, 1
     while unique in graph.initializers:
+        known = graph.initializers[unique].const_value
+        if known is not None and known.numpy().tobytes() == array.tobytes() and known.numpy().dtype == array.dtype:
+            return graph.initializers[unique]
         count += 1
         unique = f"{name}_{count}"
     value = ir.val(unique, const_value=ir.tensor(array, name=unique))
@@ -156,13 +149,11 @@ def _quantize_biases(graph: ir.Graph) -> tuple[str, ...]:
     grown = tuple(name for layer in layers if (name := _make_room(layer)))
     for layer in layers:
         scale = np.broadcast_to(layer.input_scale * _array(layer.weight, 1), layer.bias.shape).astype(np.float32)
-        integers = np.rint(layer.bias / scale).astype(np.int32)
         old = layer.node.inputs[2]
-        assert old is not None and old.name is not None
-        name = old.name
-        grid = Grid(tuple(scale.tolist()), (0,) * scale.size, -(2**31), 2**31 - 1, 0)
-        values = _initializer(graph, f"{name}_quantized", integers)
-        dequantize = _dequantize(graph, values, grid, "int32", name)
+        assert old is not None
+        integers = _initializer(graph, f"{old.name}_quantized", np.rint(layer.bias / scale).astype(np.int32))
+        scales = _initializer(graph, f"{old.name}_scale", scale)
+        dequantize = ir.Node("", "DequantizeLinear", [integers, scales], [ir.AttrInt64("axis", 0)])
         graph.insert_before(layer.node, dequantize)
         layer.node.replace_input_with(2, dequantize.outputs[0])
     return grown

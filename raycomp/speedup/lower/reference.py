@@ -94,17 +94,23 @@ def simulate_int8(
         SpeedupError: calibration or folds name what the model does not have, or grids that cannot be stored.
     """
     copied = as_float32(model)
+    grids = {
+        TargetId(name, target): entry for name, targets in calibration.items() for target, entry in targets.items()
+    }
+    for host in [fold[0] for fold in folds if TargetId(fold[0], "bias") in grids]:
+        # A bias is quantized as it is, before a norm is folded into it; a weight afterwards.
+        bias = TargetId(host, "bias")
+        _check(copied, bias)
+        parameter = copied.get_submodule(host).get_parameter("bias")
+        parameter.data = grid_of(grids.pop(bias), str(bias)).fake_quantize(parameter.data)
     fold_(copied, folds)
     space = TargetSpace(copied)
-    for module_name, targets in calibration.items():
-        for target_name, entry in targets.items():
-            target_id = TargetId(module_name, target_name)
-            _check(copied, target_id)
-            grid = grid_of(entry, str(target_id))
-            target = space.target(target_id)
-            if target.kind == "parameter" and reduce_range and target_id.target == "weight" and grid.bits == 8:
-                grid = grid.halved()
-            target.claim("quantizer", GridQuantizer(grid, str(target_id)), "int8")
+    for target_id, entry in grids.items():
+        _check(copied, target_id)
+        grid = grid_of(entry, str(target_id))
+        if reduce_range and target_id.target == "weight" and grid.bits == 8:
+            grid = grid.halved()
+        space.target(target_id).claim("quantizer", GridQuantizer(grid, str(target_id)), "int8")
     return copied
 
 
