@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from raycomp.report import text
 from raycomp.report.table import short_keys
 from raycomp.tune.trial import FAILED
 
-_ERROR_LINE = re.compile(r"(?:\w+\.)*(\w*(?:Error|Exception|Exit)\w*: .+)")
+_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception): .+")
 
 
 class TrialEvents(Callback):
@@ -56,10 +55,11 @@ class TrialEvents(Callback):
             self._progress.message(f"trial {trial.config['trial']['id']} {line}")
 
 
-def last_error(traceback: str) -> str:
-    """The last error that a traceback's text names, in one line."""
-    found: Sequence[str] = _ERROR_LINE.findall(traceback)
-    return found[-1].strip() if found else "its process was lost"
+def last_error(text: str) -> str:
+    """The cause of the last failure in Ray Tune's record of a trial's failures, in one line."""
+    lines = [line.strip() for line in text.rpartition("Failure #")[2].splitlines()[1:] if line.strip()]
+    named = [line for line in lines if _ERROR_LINE.fullmatch(line)]
+    return (named[-1:] or lines[:1] or ["its process was lost"])[0]
 
 
 def _cause(trial: Trial) -> str:

@@ -67,15 +67,20 @@ def test_a_cause_is_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line
 
 
-def test_the_last_error_of_a_traceback() -> None:
-    text = """\
+def test_the_cause_of_the_last_failure() -> None:
+    lost = """\
 Failure # 1 (occurred at 2030-01-01_00-00-00)
-Traceback (most recent call last):
-  File "worker.py", line 3, in get_objects
-    raise value
-ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+ray::ImplicitFunc.train() (pid=12)
+  File "trial.py", line 3, in run_trial
+    raise error
+raycomp.errors.StorageError: s3://b/x: it can't be reached
+Failure # 2 (occurred at 2030-01-01_00-01-00)
+The actor died unexpectedly before finishing this task.
 	class_name: ImplicitFunc
 	pid: 321
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
 """
-    assert last_error(text) == "ActorDiedError: The actor died unexpectedly before finishing this task."
+    assert last_error(lost) == "The actor died unexpectedly before finishing this task."
+    raised = lost[: lost.index("Failure # 2")]
+    assert last_error(raised) == "raycomp.errors.StorageError: s3://b/x: it can't be reached"
     assert last_error("") == "its process was lost"
