@@ -54,7 +54,7 @@ def evaluate(
     Raises:
         TaskError: there is nothing to evaluate, or the metrics are not one value per sample.
     """
-    # DDP would broadcast buffers in each forward, which ranks with different numbers of batches must not wait for.
+    # DDP's first forward after a training step broadcasts buffers, for which a rank that evaluates alone would wait.
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     view = _View(rank, world, batch_size, max_samples, num_data_workers)
     sums: dict[str, Tensor] = {}

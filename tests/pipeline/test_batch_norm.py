@@ -110,17 +110,41 @@ def _train_under_ddp(rank: int, world: int) -> list[Any]:
     synchronise_batch_norm_(model)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     data = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
-    mine = {1: [data], 2: [data[:3], data[3:]]}[world][rank]
+    mine = {1: [data], 2: [data[:3], data[3:]], 3: [data[:1], data[1:], data[:0]]}[world][rank]
+    stand_in = torch.full_like(data[:2], 9.0)
     with use_share(BatchShare(len(mine), 5)):
-        (wrapped(mine).square().mean() * len(mine) / 5 * world).backward()
+        (wrapped(mine if len(mine) else stand_in).square().mean() * len(mine) / 5 * world).backward()
     return gradients_of(model)
 
 
-def test_a_network_under_ddp_has_the_gradients_of_one_process() -> None:
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_network_under_ddp_has_the_gradients_of_one_process(world: int) -> None:
     expected = _train_under_ddp(0, 1)
-    for rank in on_ranks(2, _train_under_ddp):
+    for rank in on_ranks(world, _train_under_ddp):
         for found, whole in zip(rank, expected, strict=True):
             _assert_equal(torch.from_numpy(found), whole)
+
+
+def _idle_with_gradient(rank: int, world: int) -> list[Any]:
+    inputs, gradient = _whole("2d", 0)
+    norm = _norm("2d")
+    synchronise_batch_norm_(norm)
+    inputs = (inputs if rank == 0 else torch.full_like(inputs[:2], 7.0)).requires_grad_()
+    with use_share(BatchShare(7 * (1 - rank), 7)):
+        norm(inputs).backward(gradient[: len(inputs)])
+    assert inputs.grad is not None
+    return [inputs.grad.numpy()]
+
+
+def test_a_stand_in_has_no_part_in_anyone_elses_gradient() -> None:
+    expected = _train(_norm("2d"), [_whole("2d", 0)])["input gradients"]
+    working, idle = on_ranks(2, _idle_with_gradient)
+    _assert_equal(torch.from_numpy(working[0]), expected[0])
+    # Moments that do not depend on the stand-in: its gradient is the one of evaluation, dy·γ/σ.
+    inputs, gradient = _whole("2d", 0)
+    variance = inputs.var((0, 2, 3), correction=0).view(3, 1, 1)
+    weight = torch.tensor([0.5, -1.5, 2.0], dtype=torch.float64).view(3, 1, 1)
+    _assert_equal(torch.from_numpy(idle[0]), gradient[:2] * weight / (variance + 1e-5).sqrt())
 
 
 def _low_precision(rank: int, world: int) -> tuple[bool, float, float]:

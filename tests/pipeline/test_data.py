@@ -278,21 +278,22 @@ def test_ray_data_comes_in_batches() -> None:
     assert [part.batch["x"].tolist() for step in steps for part in step] == [[0, 1], [2, 3], [4]]
 
 
-def _uneven_loaders(rank: int, world: int) -> list[tuple[int, int, float, int]]:
+def _uneven_loaders(rank: int, world: int, skip: int) -> list[tuple[int, int, float, int]]:
     sizes = [[3, 3, 2], [3]][rank]
 
     def loader(context: LoaderContext) -> Iterator[list[Tensor]]:
         return ([torch.zeros(size)] for size in sizes)
 
-    steps = open_batches(Task(), loader, BatchPlan(6, rank=rank, world=world)).iterate(0)
+    steps = open_batches(Task(), loader, BatchPlan(6, rank=rank, world=world)).iterate(0, skip)
     parts = [part for step in steps for part in step]
     return [(part.share.samples, part.share.total, part.loss_weight, len(part.batch[0])) for part in parts]
 
 
 def test_workers_whose_loaders_end_early_go_on_with_stand_ins() -> None:
-    first, second = on_ranks(2, _uneven_loaders)
+    first, second = on_ranks(2, _uneven_loaders, 0)
     assert first == [(3, 6, 1.0, 3), (3, 3, 2.0, 3), (2, 2, 2.0, 2)]
     assert second == [(3, 6, 1.0, 3), (0, 3, 0.0, 3), (0, 2, 0.0, 3)]
+    assert on_ranks(2, _uneven_loaders, 2) == [first[2:], second[2:]]
 
 
 def _starved(rank: int, world: int) -> str:

@@ -68,16 +68,25 @@ def test_workers_share_the_samples_out_and_agree(length: int, max_samples: int |
 
 def _evaluate_loaders(rank: int, world: int, max_samples: int | None) -> dict[str, float]:
     def loader(context: LoaderContext) -> Iterator[list[Tensor]]:
-        return ([part] for part in torch.arange(7.0)[context.rank :: context.world].split(context.batch_size))
+        return ([part] for part in torch.arange(7.0)[1 - context.rank :: context.world].split(context.batch_size))
 
     options: dict[str, Any] = {"batch_size": 3, "max_samples": max_samples, "rank": rank, "world": world}
-    return evaluate(Squares(), Mode(), loader, **options)
+    return evaluate(Squares(), DistributedDataParallel(Mode()), loader, **options)
 
 
 def test_loaders_are_merged_by_sample_counts() -> None:
     assert [found["square"] for found in on_ranks(2, _evaluate_loaders, None)] == [13.0, 13.0]
-    # Three samples: 0 and 2 of the first worker, 1 of the second.
-    assert [found["square"] for found in on_ranks(2, _evaluate_loaders, 3)] == [pytest.approx(5 / 3)] * 2
+    # Three samples: 1 and 3 of the first worker, 0 of the second, which has more batches.
+    assert [found["square"] for found in on_ranks(2, _evaluate_loaders, 3)] == [pytest.approx(10 / 3)] * 2
+
+
+def _evaluate_alone(rank: int, world: int) -> dict[str, float]:
+    model = DistributedDataParallel(Mode())
+    return evaluate(Squares(), model, data(5), batch_size=2) if rank == 1 else {}
+
+
+def test_a_worker_can_evaluate_alone() -> None:
+    assert on_ranks(2, _evaluate_alone) == [{}, {"square": 6.0, "output": 2.0}]
 
 
 def _starved(rank: int, world: int) -> str:
