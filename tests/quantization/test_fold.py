@@ -103,6 +103,20 @@ def test_its_gradients_are_those_of_the_unfolded_one() -> None:
         assert torch.allclose(found[name], gradient, rtol=0, atol=1e-12), name
 
 
+def test_a_tiny_gamma_has_its_true_gradient_and_not_the_rounding_of_its_inverse() -> None:
+    quantizer = folded(net(), fused=FUSED[:1], target_names=["weight"], granularity="out_channel")
+    plain = net()
+    for model in (quantizer.model, plain):
+        with torch.no_grad():
+            model.norm.weight[0] = 1e-4
+    quantizer.chain.begin()
+    for model in (quantizer.model, plain):
+        model.train()(images()).square().sum().backward()
+    expected, found = plain.norm.weight.grad, quantizer.model.norm.weight.grad
+    # Weights of 8 bits move the gradient by some percent.
+    assert torch.allclose(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
 def test_in_evaluation_the_folded_weight_is_what_is_quantized() -> None:
     model = net()
     quantizer = folded(model, fused=FUSED[:1], target_names=["weight"], op_names=["conv"])
