@@ -81,4 +81,6 @@ def _lost(error: WorkerGroupError, where: str) -> RaycompError:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, ray.exceptions.RayActorError) and "creation task" in lines[0]:
+        return f"a process of Ray's could not start: {lines[-1].strip()}"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -18,12 +18,14 @@ from raycomp.config import EvaluationConfig, TrainingConfig
 from raycomp.core.chain import Chain
 from raycomp.core.reduction import Statistic, rank, reduce_, world_size
 from raycomp.core.share import use_share
-from raycomp.errors import ConfigError, Problem
+from raycomp.errors import ConfigError, Problem, TaskError
 from raycomp.pipeline.batch import move_batch
 from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.data import Batches, BatchPlan, MicroBatch, open_batches
 from raycomp.pipeline.evaluate import evaluate
+from raycomp.pipeline.fetch import sample_seed
+from raycomp.pipeline.parallel import data_parallel, take_buffers_of_rank_0_
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.report.summary import ProgressEvent
@@ -74,14 +76,20 @@ class StageTraining:
             TaskError: the user's code raised.
             ConfigError: the training has no end.
         """
-        model = self._distributed(self.chain.model)
+        model = data_parallel(
+            self.chain.model,
+            self.device,
+            broadcast_buffers=not self.training.sync_batch_norm,
+            find_unused_parameters=self.task.unused_parameters,
+        )
         with user_code(self._call("optimizer")):
             optimizer = self.task.optimizer(self.chain.model)
         batches = open_batches(self.task, self._data("train"), self._batch_plan())
         self.steps = self._total_steps(batches)
         with user_code(self._call("scheduler")):
             scheduler = self.task.scheduler(optimizer, self.steps)
-        self.step, self.history, epoch = 0, (), 0
+        self.step, epoch = 0, 0
+        self.history: tuple[ProgressEvent, ...] = ()
         self.notes = batches.notes
         if resume is not None:
             self._restore(resume, optimizer, scheduler)
@@ -97,7 +105,7 @@ class StageTraining:
         self, epoch: int, model: nn.Module, batches: Batches, optimizer: Optimizer, scheduler: LRScheduler | None
     ) -> None:
         # Seeding each epoch makes a resumed run draw what an undisturbed one draws (dropout).
-        torch.manual_seed(hash((self.training.seed, epoch, rank())) % 2**63)
+        torch.manual_seed(sample_seed(self.training.seed, epoch, rank()))
         self.chain.model.train()
         self.loss_sum, self.loss_steps, last_event = torch.zeros((), device=self.device), 0, time.monotonic()
         for micro_batches in batches.iterate(epoch):
@@ -111,6 +119,12 @@ class StageTraining:
                 self.observer.progress(self._event(epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
             if self.step >= self.steps:
                 break
+        if self.loss_steps == 0:
+            raise TaskError(
+                f"the train data gave no batch in epoch {epoch + 1}",
+                where=self._call("train_data"),
+                remedy="a loader must begin anew in each epoch",
+            )
 
     def _step(self, model: nn.Module, micro_batches: list[MicroBatch], optimizer: Optimizer) -> Tensor:
         """One optimizer step; returns this rank's part of the global batch's loss, times the number of ranks."""
@@ -124,12 +138,14 @@ class StageTraining:
                     loss = self.task.training_step(model, batch)
                 with self._autocast():
                     objective = self.chain.loss(loss, batch)
-                (objective * micro_batch.loss_weight).backward()
+                (objective * micro_batch.loss_weight).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * micro_batch.loss_weight
         optimizer.step()
         return total
 
     def _end_epoch(self, epoch: int, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+        if not self.training.sync_batch_norm:
+            take_buffers_of_rank_0_(self.chain.model)
         mean = self.loss_sum.double() / max(self.loss_steps, 1)
         reduce_([Statistic(mean, "sum")])
         with self._autocast():
@@ -174,16 +190,6 @@ class StageTraining:
         elapsed = time.monotonic() - self.started
         return ProgressEvent(
             self.name, epoch, epochs, self.step, self.steps, loss, metrics, self.chain.sparsity(), world_size(), elapsed
-        )
-
-    def _distributed(self, model: nn.Module) -> nn.Module:
-        if world_size() == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
-            return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=not self.training.sync_batch_norm,
-            find_unused_parameters=self.task.unused_parameters,
         )
 
     def _gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
+
 from raycomp.errors import RaycompError, TaskError
 
 _LIBRARIES = tuple(
@@ -24,16 +26,24 @@ def user_code(what: str) -> Iterator[None]:
         what: the part of the task that runs: `Digits.train_data()`.
 
     Raises:
-        TaskError: from any other exception; raycomp's own errors pass as they are.
+        TaskError: from any other exception; raycomp's own errors pass as they are, and so do those of a broken
+            connection to another worker, which a forward pass meets where a batch norm or DDP speaks to it.
     """
     try:
         yield
     except RaycompError:
         raise
     except Exception as error:
+        if _is_of_communication(error):
+            raise
         text = str(error)
         message = f"{what} raised {type(error).__name__}" + (f": {text}" if text else "")
         raise TaskError(message, where=_place(error)) from error
+
+
+def _is_of_communication(error: Exception) -> bool:
+    # gloo raises plain RuntimeErrors; they begin with the place in its source.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _place(error: BaseException) -> str | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from raycomp.config import JobConfig, parse_job
 from raycomp.core.chain import Chain
 from raycomp.core.reduction import rank
+from raycomp.core.share import is_idle
+from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.pipeline.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.entrypoint import build_task
@@ -25,6 +30,15 @@ Values = dict[str, Any]
 """Name → NumPy array: what crosses the border between processes by value."""
 
 
+class LinkChoice(NamedTuple):
+    """Which of its links a distilled target was held against, and which this rank's own samples speak for."""
+
+    target: str
+    taken: int
+    own: int
+    idle: bool
+
+
 @dataclass(frozen=True)
 class Trained:
     """What one rank holds after training."""
@@ -33,7 +47,7 @@ class Trained:
     scales: Values
     weights: Values
     metrics: dict[str, float]
-    links: list[Any]
+    links: list[LinkChoice]
 
 
 class Interrupted(Exception):
@@ -46,6 +60,7 @@ class Keeper:
 
     folder: Path | None = None
     end_after: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def progress(self, event: ProgressEvent) -> None:
         """Not looked at."""
@@ -75,31 +90,44 @@ def train(job: Mapping[str, Any] | JobConfig, keeper: Keeper | None = None, resu
         observer=keeper or Keeper(),
         device=torch.device("cpu"),
     )
-    try:
+    with suppress(Interrupted):
         stage.run(None if resume is None else StageState.load(resume))
-    except Interrupted:
-        pass
     return chain
 
 
-def trained(
-    rank: int,
-    world: int,
-    job: Mapping[str, Any],
-    folder: Path | None = None,
-    end_after: int | None = None,
-    resume: Path | None = None,
-) -> Trained:
-    """`train` on one rank, and what it then holds."""
-    keeper = Keeper(folder, end_after)
-    links = _watched_links()
-    chain = train(job, keeper, resume)
+def trained(job: Mapping[str, Any], keeper: Keeper | None = None, resume: Path | None = None) -> Trained:
+    """`train`, and what this rank then holds."""
+    keeper = keeper or Keeper()
+    with _watched_links() as links:
+        chain = train(job, keeper, resume)
     return Trained(masks_of(chain), scales_of(chain), weights_of(chain), keeper.metrics, links)
 
 
-def train_on(world: int, job: Mapping[str, Any], *args: Any) -> list[Trained]:
-    """The job's first stage on that many gloo ranks; what each of them holds afterwards."""
-    return on_ranks(world, trained, job, *args)
+def train_on(world: int, jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Trained]]:
+    """Each job's first stage on that many gloo ranks; what each of them holds afterwards."""
+    ranks = on_ranks(world, _train_all, jobs)
+    return {name: [found[name] for found in ranks] for name in jobs}
+
+
+def _train_all(rank: int, world: int, jobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Trained]:
+    return {name: trained(job) for name, job in jobs.items()}
+
+
+@contextmanager
+def _watched_links() -> Iterator[list[LinkChoice]]:
+    """What every dynamic distiller takes as the nearest link, and what this rank alone would have taken."""
+    seen: list[LinkChoice] = []
+    combine = DynamicLayerwiseDistiller.combine
+
+    def watched(self: DynamicLayerwiseDistiller, distances: dict[Any, list[Tensor]]) -> dict[Any, Tensor]:
+        chosen = combine(self, distances)
+        for key, links in distances.items():
+            taken = next(index for index, link in enumerate(links) if link is chosen[key])
+            seen.append(LinkChoice(str(key), taken, int(torch.stack(links).argmin()), is_idle()))
+        return chosen
+
+    with patch.object(DynamicLayerwiseDistiller, "combine", watched):
+        yield seen
 
 
 def masks_of(chain: Chain) -> Values:
@@ -130,9 +158,25 @@ def difference(found: Values, expected: Values) -> float:
     return max((_relative(found[name], expected[name]) for name in expected), default=0.0)
 
 
-def same(found: Values, expected: Values) -> bool:
-    """Whether two sets of values are the same in every bit."""
-    return found.keys() == expected.keys() and all(_same_bits(found[name], expected[name]) for name in expected)
+def differing(found: Values, expected: Values) -> list[str]:
+    """The names of the values that are not the same in every bit."""
+    assert found.keys() == expected.keys()
+    return [name for name in expected if not _same_bits(found[name], expected[name])]
+
+
+def assert_same(found: Trained, expected: Trained) -> None:
+    """Every rank's masks, scales, weights and decisions are the same in every bit."""
+    assert differing(found.masks, expected.masks) == []
+    assert differing(found.scales, expected.scales) == []
+    assert differing(found.weights, expected.weights) == []
+    assert found.metrics == expected.metrics
+
+
+def assert_close(found: Trained, expected: Trained) -> None:
+    """Masks are the same, scales and weights to 1e-9."""
+    assert differing(found.masks, expected.masks) == []
+    assert difference(found.scales, expected.scales) <= 1e-9
+    assert difference(found.weights, expected.weights) <= 1e-9
 
 
 def _relative(found: Any, expected: Any) -> float:
