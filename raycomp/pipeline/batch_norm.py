@@ -94,7 +94,7 @@ def global_moments(input: Tensor) -> Moments:
     zero costs no digits. A rank without samples (`BatchShare.samples == 0`) counts nothing. A collective.
     """
     exact = input if input.dtype == torch.float64 else input.float()
-    variance, mean = torch.var_mean(exact, dim=_all_but_channels(input), correction=0)
+    mean, variance = _own_moments(exact)
     count = 0 if is_idle() else input.numel() // input.shape[1]
     counts = torch.full_like(mean, count)[:1]
     mine = torch.cat([counts, mean, variance]).double() * (count > 0)
@@ -116,8 +116,14 @@ def _gathered(mine: Tensor) -> Tensor:
     return torch.stack(received).to(mine.device)
 
 
-def _all_but_channels(input: Tensor) -> list[int]:
-    return [dim for dim in range(input.ndim) if dim != 1]
+def _own_moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, in two passes: on a CPU much faster than `torch.var_mean`."""
+    dims = [dim for dim in range(input.ndim) if dim != 1]
+    mean = input.mean(dims, keepdim=True)
+    centred = input - mean
+    # The mean was rounded; what is left of it in the centred values corrects the variance.
+    rest = centred.mean(dims)
+    return mean.flatten() + rest, centred.square_().mean(dims) - rest.square()
 
 
 class _Synchronised(_BatchNorm):
