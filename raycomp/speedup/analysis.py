@@ -114,20 +114,25 @@ def unpruned(analysis: Analysis, model: nn.Module, masks: Masks) -> tuple[Unprun
     """What the masks name and the decision leaves, by module, dimension and reason."""
     by_name = _by_name(analysis.graph, model)
     counts: dict[tuple[str, int, str], int] = {}
-    for name, targets in masks.items():
+    named: set[int] = set()
+    # Layers before the norms that follow them: what a layer is named for isn't named again for its norm.
+    for name, targets in sorted(masks.items(), key=lambda item: all(mask.ndim < 2 for mask in item[1].values())):
         seen: set[int] = set()
         for target in sorted(targets, key=lambda each: each != "weight"):
+            if target == "bias" and "weight" in targets:
+                continue
             mask = targets[target] == 0
+            before = seen | named if mask.ndim < 2 else seen.copy()
             value = by_name.get(_full_name(name, target))
             for dim, coordinates in _masked_coordinates(mask):
                 if value is None:
                     _count(counts, name, dim, "forward() does not use it", int(coordinates.sum()))
                     continue
                 for root in _roots(analysis, value, dim, coordinates.cpu().numpy()):
-                    if analysis.decision.removed[root] or (root in seen and target != "weight"):
-                        continue
-                    seen.add(int(root))
-                    _count(counts, name, dim, _reason(analysis, int(root), name))
+                    if not analysis.decision.removed[root] and root not in before:
+                        seen.add(int(root))
+                        _count(counts, name, dim, _reason(analysis, int(root), name))
+        named |= seen
     return tuple(Unpruned(module, dim, count, reason) for (module, dim, reason), count in counts.items())
 
 
@@ -159,6 +164,9 @@ def _masked_coordinates(mask: Tensor) -> list[tuple[int, Tensor]]:
 
 def _reason(analysis: Analysis, root: int, module: str) -> str:
     """Why an atom stays; where another layer makes it, too, and doesn't mask it, that layer is named."""
+    never = analysis.atoms.reason(root)
+    if never is not None:
+        return never
     others = [label for label in _unmasked_makers(analysis, root) if label != module]
     if others:
         names = ", ".join(f"'{label}'" for label in sorted(set(others)))

@@ -45,7 +45,7 @@ def auto_set_dependency_group_ids(
     names = [name for name in names if _has_channels(model, name)]
     if not names:
         return [dict(entry) for entry in config_list]
-    found = dependencies(model, dummy_input, names)
+    found = dependencies(model, dummy_input, names, obstacles=False)
     settings = {
         n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
     }
@@ -171,7 +171,7 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
         for entry, own in zip(entries, selected, strict=True)
         for name in own
     }
-    found = dependencies(model, dummy_input, names, groups)
+    found = dependencies(model, dummy_input, names, groups, obstacles=False)
     for name, parameters in found.followers.items():
         by_module: dict[str, list[str]] = {}
         for parameter in parameters:

@@ -84,6 +84,8 @@ def dependencies(
     example_input: Example,
     module_names: Sequence[str],
     group_ids: Mapping[str, str | None] | None = None,
+    *,
+    obstacles: bool = True,
 ) -> Dependencies:
     """Groups, blocks, followers, and what can never be removed.
 
@@ -93,6 +95,7 @@ def dependencies(
         module_names: layers with a weight of two dimensions or more.
         group_ids: which layers share one mask (those of one id, apart from None); default: each group shares one.
             Where several layers are added before a norm, the norm follows them only if they share a mask.
+        obstacles: whether to find out what can never be removed, which takes another run of the model.
 
     Raises:
         SpeedupError: as for `dependency_groups`.
@@ -101,12 +104,12 @@ def dependencies(
     study = _Study(trace(plain, example_input), _canonical_names(plain, module_names))
     groups = study.groups()
     following = study.followers(groups, group_ids)
-    obstacles = study.obstacles(groups, following)
+    reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)
     named = {canonical: name for name, canonical in zip(module_names, study.names, strict=True)}
     return Dependencies(
         tuple(
             Group(tuple(named[name] for name in group.modules), group.blocks, group.unit, obstacle)
-            for group, obstacle in zip(groups, obstacles, strict=True)
+            for group, obstacle in zip(groups, reasons, strict=True)
         ),
         {named[name]: tuple(parameters) for name, parameters in following.items()},
     )

@@ -98,8 +98,12 @@ class Call:
 
     def bind(self, tensors: Mapping[Value, Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Positional and keyword arguments with tensors in the places of values."""
-        keywords = {a.name for a in self.target._schema.arguments if a.kwarg_only}
         given = {name: _substitute(value, tensors) for name, value in self.arguments.items()}
+        schema = getattr(self.target, "_schema", None)
+        if schema is None:
+            keywords = {name for name in given if not name.isdigit()}
+        else:
+            keywords = {a.name for a in schema.arguments if a.kwarg_only}
         return [v for n, v in given.items() if n not in keywords], {n: v for n, v in given.items() if n in keywords}
 
 
@@ -169,7 +173,7 @@ def _build(model: nn.Module, example: Example, program: ExportedProgram) -> Grap
         if node.op == "call_function":
             builder.add_call(node)
         elif node.op == "get_attr":
-            builder.found[node] = node.target
+            builder.found[node] = operator.attrgetter(str(node.target))(program.graph_module)
         elif node.op == "output":
             leaves = pytree.tree_leaves([builder.resolve(arg) for arg in node.args])
             builder.outputs = [leaf for leaf in leaves if isinstance(leaf, Value)]

@@ -39,6 +39,9 @@ def relate(graph: Graph, rules: Registry, *, rigid: bool = False) -> Atoms:
                 atoms.fix_value(value, f"the code states sizes as constants at {call.label}")
     for value in graph.outputs:
         atoms.fix_value(value, "it reaches the model's output")
+    for value in graph.state():
+        if not graph.consumers[value]:
+            atoms.fix_value(value, "forward() does not use it")
     return atoms
 
 

@@ -56,13 +56,15 @@ def verify(
     Raises:
         SpeedupError: the models' outputs differ in structure or shape.
     """
-    pairs = []
-    for example in inputs:
-        for size in batch_sizes:
-            resized = with_batch_size(example, size)
-            pairs.append(_compare(_run(simulated, resized), _run(sped_up, resized)))
-    if not pairs:
+    resized = [with_batch_size(example, size) for example in inputs for size in batch_sizes]
+    if not resized:
         raise SpeedupError("there is nothing to verify with", remedy="give at least one example input")
+    pairs = [compare(outputs(simulated, each), outputs(sped_up, each)) for each in resized]
+    return summarise(pairs, tolerance, batch_sizes)
+
+
+def summarise(pairs: Sequence[Sequence[Compared]], tolerance: float, batch_sizes: Sequence[int]) -> Verification:
+    """The greatest difference of any output tensor over several runs, each compared tensor by tensor."""
     columns = list(zip(*pairs, strict=True))
     differences = [max(each.difference for each in column) for column in columns]
     ranges = [_range(column) for column in columns]
@@ -80,7 +82,8 @@ def _ratio(difference: float, output_range: float) -> float:
     return difference / output_range if output_range > 0 else float("inf")
 
 
-def _run(model: nn.Module, example: Example) -> list[Tensor]:
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    """The tensors that a model gives in eval mode."""
     args, kwargs = as_call(example)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -93,18 +96,20 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Compared:
+    """The greatest difference of two tensors, and the first one's extremes."""
+
     difference: float = 0.0
     low: float = 0.0
     high: float = 0.0
 
 
-def _range(column: Sequence[_Compared]) -> float:
+def _range(column: Sequence[Compared]) -> float:
     low, high = min(each.low for each in column), max(each.high for each in column)
     return high - low if high > low else abs(high)
 
 
-def _compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[_Compared]:
+def compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[Compared]:
     """Difference and extremes of every output tensor."""
     if [t.shape for t in simulated] != [t.shape for t in sped_up]:
         raise SpeedupError("the sped-up model's outputs have other shapes than the simulated model's")
@@ -112,10 +117,10 @@ def _compare(simulated: list[Tensor], sped_up: list[Tensor]) -> list[_Compared]:
     for left, right in zip(simulated, sped_up, strict=True):
         a, b = left.double(), right.double()
         if a.numel() == 0:
-            found.append(_Compared())
+            found.append(Compared())
             continue
         difference = torch.where(a == b, torch.zeros_like(a), (a - b).abs()).max()
-        found.append(_Compared(float(difference.nan_to_num(nan=float("inf"))), float(a.min()), float(a.max())))
+        found.append(Compared(float(difference.nan_to_num(nan=float("inf"))), float(a.min()), float(a.max())))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,16 @@ class Quotient(Elementwise):
         return [(given[left] + given[right] * flow.live(left)).expand(call.output.shape)]
 
 
+class Check(Rule):
+    """An assertion about a tensor's type or size: it gives nothing on."""
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        pass
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        return []
+
+
 class Filled(Elementwise):
     """A tensor of the shape of another that doesn't depend on its elements."""
 
@@ -64,6 +75,24 @@ class Shaped(Elementwise):
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         first = given[call.inputs[0]]
         return [first.expand(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs[1:])]
+
+
+class Gated(Rule):
+    """GLU: the first half of a dimension times the sigmoid of the second."""
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        value, output = call.inputs[0], call.output
+        gated = call.arguments["dim"] % value.ndim
+        for dim in range(value.ndim):
+            if dim != gated:
+                atoms.same(value, dim, output, dim)
+        left, right = np.split(atoms.ids(value, gated), 2)
+        atoms.unite(left, right)
+        atoms.bind(output, gated, left)
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        left, right = given[call.inputs[0]].chunk(2, dim=call.arguments["dim"])
+        return [left + right]
 
 
 class ChannelSlope(Elementwise):
@@ -104,4 +133,6 @@ RULES.register(Product(), "aten.mul")
 RULES.register(Quotient(), "aten.div", "aten.true_divide")
 RULES.register(Filled(), "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like")
 RULES.register(Shaped(), "aten.expand_as")
+RULES.register(Check(), "aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar")
+RULES.register(Gated(), "aten.glu")
 RULES.register(ChannelSlope(), "aten.prelu", "aten._prelu_kernel")

@@ -318,4 +318,4 @@ RULES.register(
     "aten.constant_pad_nd",
     *(f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
 )
-RULES.register(Created(), "aten.zeros", "aten.ones", "aten.full")
+RULES.register(Created(), *(f"aten.{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")))

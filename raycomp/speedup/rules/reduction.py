@@ -58,6 +58,17 @@ class Sum(Reduction):
             yield Sink(atoms.ids(value, dim), [(missed, f"{call.label} still uses it")])
 
 
+class VectorNorm(Sum):
+    """A norm of positive order doesn't miss what is zero, either."""
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        order = call.arguments.get("ord", call.arguments.get("p"))
+        if isinstance(order, (int, float)) and order <= 0:
+            Reduction.relate(self, call, atoms)
+        else:
+            super().relate(call, atoms)
+
+
 class Along(Rule):
     """Mixes the elements along one dimension and keeps the shape: softmax, cumsum."""
 
@@ -76,7 +87,7 @@ class Along(Rule):
 
 
 _REDUCTIONS = """
-mean amax amin max min var std var_mean std_mean argmax argmin any all prod logsumexp norm linalg_vector_norm median
+mean amax amin max min var std var_mean std_mean argmax argmin any all prod logsumexp median
 nanmean
 """.split()  # noqa: SIM905
 _ALONG = "softmax log_softmax _softmax _log_softmax cumsum cumprod sort".split()  # noqa: SIM905
@@ -86,4 +97,5 @@ RULES.register(
     *(f"aten.{name}" for name in _REDUCTIONS),
 )
 RULES.register(Sum(), "aten.sum")
+RULES.register(VectorNorm(), "aten.norm", "aten.linalg_vector_norm")
 RULES.register(Along(), *(f"aten.{name}" for name in _ALONG))

@@ -1,0 +1,201 @@
+"""Ways to write a forward: each is cut, or left whole with its reason, and always gives the right outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from tests.speedup.cutting import row_masks, shapes, speed_up
+
+
+def gated_by_constant(net: Any, x: Tensor) -> Tensor:
+    hidden = net.a(x)
+    with torch.no_grad():
+        gate = hidden.sigmoid()
+    return net.b(hidden * gate)
+
+
+def checkpointed(net: Any, x: Tensor) -> Tensor:
+    return net.b(checkpoint(lambda each: net.a(each).relu(), x, use_reentrant=False))
+
+
+def in_place_on_a_view(net: Any, x: Tensor) -> Tensor:
+    hidden = net.a(x)
+    hidden.view(-1).relu_()
+    return net.b(hidden)
+
+
+def in_place_twice(net: Any, x: Tensor) -> Tensor:
+    hidden = net.a(x)
+    before = hidden.sum(0, keepdim=True)
+    hidden.mul_(2).add_(before)
+    return net.b(hidden.relu_() + hidden)
+
+
+def made_tensors(net: Any, x: Tensor) -> Tensor:
+    hidden = net.a(x)
+    return net.b(hidden * hidden.new_ones(hidden.shape) + torch.zeros_like(hidden) + torch.zeros(8).double())
+
+
+def glu(net: Any, x: Tensor) -> Tensor:
+    return net.b(functional.glu(torch.cat([net.a(x), net.a(x)], 1), 1))
+
+
+def normalised(net: Any, x: Tensor) -> Tensor:
+    return net.b(functional.normalize(net.a(x), dim=1))
+
+
+def by_matmul(net: Any, x: Tensor) -> Tensor:
+    return net.a(x) @ net.b.weight.T + net.b.bias
+
+
+def functionally(net: Any, x: Tensor) -> Tensor:
+    return functional.linear(functional.linear(x, net.a.weight, net.a.bias).relu(), weight=net.b.weight)
+
+
+def stacked(net: Any, x: Tensor) -> Tensor:
+    return net.b(torch.stack([net.a(x), net.a(x).relu()]).sum(0))
+
+
+def repeated(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x).repeat(1, 2)[:, :8])
+
+
+def where(net: Any, x: Tensor) -> Tensor:
+    hidden = net.a(x)
+    return net.b(torch.where(hidden > 0, hidden, hidden.abs().clamp(max=2.0)))
+
+
+CUT = (
+    gated_by_constant, checkpointed, in_place_on_a_view, in_place_twice, made_tensors, glu, normalised, by_matmul,
+    functionally, stacked, repeated, where,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", CUT)
+def test_forwards_that_are_cut(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model, speedup = speed_up(network(forward), torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(5, 5), (3, 5)]
+    assert speedup.unpruned == ()
+
+
+def in_autocast(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        hidden = net.a(x)
+    return net.b(hidden.relu())
+
+
+def by_einsum(net: Any, x: Tensor) -> Tensor:
+    return torch.einsum("bi,oi->bo", net.a(x), net.b.weight)
+
+
+def by_index(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x)[:, torch.arange(7, -1, -1)])
+
+
+def by_step(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x)[:, ::2].repeat(1, 2))
+
+
+def sorted_(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x).sort(1)[0])
+
+
+def softmax(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x).softmax(-1))
+
+
+def averaged(net: Any, x: Tensor) -> Tensor:
+    return net.b(net.a(x) - net.a(x).mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("forward", [in_autocast, by_einsum, by_index, by_step, sorted_, softmax, averaged])
+def test_forwards_that_are_left_and_named(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model, speedup = speed_up(network(forward), torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(8, 5), (3, 8)]
+    assert [(u.module, u.dim, u.count) for u in speedup.unpruned] == [("a", 0, 3)]
+    assert "aten." in speedup.unpruned[0].reason or "autocast" in speedup.unpruned[0].reason
+
+
+def network(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(self, x)
+
+    return Net
+
+
+@pytest.mark.parametrize("form", ["positional", "keyword", "none"])
+def test_constants_among_the_arguments(form: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, flag: bool = False, extra: Tensor | None = None) -> Tensor:
+            return self.b(self.a(x).relu() if flag else self.a(x))
+
+    x = torch.randn(2, 5).double()
+    examples: dict[str, Any] = {
+        "positional": (x, True),
+        "keyword": {"x": x, "flag": True},
+        "none": (x, False, None),
+    }
+    model, _ = speed_up(Net, examples[form], lambda m: row_masks(m, {"a": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(5, 5), (3, 5)]
+
+
+def test_unused_layers_stay() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.spare = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x))
+
+    model, speedup = speed_up(
+        Net, torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1], "spare": [0, 1]}, biases=False)
+    )
+    assert shapes(model, "a", "spare") == [(7, 5), (8, 8)]
+    assert [(u.module, u.count, u.reason) for u in speedup.unpruned] == [("spare", 2, "forward() does not use it")]
+
+
+def test_a_chain_of_dead_layers_goes() -> None:
+    """Nothing needs the branch whose result is multiplied with masked weights."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.out = (
+                nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 8), (8, 8), (8, 6), (6, 2))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+    def masks(model: Any) -> dict[str, dict[str, Tensor]]:
+        columns = torch.ones_like(model.c.weight)
+        columns[:, :5] = 0
+        return {"c": {"weight": columns}}
+
+    model, _ = speed_up(Net, torch.randn(2, 3, 6, 6).double(), masks)
+    assert shapes(model, "a", "b", "c") == [(8, 3, 3, 3), (3, 8, 3, 3), (6, 3, 3, 3)]
+
+
+def test_a_sum_does_not_miss_zeros() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.b(x.new_ones(1, 8) * net.a(x).sum(-1, keepdim=True))
+
+    model, _ = speed_up(network(forward), torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(5, 5), (3, 8)]
