@@ -29,6 +29,11 @@ class CompressorSettings(Settings):
     type: str
     """The algorithm: the name of the compressor's class."""
 
+    @property
+    def least_steps(self) -> int:
+        """Optimizer steps without which the algorithm has not done its work."""
+        return 0
+
 
 class PrunerSettings(CompressorSettings):
     """A pruner that decides its masks by itself."""
@@ -51,6 +56,10 @@ class TaylorPrunerConfig(PrunerSettings):
     training_steps: Count
     """Optimizer steps over which the metric is gathered before a decision."""
 
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
 
 class ScheduleSettings(CompressorSettings):
     """A pruner whose goals grow step by step."""
@@ -65,6 +74,10 @@ class ScheduleSettings(CompressorSettings):
     """Optimizer steps between two decisions."""
     total_times: Count
     """Decisions until the goals of the config list are reached."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.interval_steps * self.total_times
 
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
@@ -99,6 +112,10 @@ class QATQuantizerConfig(CompressorSettings):
     """What to quantize, and how."""
     quant_start_step: CountOrZero = 0
     """Optimizer steps in which ranges are only observed."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.quant_start_step + 1
 
 
 class DynamicLayerwiseDistillerConfig(CompressorSettings):

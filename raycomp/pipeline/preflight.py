@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, parse_config_list
+from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
 from raycomp.core.selection import resolve
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import Settling, build_chain, dense_model
+from raycomp.pipeline.data import is_map_style
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.user_code import user_code
 
 
 def check_stages(job: JobConfig, task: Task) -> None:
@@ -28,6 +30,7 @@ def check_stages(job: JobConfig, task: Task) -> None:
     """
     problems = list(_order_problems(job.stages))
     for index, stage in enumerate(job.stages):
+        problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         model = dense_model(task, job.training_for(stage).seed)
         try:
             build_chain(model, stage, Settling(task, job.speedup), f"stages[{index}]")
@@ -49,6 +52,26 @@ def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:
                 where = f"stages[{index}].compressors[{position}].type"
                 problems.append(Problem(where, message, "quantize in the last stage"))
     return problems
+
+
+def _steps(task: Task, training: TrainingConfig) -> int | None:
+    """The optimizer steps of a training, where they can be told without reading the data."""
+    if training.steps is not None:
+        return training.steps
+    with user_code(f"{type(task).__name__}.train_data()"):
+        data = task.train_data()
+        if not is_map_style(data):
+            return None
+        return (training.epochs or 1) * -(-len(data) // training.global_batch_size)
+
+
+def _length_problems(stage: StageConfig, index: int, steps: int | None) -> Iterator[Problem]:
+    """A schedule or a start that the training ends before would leave the model half compressed."""
+    for position, settings in enumerate(stage.compressors):
+        if steps is not None and settings.least_steps > steps:
+            message = f"{settings.type} needs {settings.least_steps} optimizer steps, the stage trains {steps}"
+            where = f"stages[{index}].compressors[{position}]"
+            yield Problem(where, message, "train longer, or let it decide earlier")
 
 
 def selection_problems(raw: Mapping[str, Any], base_dir: Path) -> list[Problem]:

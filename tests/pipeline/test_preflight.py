@@ -1,0 +1,94 @@
+"""What is wrong with a job is known before a cluster is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from raycomp import Task
+from raycomp.config import parse_job
+from raycomp.errors import ConfigError
+from raycomp.pipeline.preflight import check_stages, selection_problems
+
+
+class Small(Task):
+    """203 samples: 7 global batches of 32."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(torch.randn(203, 8), torch.randint(0, 3, (203,)))
+
+    eval_data = train_data
+
+
+L1 = {"type": "L1NormPruner", "config_list": [{"op_names": ["0"], "sparse_ratio": 0.5}]}
+QAT: dict[str, Any] = {"type": "QATQuantizer", "config_list": [{"op_types": ["Linear"], "target_names": ["weight"]}]}
+DISTILLER = {"type": "DynamicLayerwiseDistiller", "config_list": [{"op_names": ["2"]}]}
+
+
+def job(*stages: list[dict[str, Any]], **training: Any) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "task": {"entrypoint": f"{Path(__file__).name}:Small"},
+        "stages": [{"name": f"s{index}", "compressors": found} for index, found in enumerate(stages)],
+        "training": {"global_batch_size": 32, "epochs": 2, **training},
+    }
+
+
+def problems(raw: dict[str, Any]) -> list[tuple[str, str]]:
+    with pytest.raises(ConfigError) as raised:
+        check_stages(parse_job(raw), Small())
+    return [(problem.where, problem.message) for problem in raised.value.problems]
+
+
+def test_a_job_that_fits_passes() -> None:
+    check_stages(parse_job(job([L1], [QAT])), Small())
+
+
+def test_every_compressor_of_every_stage_is_checked() -> None:
+    unknown = {"type": "L1NormPruner", "config_list": [{"op_names": ["9"], "sparse_ratio": 0.5}]}
+    assert [where for where, _ in problems(job([unknown, DISTILLER], [unknown]))] == [
+        "stages[0].compressors[0].config_list[0].op_names",
+        "stages[0].compressors[1]",
+        "stages[1].compressors[0].config_list[0].op_names",
+    ]
+
+
+def test_nothing_may_train_after_a_quantizer() -> None:
+    assert problems(job([QAT], [L1]))[0][0] == "stages[0].compressors[0].type"
+
+
+@pytest.mark.parametrize("steps, fits", [(14, True), (15, False)])
+def test_a_schedule_must_end_within_the_training(steps: int, fits: bool) -> None:
+    late = {"type": "AGPPruner", "interval_steps": steps, "total_times": 1, "pruner": L1}
+    if fits:
+        check_stages(parse_job(job([late])), Small())
+    else:
+        found = [("stages[0].compressors[0]", "AGPPruner needs 15 optimizer steps, the stage trains 14")]
+        assert problems(job([late])) == found
+
+
+def test_quantization_must_start_within_the_training() -> None:
+    assert problems(job([QAT | {"quant_start_step": 14}])) == [
+        ("stages[0].compressors[0]", "QATQuantizer needs 15 optimizer steps, the stage trains 14")
+    ]
+
+
+def test_selections_are_checked_in_a_job_that_is_wrong_otherwise() -> None:
+    raw = job([{**L1, "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}, {"sparse_ratio": 7}]}], epoch=3)
+    (found,) = selection_problems(raw, Path(__file__).parent)
+    assert found.where == "stages[0].compressors[0].config_list[0].op_types"
+    assert "Conv2d" in found.message
+
+
+def test_a_task_that_can_not_be_built_hides_no_other_problem() -> None:
+    raw = job([L1])
+    raw["task"]["entrypoint"] = "nowhere.py:Nothing"
+    assert selection_problems(raw, Path(__file__).parent) == []
