@@ -126,14 +126,14 @@ class _Run:
         self.started = time.monotonic()
 
     def fit(self, resume: bool) -> JobResult:
-        with self.watch.part("validate and prepare"), TemporaryDirectory() as folder:
-            self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
-            task = self.job.prepared_task(Path(folder))
-            self._begin(resume, Path(folder))
-            self.datasets = ray_datasets(task)
         with ExitStack() as stack:
+            prepared = Path(stack.enter_context(TemporaryDirectory()))
+            with self.watch.part("validate and prepare"):
+                self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
+                self.datasets = ray_datasets(self.job.prepared_task(prepared))
             with self.watch.part("start Ray"):
                 self.cluster = stack.enter_context(connect(self.config))
+            self._begin(resume, prepared)
             self.progress.message(f"run {self.place.run} on {self.cluster.description}")
             sink = stack.enter_context(progress_sink(self.progress))
             for index in range(self.record.stages_done, len(self.config.stages)):

@@ -74,15 +74,21 @@ class Keeper:
             raise Interrupted
 
 
-def train(job: Mapping[str, Any] | JobConfig, keeper: Keeper | None = None, resume: Path | None = None) -> Chain:
-    """Trains the job's first stage as a worker does; ends quietly where the keeper says so."""
+def train(
+    job: Mapping[str, Any] | JobConfig,
+    keeper: Keeper | None = None,
+    resume: Path | None = None,
+    index: int = 0,
+    start: StageStart | None = None,
+) -> Chain:
+    """Trains a stage of the job as a worker does; ends quietly where the keeper says so."""
     config = job if isinstance(job, JobConfig) else parse_job(job)
-    training = config.training_for(config.stages[0])
+    training = config.training_for(config.stages[index])
     task = build_task(config.task)
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
-    chain = stage_chain(config, 0, task, StageStart(), prepare=prepare)
+    chain = stage_chain(config, index, task, start or StageStart(), prepare=prepare)
     stage = StageTraining(
-        name=config.stages[0].name,
+        name=config.stages[index].name,
         task=task,
         chain=chain,
         training=training,
