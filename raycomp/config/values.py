@@ -22,7 +22,7 @@ def closest(name: str, choices: Iterable[str]) -> str | None:
 
 def nearest(name: str, choices: Iterable[str], *, limit: int = 12) -> str:
     """A remedy for a name that is not among `choices`: the one that was probably meant, or what there is."""
-    names = list(dict.fromkeys(choices))
+    names = [choice for choice in dict.fromkeys(choices) if choice]
     close = closest(name, names)
     if close:
         return f"did you mean '{close}'?"
