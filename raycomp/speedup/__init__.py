@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from raycomp.speedup.analysis import Unpruned
 from raycomp.speedup.calibration import cut_calibration
 from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
 from raycomp.speedup.dependency import Dependencies, Group, dependencies, dependency_groups, followers
@@ -10,6 +9,7 @@ from raycomp.speedup.plan import Plan
 from raycomp.speedup.replace import apply_plan
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
+from raycomp.speedup.unpruned import Unpruned
 from raycomp.speedup.verify import Verification, verify
 
 __all__ = [

@@ -14,10 +14,11 @@ from raycomp.errors import SpeedupError
 from raycomp.speedup.atoms import Atoms, Ids
 from raycomp.speedup.call import Example
 from raycomp.speedup.decide import decide
-from raycomp.speedup.graph import Call, Graph, Value, trace
+from raycomp.speedup.graph import Call, Graph, Value
 from raycomp.speedup.plain import plain_copy
 from raycomp.speedup.propagate import propagate, relate, run
 from raycomp.speedup.rules import RULES
+from raycomp.speedup.trace import trace
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.errors import SpeedupError
+from raycomp.speedup.graph_code import graph_from_json
 from raycomp.speedup.masks import restore_value_mask
 from raycomp.speedup.plan import Attribute, BlockCut, Cut, NewBias, Plan, Surgery
-from raycomp.speedup.rewrite import graph_from_json
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from raycomp.errors import SpeedupError
-from raycomp.speedup.call import Example, Outputs, Tree, as_call, describe, parameter_names, with_batch_size
+from raycomp.speedup.call import Example, Tree, as_call, describe, parameter_names, with_batch_size
 from raycomp.speedup.functional import functional, functional_target
 from raycomp.speedup.graph import Call, Execution, Graph, Value, executions
+from raycomp.speedup.graph_code import CannotRewriteError, graph_from_json, name_of, named_operator
 from raycomp.speedup.program import export_program
 from raycomp.speedup.rules.base import Kept, Registry
 
 _CONSTANT = "raycomp_constant"
-
-
-class CannotRewriteError(Exception):
-    """The traced graph has something that a rewritten forward can't hold."""
 
 
 def rewrite(
@@ -176,7 +172,7 @@ class _Writer:
         name = self._add(
             "call_function",
             node.name,
-            target or _name_of(functional_target(node)),
+            target or name_of(functional_target(node)),
             self._json(list(args)),
             self._json(dict(kwargs)),
         )
@@ -217,7 +213,7 @@ class _Writer:
         present = _by_name(schema, node.args, node.kwargs)
         operator_name = rule.resized_operator if changed and rule.resized_operator else None
         if operator_name is not None:
-            schema = _operator(operator_name)._schema
+            schema = named_operator(operator_name)._schema
         merged = {**present, **{k: _merge(present.get(k), call.arguments.get(k), v) for k, v in changed.items()}}
         args = [merged[a.name] for a in schema.arguments if not a.kwarg_only and a.name in merged]
         kwargs = {a.name: merged[a.name] for a in schema.arguments if a.kwarg_only and a.name in merged}
@@ -308,88 +304,3 @@ def _merge(present: Any, old: Any, new: Any) -> Any:
         before = old if isinstance(old, list) else list(present)
         return [_merge(p, o, n) for p, o, n in zip(present, before, new, strict=True)]
     return present if isinstance(present, fx.Node) or present == -1 or new == old else new
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{
-        f"operator.{name}": getattr(operator, name)
-        for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg")
-    },
-    "raycomp.outputs": Outputs,
-}
-
-
-def _name_of(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    for name, function in _FUNCTIONS.items():
-        if function is target:
-            return name
-    raise CannotRewriteError(f"the graph calls {target}")
-
-
-def _operator(name: str) -> Any:
-    """The function that a plan names.
-
-    Raises:
-        SpeedupError: it isn't an operator that is registered in this process.
-    """
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    namespace, _, rest = name.partition(".")
-    packet, _, overload = rest.partition(".")
-    try:
-        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    except (AttributeError, RuntimeError):
-        found = None
-    if not isinstance(found, torch._ops.OpOverload):
-        raise SpeedupError(f"the plan calls the operator {name}, which isn't there", remedy="import its library first")
-    return found
-
-
-def graph_from_json(model: nn.Module, text: Mapping[str, Any]) -> fx.GraphModule:
-    """A graph module over a cut model's layers.
-
-    Args:
-        model: the cut model.
-        text: the `graph` of a plan.
-
-    Raises:
-        SpeedupError: the plan names operators or layers that aren't there.
-    """
-    for name, constant in text["constants"].items():
-        if not hasattr(model, name):
-            model.register_buffer(name, torch.zeros(constant["shape"], dtype=getattr(torch, constant["dtype"])))
-    graph = fx.Graph()
-    made: dict[str, fx.Node] = {}
-
-    def value(argument: Any) -> Any:
-        if isinstance(argument, list):
-            return [value(item) for item in argument]
-        if not isinstance(argument, Mapping):
-            return argument
-        ((kind, content),) = argument.items()
-        if kind == "node":
-            return made[content]
-        if kind == "device":
-            first = next(node for node in made.values() if node.op == "placeholder")
-            return graph.call_function(getattr, (first, "device"))
-        if kind == "torch":
-            return getattr(torch, content)
-        if kind == "float":
-            return float(content)
-        if kind == "dict":
-            return {key: value(item) for key, item in content.items()}
-        items = [value(item) for item in content]
-        return tuple(items) if kind == "tuple" else items
-
-    for node in text["nodes"]:
-        target = _operator(node["target"]) if node["op"] == "call_function" else node["target"]
-        args = tuple(value(argument) for argument in node["args"])
-        kwargs = {key: value(argument) for key, argument in node["kwargs"].items()}
-        made[node["name"]] = graph.create_node(node["op"], target, args, kwargs, name=node["name"])
-    graph.lint()
-    module = fx.GraphModule(model, graph, class_name=type(model).__name__)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module

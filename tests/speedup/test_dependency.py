@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raycomp.errors import SpeedupError
+from raycomp.pruning import L1NormPruner
+from raycomp.quantization import QATQuantizer
 from raycomp.speedup import (
     ModelSpeedup,
     align_followers,
@@ -248,3 +250,18 @@ def masks_by_hand(model: nn.Module, config: list[dict[str, Any]]) -> Masks:
                 mask = source.reshape(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter)
                 masks.setdefault(entry["op_names"][0], {})[target] = mask
     return masks
+
+
+def test_compressors_on_the_model_are_ignored_and_stay() -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    names = ["stem", "b1.conv1", "b1.conv2", "b2.conv2"]
+    expected = dependencies(model, IMAGES, names)
+    pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    folded = {"op_names": ["b1.conv1"], "target_names": ["weight", "_output_0"], "fuse_names": [("b1.conv1", "b1.bn1")]}
+    QATQuantizer.from_compressor(pruner, [folded])
+    before = model(IMAGES)
+    assert dependencies(model, IMAGES, names) == expected
+    assert torch.equal(model(IMAGES), before)
+    assert isinstance(model.b1.conv1.weight, Tensor)
+    assert "b1.conv1.parametrizations.weight.original" in model.state_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raycomp.speedup.rules import contraction, elementwise, lookup, movement, norm, pool, reduction
+from raycomp.speedup.rules import contraction, elementwise, filling, lookup, movement, norm, pool, reduction
 from raycomp.speedup.rules.base import RULES, Channels, Fold, Kept, NewAttribute, Registry, Rule, Sink
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Sink",
     "contraction",
     "elementwise",
+    "filling",
     "lookup",
     "movement",
     "norm",

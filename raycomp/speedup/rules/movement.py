@@ -9,91 +9,17 @@ output coordinate (a split: C into groups × C/groups).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms, Ids
+from raycomp.speedup.atoms import Atoms
 from raycomp.speedup.flow import Flow
 from raycomp.speedup.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, Kept, Rule
-
-
-@dataclass(frozen=True)
-class Link:
-    """How one dimension of an input and one of an output go together.
-
-    Args:
-        source_dim, target_dim: the dimensions.
-        source, target: pairs of coordinates that go together.
-        merges: whether several output coordinates may come from one input coordinate.
-        splits: whether several input coordinates may go to one output coordinate.
-    """
-
-    source_dim: int
-    target_dim: int
-    source: Ids
-    target: Ids
-    merges: bool
-    splits: bool
-
-
-class Origin:
-    """Where the elements of one output come from in one input.
-
-    Args:
-        places: the output's shape, holding flat positions in the input, -1 for elements from elsewhere.
-        shape: the input's shape.
-    """
-
-    def __init__(self, places: Tensor, shape: tuple[int, ...]) -> None:
-        self._present = (places >= 0).reshape(-1)
-        flat = places.reshape(-1)[self._present]
-        self._sources = _unravel(flat, shape)
-        everywhere = torch.nonzero(self._present).reshape(-1)
-        self._targets = _unravel(everywhere, tuple(places.shape))
-        self.source_shape, self.target_shape = shape, tuple(places.shape)
-
-    def link(self, source_dim: int, target_dim: int) -> Link | None:
-        """How two dimensions go together; None where they don't."""
-        source, target = self._sources[source_dim], self._targets[target_dim]
-        size = self.target_shape[target_dim]
-        pairs = _distinct(source * size + target, self.source_shape[source_dim] * size)
-        sources, targets = pairs // size, pairs % size
-        merges = len(torch.unique(targets)) == len(targets)
-        splits = len(torch.unique(sources)) == len(sources)
-        if not (merges or splits):
-            return None
-        several_targets = len(torch.unique(sources)) < len(sources)
-        several_sources = len(torch.unique(targets)) < len(targets)
-        return Link(source_dim, target_dim, sources.numpy(), targets.numpy(), several_targets, several_sources)
-
-    def used(self, source_dim: int) -> Ids:
-        """The input coordinates with an element that the output holds."""
-        used: Ids = _distinct(self._sources[source_dim], self.source_shape[source_dim]).numpy()
-        return used
-
-
-def _distinct(numbers: Tensor, bound: int) -> Tensor:
-    """The distinct numbers in ascending order, without sorting them where a table of all of them is small enough."""
-    if bound > max(1_000_000, 4 * len(numbers)):
-        distinct: Tensor = torch.unique(numbers)
-        return distinct
-    table = torch.zeros(bound, dtype=torch.bool)
-    table[numbers] = True
-    found: Tensor = torch.nonzero(table).reshape(-1)
-    return found
-
-
-def _unravel(flat: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
-    coordinates = []
-    for size in reversed(shape):
-        coordinates.append(flat % size)
-        flat = flat // size
-    return coordinates[::-1]
+from raycomp.speedup.rules.places import Link, Origin
 
 
 class Movement(Rule):
@@ -236,69 +162,6 @@ class Select(Movement):
         return {"index": int(stays[:index].sum())}
 
 
-class Pad(Rule):
-    """Adds positions at the ends of dimensions; constant ones are free in themselves."""
-
-    sized = True
-
-    def relate(self, call: Call, atoms: Atoms) -> None:
-        value, output = call.inputs[0], call.output
-        for dim, (before, after) in enumerate(self._amounts(call)):
-            if not before and not after:
-                atoms.same(value, dim, output, dim)
-            elif self._is_constant(call) and min(before, after) >= 0:
-                ids = atoms.ids(value, dim)
-                if value.shape[dim] == 1:
-                    continue
-                atoms.bind(output, dim, np.concatenate([atoms.fresh(before), ids, atoms.fresh(after)]))
-            else:
-                atoms.fix_dim(value, dim, f"{call.label} works on positions")
-
-    def _is_constant(self, call: Call) -> bool:
-        return bool(call.arguments.get("mode", "constant") == "constant")
-
-    def _amounts(self, call: Call) -> list[tuple[int, int]]:
-        pad = call.arguments["pad"] if "pad" in call.arguments else call.arguments["padding"]
-        pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)]
-        return [(0, 0)] * (call.inputs[0].ndim - len(pairs)) + pairs[::-1]
-
-    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
-        taint = given[call.inputs[0]]
-        if self._is_constant(call):
-            pad = [amount for pair in reversed(self._amounts(call)) for amount in pair]
-            return [torch.nn.functional.pad(taint, pad)]
-        padded = [dim for dim, amounts in enumerate(self._amounts(call)) if any(amounts)]
-        return [taint.mean(dim=padded, keepdim=True).expand(call.output.shape)]
-
-    def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
-        name = "pad" if "pad" in call.arguments else "padding"
-        if not self._is_constant(call):
-            return {}
-        amounts: list[int] = []
-        for dim, (before, after) in reversed(list(enumerate(self._amounts(call)))):
-            if before or after:
-                stays = kept.mask(call.output, dim)
-                before, after = int(stays[:before].sum()), int(stays[len(stays) - after :].sum())
-            amounts += [before, after]
-        return {name: amounts[: len(call.arguments[name])]}
-
-
-class Created(Rule):
-    """A tensor filled with a number: every coordinate is free in itself."""
-
-    sized = True
-
-    def relate(self, call: Call, atoms: Atoms) -> None:
-        for dim in range(call.output.ndim):
-            atoms.ids(call.output, dim)
-
-    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
-        return [torch.ones(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs)]
-
-    def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
-        return {"size": list(kept.shape(call.output))}
-
-
 _PLAIN = """
 flatten squeeze unsqueeze permute transpose t movedim swapaxes swapdims cat concat stack unbind flip repeat tile
 pixel_shuffle pixel_unshuffle repeat_interleave.self_int numpy_T mT adjoint
@@ -312,10 +175,3 @@ RULES.register(Expand(), "aten.expand", "aten.broadcast_to")
 RULES.register(Split(), "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split")
 RULES.register(Slice(), "aten.slice", "aten.narrow")
 RULES.register(Select(), "aten.select")
-RULES.register(
-    Pad(),
-    "aten.pad",
-    "aten.constant_pad_nd",
-    *(f"aten.{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
-)
-RULES.register(Created(), *(f"aten.{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")))
