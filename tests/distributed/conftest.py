@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[str]:
     """A Ray with 4 CPUs that this process is connected to; its address, for drivers in other processes."""
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,88 @@
+"""What ends a run and what is tried again, without Ray's processes; and what is refused before Ray is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from ray.train import ControllerError, WorkerGroupError
+
+from raycomp import CompressionJob
+from raycomp.distributed import job as job_module
+from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.errors import ClusterError, StorageError, TaskError
+from raycomp.pipeline.user_code import user_code
+from tests.conftest import ObjectStore
+from tests.contracts import tiny
+from tests.distributed.conftest import ROOT
+
+# As gloo words it where a peer was killed in the middle of a forward pass.
+_PEER_LOST = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:22445."
+)
+
+
+def _raised_in_user_code(error: Exception) -> Exception:
+    try:
+        with user_code("Tiny.training_step()"):
+            raise error
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize("lost", [_PEER_LOST, dist.DistNetworkError("the connection broke")])
+def test_a_lost_peer_is_no_error_of_the_task(lost: Exception) -> None:
+    """Else a killed worker would end the job, because its neighbours meet its death in the user's forward pass."""
+    assert _raised_in_user_code(lost) is lost
+    StopOnOurErrors().after_exception(None, {0: _raised_in_user_code(lost), 1: SystemError("the actor died")})
+
+
+def test_an_error_of_the_task_ends_the_run() -> None:
+    failures = {0: RuntimeError("collateral"), 1: _raised_in_user_code(RuntimeError("the mask has a wrong shape"))}
+    with pytest.raises(TaskError, match=r"Tiny.training_step\(\) raised RuntimeError: the mask has a wrong shape"):
+        StopOnOurErrors().after_exception(None, failures)
+
+
+def test_of_several_errors_the_lowest_rank_s_is_told() -> None:
+    with pytest.raises(TaskError, match="first"):
+        StopOnOurErrors().after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
+
+
+def test_ray_s_errors_become_one_of_ours() -> None:
+    with pytest.raises(TaskError, match="no such image"), translated("s3://bucket/run"):
+        raise ControllerError(TaskError("no such image"))
+    lost = WorkerGroupError("2 workers failed", {1: RuntimeError("worker died\nand\nmuch\nmore"), 2: OSError("x")})
+    with (
+        pytest.raises(ClusterError, match=r"worker 1 failed: RuntimeError: worker died \(raise") as caught,
+        translated("r"),
+    ):
+        raise lost
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: Any) -> Any:
+        raise AssertionError("Ray was asked for")
+
+    monkeypatch.setattr(job_module, "connect", refuse)
+
+
+def _fit(uri: str, endpoint: str) -> None:
+    storage = {"uri": uri, "endpoint": endpoint, "region": "us-east-1"}
+    CompressionJob({**tiny.job(steps=1), "storage": storage}, base_dir=ROOT).fit()
+
+
+def test_a_wrong_secret_is_refused_before_ray_starts(no_ray: None, wrong_secret: ObjectStore) -> None:
+    uri = wrong_secret.uri()
+    with pytest.raises(StorageError, match=r"secret|signature|credentials|denied"):
+        _fit(uri, wrong_secret.endpoint)
+    prefix = uri.removeprefix("s3://")
+    filesystem = wrong_secret.filesystem()
+    assert filesystem.get_file_info(prefix).type.name == "NotFound"
+
+
+def test_an_unreachable_endpoint_is_refused_before_ray_starts(no_ray: None, object_store_keys: ObjectStore) -> None:
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:1"):
+        _fit(object_store_keys.uri(), "http://127.0.0.1:1")
