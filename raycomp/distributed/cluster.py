@@ -101,7 +101,9 @@ def _init(config: ClusterConfig, scaling: ScalingConfig) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ClusterError(
-            f"Ray can't be reached: {reason}", where=address or "local Ray", remedy="check cluster.address or RAY_ADDRESS"
+            f"Ray can't be reached: {reason}",
+            where=address or "local Ray",
+            remedy="check cluster.address or RAY_ADDRESS",
         ) from None
 
 
@@ -124,10 +126,13 @@ def _checked(scaling: ScalingConfig, local: bool) -> Cluster:
         needed, there = amount * scaling.num_workers, resources.get(name, 0.0)
         if needed > there:
             raise ClusterError(
-                f"{scaling.num_workers} workers with {amount:g} {name} each need {needed:g} {name}, the cluster has {there:g}",
+                f"{scaling.num_workers} workers with {amount:g} {name} each need {needed:g} {name}, "
+                f"the cluster has {there:g}",
                 where="scaling",
                 remedy="fewer num_workers or smaller resources_per_worker, or a larger cluster",
             )
     nodes = sum(node["Alive"] for node in ray.nodes())
     kind = "local Ray" if local else "Ray cluster"
-    return Cluster(local, use_gpu, f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {resources.get('CPU', 0):g} CPUs")
+    return Cluster(
+        local, use_gpu, f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {resources.get('CPU', 0):g} CPUs"
+    )

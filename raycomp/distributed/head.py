@@ -23,7 +23,6 @@ from raycomp.pipeline.stage import finish_stage
 from raycomp.pipeline.task import Task
 from raycomp.storage import MANIFEST, open_artifact, publish
 
-
 Result = TypeVar("Result")
 
 

@@ -15,7 +15,6 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raycomp.config import JobConfig
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.worker import WorkerOrder, train_loop
@@ -134,4 +133,3 @@ def train_stage(
     if result.checkpoint is None:
         raise ClusterError("the training ended without a checkpoint", where=order.place.train_uri)
     return str(result.checkpoint.path)
-
