@@ -119,7 +119,7 @@ def _checked(scaling: ScalingConfig, local: bool) -> Cluster:
     resources = ray.cluster_resources()
     per_worker = dict(scaling.resources_per_worker)
     gpus = per_worker.get("GPU", 1.0) * scaling.num_workers
-    use_gpu = resources.get("GPU", 0.0) >= gpus if scaling.use_gpu == "auto" else scaling.use_gpu
+    use_gpu = 0 < gpus <= resources.get("GPU", 0.0) if scaling.use_gpu == "auto" else scaling.use_gpu
     if use_gpu:
         per_worker.setdefault("GPU", 1.0)
     for name, amount in per_worker.items():

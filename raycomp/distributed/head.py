@@ -85,7 +85,7 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
     if place.artifacts.join(facts.run).exists(MANIFEST):
         return stored_conclusion(open_artifact(place.artifact_uri))
     last = len(job.stages) - 1
-    earlier = [load_outcome(place.fetch(f"stages/{index}")) for index in range(last)]
+    earlier = [(*load_outcome(place.fetch(f"stages/{index}")), place.fetch_start(index).plan) for index in range(last)]
     with TemporaryDirectory() as folder:
         files = Path(folder)
         conclusion = conclude(job, order.task(), place.fetch_start(last), order.state(), earlier, facts, files)

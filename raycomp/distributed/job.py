@@ -14,19 +14,19 @@ from uuid import uuid4
 
 import ray
 
-from raycomp.config import JobConfig, load_job, parse_job
+from raycomp.config import JobConfig, SourceMap, load_job, parse_job, read_job
 from raycomp.core.chain import Calibration, Masks
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
 from raycomp.distributed.place import RunPlace, RunRecord, job_uri, unfinished_run
 from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
+from raycomp.errors import ConfigError
 from raycomp.pipeline.artifact import REPORT
 from raycomp.pipeline.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task
-from raycomp.pipeline.user_code import user_code
 from raycomp.report.summary import ProgressEvent, RunSummary
 from raycomp.storage import open_store
 
@@ -67,8 +67,10 @@ class CompressionJob:
     """
 
     def __init__(self, config: JobConfig | Mapping[str, Any] | str | Path, base_dir: Path | str | None = None) -> None:
+        self._source: SourceMap | None = None
         if isinstance(config, str | Path):
             base_dir = base_dir or Path(config).resolve().parent
+            self._source = read_job(Path(config))[1]
             config = load_job(Path(config))
         self.config = config if isinstance(config, JobConfig) else parse_job(config)
         self.base_dir = Path(base_dir or ".").resolve()
@@ -87,9 +89,11 @@ class CompressionJob:
         job = self.config
         open_store(job.storage.uri, job.storage.endpoint, job.storage.region).check()
         task = build_task(job.task, self.base_dir)
-        with user_code(f"{type(task).__name__}.prepare()"):
-            prepare_task(task, folder)
-        check_stages(job, task)
+        prepare_task(task, folder)
+        try:
+            check_stages(job, task)
+        except ConfigError as error:
+            raise error if self._source is None else self._source.place(error) from None
         return task
 
     def fit(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from raycomp.config import JobConfig
 from raycomp.pipeline.stage import StageStart
@@ -81,10 +83,13 @@ class RunPlace:
         return self.artifacts.join(self.run).uri
 
     def read_record(self) -> RunRecord | None:
-        """The run's record; None where there is none."""
+        """The run's record; None where there is none that this raycomp can read."""
         if not self.files.exists(_RECORD):
             return None
-        return _ADAPTER.validate_json(self.files.read_bytes(_RECORD))
+        try:
+            return _ADAPTER.validate_json(self.files.read_bytes(_RECORD))
+        except ValidationError:
+            return None
 
     def write_record(self, record: RunRecord) -> None:
         """Stores the record."""
@@ -137,6 +142,7 @@ def _local(source: Store) -> Path:
     if source.is_local:
         return Path(source.path)
     folder = Path(tempfile.mkdtemp(prefix="raycomp-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in source.files():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from raycomp.config import (
 from raycomp.config.compressors import CompressorSettings, PrunerSettings, ScheduleSettings
 from raycomp.core.chain import Chain
 from raycomp.core.selection import resolve
-from raycomp.errors import ConfigError, Problem, RaycompError
+from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.batch import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
@@ -82,6 +82,8 @@ def build_chain(model: nn.Module, stage: StageConfig, settling: Settling, where:
             _build(chain, settings, settling, place)
         except ConfigError as error:
             problems += error.problems
+        except CompressionError as error:
+            problems.append(Problem(place, f"{error.where}: {error.message}", error.remedy or ""))
     if problems:
         raise ConfigError(problems)
     return chain

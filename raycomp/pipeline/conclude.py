@@ -13,6 +13,7 @@ import torch
 
 from raycomp.config import JobConfig
 from raycomp.core.chain import Calibration, Masks
+from raycomp.errors import SpeedupError
 from raycomp.pipeline import artifact, figures
 from raycomp.pipeline.build import dense_model
 from raycomp.pipeline.checkpoint import StageState
@@ -20,6 +21,7 @@ from raycomp.pipeline.outcome import StageOutcome
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.report.summary import RunSummary, VerificationFigures
+from raycomp.speedup import Plan, uncut_mask
 from raycomp.speedup.lower import Int8Model, lower_int8
 
 
@@ -72,7 +74,7 @@ def conclude(
     task: Task,
     start: StageStart,
     state: StageState,
-    earlier: Sequence[tuple[StageOutcome, Masks]],
+    earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
     facts: RunFacts,
     folder: Path,
 ) -> Conclusion:
@@ -83,7 +85,7 @@ def conclude(
         task: the user's.
         start: where the last stage started.
         state: its committed checkpoint.
-        earlier: the outcomes of the stages before it.
+        earlier: the outcomes and masks of the stages before it, and the surgery done before each.
         facts: what the report says of the run.
         folder: an empty folder.
 
@@ -94,12 +96,12 @@ def conclude(
     torch.set_num_threads(job.scaling.threads_per_worker)
     with watch.part("speed up and verify"):
         result = finish_stage(job, len(job.stages) - 1, task, start, state)
-    outcomes = [*(outcome for outcome, _ in earlier), StageOutcome.of(result, state)]
-    masks = _all_masks([*(found for _, found in earlier), result.masks])
+    outcomes = [*(outcome for outcome, _, _ in earlier), StageOutcome.of(result, state)]
+    masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
     inputs = real_inputs(task, torch.float32, 2)
     with watch.part("lower to int8"):
-        int8 = _lower(job, result, inputs) if job.wants_int8 else None
+        int8, int8_notes = _lowered(job, result, inputs)
     with watch.part("measure"):
         forms = figures.Forms(dense, result.simulated, result.masked, result.model, int8)
         rows, timed_how, timing_notes = figures.model_figures(job, task, forms)
@@ -108,7 +110,7 @@ def conclude(
         export_notes = artifact.write_models(folder, result, int8, inputs)
         artifact.write_statistics(folder, masks, result)
     stage_notes = [note for outcome in outcomes for note in outcome.notes]
-    notes = [*stage_notes, *_int8_notes(int8), *timing_notes, *export_notes]
+    notes = [*stage_notes, *int8_notes, *timing_notes, *export_notes]
     summary = RunSummary(
         job=job.name,
         run=facts.run,
@@ -129,24 +131,36 @@ def conclude(
     return Conclusion(summary, masks, result.calibration)
 
 
-def _lower(job: JobConfig, result: StageResult, inputs: Any) -> Int8Model:
+def _lowered(job: JobConfig, result: StageResult, inputs: Any) -> tuple[Int8Model | None, list[str]]:
+    """The int8 model, None where none is wanted or the model can't be lowered, and what should be said of it."""
+    if not job.wants_int8:
+        return None, []
     wanted = job.int8.reduce_range
     reduce_range = None if wanted == "auto" else bool(wanted)
-    return lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
+    try:
+        int8 = lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
+    except SpeedupError as error:
+        return None, [f"there is no int8 model: {error}"]
+    notes = []
+    if int8.float_layers:
+        notes.append(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
+    if int8.grown_scales:
+        notes.append(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
+    return int8, notes
 
 
-def _int8_notes(int8: Int8Model | None) -> Iterator[str]:
-    if int8 is not None and int8.float_layers:
-        yield f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}"
-    if int8 is not None and int8.grown_scales:
-        yield f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32"
+def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
+    """The masks of all stages in the dense model's coordinates: what an earlier stage cut is masked.
 
-
-def _all_masks(parts: Sequence[Masks]) -> Masks:
+    Args:
+        parts: each stage's masks, with the surgery that was done before it.
+    """
     merged: Masks = {}
-    for part in parts:
-        for module, targets in part.items():
-            merged.setdefault(module, {}).update(targets)
+    for masks, plan in parts:
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                name = f"{module}.{target}" if module else target
+                merged.setdefault(module, {})[target] = uncut_mask(mask, name, plan)
     return merged
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
+from raycomp.core.chain import Chain
 from raycomp.core.selection import resolve
+from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import Settling, build_chain, dense_model
 from raycomp.pipeline.data import is_map_style
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.user_code import user_code
+from raycomp.speedup.call import as_call
 
 
 def check_stages(job: JobConfig, task: Task) -> None:
@@ -32,12 +36,20 @@ def check_stages(job: JobConfig, task: Task) -> None:
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         model = dense_model(task, job.training_for(stage).seed)
+        settling = Settling(task, job.speedup)
         try:
-            build_chain(model, stage, Settling(task, job.speedup), f"stages[{index}]")
+            chain = build_chain(model, stage, settling, f"stages[{index}]")
+            problems += _unseen_problems(chain, settling.example(), index)
         except ConfigError as error:
             problems += error.problems
         except SpeedupError as error:
-            problems.append(Problem(f"stages[{index}]", str(error), "turn speedup.align and dependency_groups off"))
+            problems.append(
+                Problem(
+                    f"stages[{index}]",
+                    str(error),
+                    "set speedup.enabled, align and dependency_groups to false: the masked model is published",
+                )
+            )
     if problems:
         raise ConfigError(problems)
 
@@ -52,6 +64,21 @@ def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:
                 where = f"stages[{index}].compressors[{position}].type"
                 problems.append(Problem(where, message, "quantize in the last stage"))
     return problems
+
+
+def _unseen_problems(chain: Chain, example: Any, index: int) -> list[Problem]:
+    """Inputs and outputs that the model's modules don't have: nothing would happen there, and nobody would be told."""
+    seen: set[TargetId] = set()
+    waiting = {key: target for key, target in chain.space.targets.items() if target.kind != "parameter"}
+    for key, target in waiting.items():
+        target.register_forward_hook(lambda module, args, output, key=key: seen.add(key))
+    args, kwargs = as_call(example)
+    chain.model.eval()
+    with torch.no_grad(), user_code("the model's forward on Task.example_input()"):
+        chain.model(*args, **kwargs)
+    message = "a forward pass of the example input doesn't reach this target"
+    remedy = "name an input or output that the module has, of a module that runs"
+    return [Problem(f"stages[{index}]", f"{key}: {message}", remedy) for key in waiting if key not in seen]
 
 
 def _steps(task: Task, training: TrainingConfig) -> int | None:

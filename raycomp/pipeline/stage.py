@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raycomp.config import JobConfig
 from raycomp.core.chain import Calibration, Chain, Masks
+from raycomp.errors import SpeedupError
 from raycomp.pipeline.batch import move_batch
 from raycomp.pipeline.build import Settling, build_chain, dense_model, weight_dtype
 from raycomp.pipeline.checkpoint import StageState
@@ -144,8 +145,12 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
     if not (masks and job.speedup.enabled and job.stages[index].speedup):
         return uncut
     dtype = weight_dtype(job.training_for(job.stages[index]))
-    speedup = ModelSpeedup(masked, Settling(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
-    smaller = speedup.speedup_model().eval()
+    try:
+        speedup = ModelSpeedup(masked, Settling(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
+        smaller = speedup.speedup_model().eval()
+    except SpeedupError as error:
+        # A training is not lost to a model that can't be traced: the masked one is published.
+        return replace(uncut, notes=(*state.notes, f"stage {job.stages[index].name}: nothing was cut: {error}"))
     verification = verify(masked, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:

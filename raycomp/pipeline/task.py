@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from raycomp.errors import TaskError
 from raycomp.pipeline import batch as batches
 from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
 
@@ -201,7 +202,8 @@ class Task:
 def prepare_task(task: Task, folder: Path) -> None:
     """Runs `task.prepare` in `folder`, which is made, and lets the task use what it wrote."""
     folder.mkdir(parents=True, exist_ok=True)
-    task.prepare(folder)
+    with user_code(f"{type(task).__name__}.prepare()"):
+        task.prepare(folder)
     task.prepared = folder
 
 

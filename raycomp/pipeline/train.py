@@ -140,8 +140,22 @@ class StageTraining:
                     objective = self.chain.loss(loss, batch)
                 (objective * micro_batch.loss_weight).backward()  # type: ignore[no-untyped-call]
             total += loss.detach() * micro_batch.loss_weight
+        self._check_gradients(model)
         optimizer.step()
         return total
+
+    def _check_gradients(self, model: nn.Module) -> None:
+        """DDP would fail in the next step, and name its own argument instead of the task's attribute."""
+        if self.step > 0 or model is self.chain.model or self.task.unused_parameters:
+            return
+        named = self.chain.model.named_parameters()
+        unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        if unused:
+            raise TaskError(
+                f"the training step gave no gradient to {', '.join(unused[:8])}",
+                where=self._call("training_step"),
+                remedy="set unused_parameters = True in the task, or requires_grad = False on them",
+            )
 
     def _end_epoch(self, epoch: int, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         if not self.training.sync_batch_norm:

@@ -9,6 +9,7 @@ from raycomp.speedup.plan import Plan
 from raycomp.speedup.replace import apply_plan
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
+from raycomp.speedup.uncut import uncut_mask
 from raycomp.speedup.unpruned import Unpruned
 from raycomp.speedup.verify import Verification, verify
 
@@ -29,5 +30,6 @@ __all__ = [
     "dependencies",
     "dependency_groups",
     "followers",
+    "uncut_mask",
     "verify",
 ]

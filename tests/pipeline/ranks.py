@@ -29,6 +29,7 @@ def _work(rank: int, world: int, store: str, function: Callable[..., Any], args:
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     try:
+        dist.barrier()  # a rank that is done must not leave while another still connects
         return function(rank, world, *args)
     finally:
         dist.destroy_process_group()

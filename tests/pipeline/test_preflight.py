@@ -92,3 +92,17 @@ def test_a_task_that_can_not_be_built_hides_no_other_problem() -> None:
     raw = job([L1])
     raw["task"]["entrypoint"] = "nowhere.py:Nothing"
     assert selection_problems(raw, Path(__file__).parent) == []
+
+
+def test_targets_that_no_forward_reaches_are_named() -> None:
+    missing = {"op_names": ["0"], "target_names": ["_input_9", "_output_0", "_output_3"]}
+    found = problems(job([{"type": "QATQuantizer", "config_list": [missing]}]))
+    assert [message.partition(":")[0] for _, message in found] == ["0._input_9", "0._output_3"]
+
+
+def test_two_compressors_of_one_target_hide_no_other_problem() -> None:
+    unknown = {"type": "QATQuantizer", "config_list": [{"op_names": ["9"], "target_names": ["weight"]}]}
+    assert [where for where, _ in problems(job([L1, L1, unknown]))] == [
+        "stages[0].compressors[1]",
+        "stages[0].compressors[2].config_list[0].op_names",
+    ]

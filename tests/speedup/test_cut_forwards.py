@@ -199,3 +199,50 @@ def test_a_sum_does_not_miss_zeros() -> None:
 
     model, _ = speed_up(network(forward), torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1, 2, 5]}))
     assert shapes(model, "a", "b") == [(5, 5), (3, 8)]
+
+
+def test_dropout_that_is_active_in_eval_mode_makes_no_constants() -> None:
+    """Monte Carlo dropout: a channel that the norm makes 0.5 is 0 or 1 behind it; one that is zero stays zero."""
+
+    class Net(nn.Module):
+        def __init__(self, p: float) -> None:
+            super().__init__()
+            self.a, self.bn, self.b, self.p = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), p
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(functional.dropout(self.bn(self.a(x)), self.p))
+
+    example = torch.randn(2, 5).double()
+    model, _ = speed_up(lambda: Net(0.0), example, lambda m: row_masks(m, {"a": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(8, 5), (3, 8)]
+    model, _ = speed_up(lambda: Net(0.0), example, lambda m: row_masks(m, {"a": [1, 2, 5], "bn": [1, 2, 5]}))
+    assert shapes(model, "a", "b") == [(5, 5), (3, 5)]
+
+
+def test_zeros_in_the_shape_of_the_input() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        hidden = net.a(x)
+        return net.b(hidden + torch.cat([hidden[:, :4], hidden.new_zeros(x.size(0), 4)], 1))
+
+    model, speedup = speed_up(network(forward), torch.randn(2, 5).double(), lambda m: row_masks(m, {"a": [1, 6]}))
+    assert shapes(model, "a", "b") == [(6, 5), (3, 6)]
+    assert speedup.plan.surgeries[0].graph is not None
+
+
+def test_keyword_arguments_in_another_order() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(5, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, left: Tensor, right: Tensor, *, scale: Tensor) -> Tensor:
+            return self.c((self.a(left) + self.b(right)).view(-1, 8) * scale)
+
+    example = {
+        "scale": torch.randn(2, 1).double(),
+        "right": torch.randn(2, 4).double(),
+        "left": torch.randn(2, 5).double(),
+    }
+    model, speedup = speed_up(Net, example, lambda m: row_masks(m, {"a": [1, 6], "b": [1, 6]}))
+    assert shapes(model, "a", "b", "c") == [(6, 5), (6, 4), (3, 6)]
+    assert speedup.plan.surgeries[0].graph is not None

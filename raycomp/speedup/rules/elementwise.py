@@ -32,6 +32,14 @@ class Elementwise(Rule):
         return [total]
 
 
+class Dropout(Elementwise):
+    """Where it is active in eval mode, too, only zeros stay what they are."""
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        result = super().influence(call, given, flow)[0]
+        return [result + flow.live(call.inputs[0]) if call.arguments["train"] else result]
+
+
 class Product(Elementwise):
     """A product is zero wherever one factor is, whatever the other is."""
 
@@ -118,8 +126,8 @@ abs acos acosh asin asinh atan atanh bitwise_not ceil celu clamp clamp_max clamp
 erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma
 log log10 log1p log2 log_sigmoid logical_not logit mish nan_to_num neg positive rad2deg reciprocal relu relu6 round
 rsqrt rrelu selu sigmoid sign silu sin sinc sinh softplus softshrink softsign special_erf special_expit sqrt square tan
-tanh tanhshrink threshold trunc dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous detach alias
-_to_copy to lift_fresh_copy lift_fresh type_as sgn bernoulli clip
+tanh tanhshrink threshold trunc contiguous detach alias
+_to_copy to lift_fresh_copy lift_fresh type_as sgn clip
 """.split()  # noqa: SIM905
 _SEVERAL_INPUTS = """
 add sub rsub maximum minimum pow fmod remainder atan2 where lerp eq ne lt le gt ge logical_and
@@ -129,6 +137,7 @@ fill copysign logaddexp xlogy
 
 RULES.register(Elementwise(), *(f"aten.{name}" for name in (*_ONE_INPUT, *_SEVERAL_INPUTS)))
 RULES.register(Elementwise(), "aten.max.other", "aten.min.other")
+RULES.register(Dropout(), "aten.dropout", "aten.feature_dropout")
 RULES.register(Product(), "aten.mul")
 RULES.register(Quotient(), "aten.div", "aten.true_divide")
 RULES.register(Filled(), "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like")

@@ -72,7 +72,9 @@ class Created(Rule):
             atoms.ids(call.output, dim)
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
-        return [torch.ones(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs)]
+        # Where nothing but shapes comes from the input, the elements are constants, as they are in static tensors.
+        fill = torch.ones if all(value in flow.static for value in call.inputs) else torch.zeros
+        return [fill(call.output.shape) + sum(given[v].sum() * 0 for v in call.inputs)]
 
     def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
         return {"size": list(kept.shape(call.output))}
