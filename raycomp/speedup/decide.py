@@ -37,6 +37,10 @@ class Decision:
             self.reasons.setdefault(int(root), reason)
         self.removed[roots] = False
 
+    def keep_all(self, reason: str) -> None:
+        """Says that nothing goes, and why what would have gone doesn't."""
+        self.keep(np.flatnonzero(self.removed), reason)
+
 
 def decide(
     graph: Graph, rules: Registry, atoms: Atoms, flow: Flow, masked: Mapping[Value, Tensor], *, exact: bool

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from raycomp.speedup import ModelSpeedup
 from tests.speedup.cutting import row_masks, shapes, speed_up
 
 
@@ -217,6 +218,25 @@ def test_dropout_that_is_active_in_eval_mode_makes_no_constants() -> None:
     assert shapes(model, "a", "b") == [(8, 5), (3, 8)]
     model, _ = speed_up(lambda: Net(0.0), example, lambda m: row_masks(m, {"a": [1, 2, 5], "bn": [1, 2, 5]}))
     assert shapes(model, "a", "b") == [(5, 5), (3, 5)]
+
+
+def test_a_model_that_gives_other_outputs_every_time_is_left_whole() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(functional.dropout(self.a(x), 0.5))
+
+    model = Noisy()
+    speedup = ModelSpeedup(model, torch.randn(2, 5), row_masks(model, {"a": [1, 2, 5]}))
+    small: Any = speedup.speedup_model()
+    assert shapes(small, "a", "b") == [(8, 5), (3, 8)]
+    assert not small.a.weight[[1, 2, 5]].any()
+    assert speedup.plan.surgeries == ()
+    assert [(u.module, u.count) for u in speedup.unpruned] == [("a", 3)]
+    assert "outputs differed" in speedup.unpruned[0].reason
 
 
 def test_zeros_in_the_shape_of_the_input() -> None:

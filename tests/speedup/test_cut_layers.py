@@ -187,7 +187,7 @@ ACTIVATIONS = [
     nn.Hardsigmoid(), nn.LeakyReLU(), nn.ELU(), nn.PReLU(), nn.PReLU(8), nn.Softplus(), nn.Mish(), nn.SELU(),
     nn.CELU(), nn.LogSigmoid(),
     nn.Hardshrink(), nn.Softshrink(), nn.Softsign(), nn.Tanhshrink(), nn.Threshold(0.1, 0.3), nn.RReLU(), nn.Dropout(),
-    nn.Dropout2d(), nn.Identity(),
+    nn.Dropout2d(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Identity(),
 ]  # fmt: skip
 
 

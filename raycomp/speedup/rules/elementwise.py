@@ -33,11 +33,20 @@ class Elementwise(Rule):
 
 
 class Dropout(Elementwise):
-    """Where it is active in eval mode, too, only zeros stay what they are."""
+    """Where it is active in eval mode, too, its results are no constants.
+
+    Args:
+        keeps_zeros: whether zeros stay what they are all the same.
+    """
+
+    def __init__(self, keeps_zeros: bool) -> None:
+        self._keeps_zeros = keeps_zeros
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         result = super().influence(call, given, flow)[0]
-        return [result + flow.live(call.inputs[0]) if call.arguments["train"] else result]
+        if not call.arguments["train"]:
+            return [result]
+        return [result + (flow.live(call.inputs[0]) if self._keeps_zeros else 1.0)]
 
 
 class Product(Elementwise):
@@ -137,7 +146,8 @@ fill copysign logaddexp xlogy
 
 RULES.register(Elementwise(), *(f"aten.{name}" for name in (*_ONE_INPUT, *_SEVERAL_INPUTS)))
 RULES.register(Elementwise(), "aten.max.other", "aten.min.other")
-RULES.register(Dropout(), "aten.dropout", "aten.feature_dropout")
+RULES.register(Dropout(keeps_zeros=True), "aten.dropout", "aten.feature_dropout")
+RULES.register(Dropout(keeps_zeros=False), "aten.alpha_dropout", "aten.feature_alpha_dropout")
 RULES.register(Product(), "aten.mul")
 RULES.register(Quotient(), "aten.div", "aten.true_divide")
 RULES.register(Filled(), "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like")
