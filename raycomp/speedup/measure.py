@@ -71,12 +71,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """The bytes of parameters and buffers, as the model holds them."""
-    state = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in state)
-
-
 def count_macs(model: nn.Module, example: Example) -> int:
     """Multiply-accumulates of one forward with one sample: half the FLOPs that `torch.utils.flop_counter` counts.
 

@@ -15,7 +15,6 @@ from raycomp.speedup.measure import (
     hardware,
     latencies_s,
     latency_s,
-    parameter_bytes,
     parse_cpu_info,
 )
 
@@ -47,7 +46,6 @@ def test_shared_parameters_count_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
     model[1].weight = model[0].weight
     assert count_parameters(model) == 16 + 4 + 4 + 4
-    assert parameter_bytes(model) == 4 * 28 + 4 * 8 + 8  # with running mean and variance, and an int64 count
 
 
 class Recorder:
