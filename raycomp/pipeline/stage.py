@@ -151,7 +151,7 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
     except SpeedupError as error:
         # A training is not lost to a model that can't be traced: the masked one is published.
         return replace(uncut, notes=(*state.notes, f"stage {job.stages[index].name}: nothing was cut: {error}"))
-    verification = verify(masked, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
+    verification = verify(speedup.simulated, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (

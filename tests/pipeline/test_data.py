@@ -235,11 +235,11 @@ def test_a_loader_is_told_its_place_and_taken_as_it_is() -> None:
         yield from ([torch.full((context.batch_size,), float(k))] for k in range(4))
 
     batches = open_batches(Task(), loader, BatchPlan(6, seed=9, accumulation=2))
-    steps = list(batches.iterate(epoch=5))
+    steps = list(batches.iterate(epoch=5, skip_steps=1))
     assert seen[-1] == LoaderContext(rank=0, world=1, batch_size=3, epoch=5, seed=9)
     assert batches.steps_per_epoch is None
     assert "taken as it is" in batches.notes[0]
-    assert [[part.batch[0][0].item() for part in step] for step in steps] == [[0.0, 1.0], [2.0, 3.0]]
+    assert [[part.batch[0][0].item() for part in step] for step in steps] == [[2.0, 3.0]]
     assert open_batches(Task(), tensors(4), BatchPlan(2)).notes == ()
 
 
