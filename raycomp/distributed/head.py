@@ -12,7 +12,7 @@ import ray
 
 from raycomp.config import JobConfig
 from raycomp.distributed.cluster import head_node_options, on_head_node
-from raycomp.distributed.place import RunPlace
+from raycomp.distributed.place import RunPlace, here
 from raycomp.errors import RaycompError
 from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.conclude import Conclusion, RunFacts, conclude
@@ -44,7 +44,7 @@ class HeadOrder:
 
     def task(self) -> Task:
         """The user's task, with what it prepared."""
-        return build_task(self.job.task, self.base_dir, self.place.fetch_prepared())
+        return build_task(self.job.task, here(self.base_dir), self.place.fetch_prepared())
 
     def state(self) -> StageState:
         """The stage's committed checkpoint."""

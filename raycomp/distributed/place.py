@@ -138,6 +138,12 @@ def unfinished_run(job: JobConfig) -> RunPlace | None:
     return None
 
 
+def here(base_dir: str) -> Path:
+    """The job's folder on this node: where it is on the driver, else this process's copy of the working directory."""
+    folder = Path(base_dir)
+    return folder if folder.is_dir() else Path.cwd()
+
+
 def _local(source: Store) -> Path:
     if source.is_local:
         return Path(source.path)

@@ -15,7 +15,7 @@ import torch
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
-from raycomp.distributed.place import RunPlace
+from raycomp.distributed.place import RunPlace, here
 from raycomp.pipeline.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.entrypoint import build_task
@@ -76,7 +76,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
     training = job.training_for(stage)
     torch.set_num_threads(job.scaling.threads_per_worker)
     device = ray.train.torch.get_device()
-    task = build_task(job.task, _here(order.base_dir), order.place.fetch_prepared())
+    task = build_task(job.task, here(order.base_dir), order.place.fetch_prepared())
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
     chain = stage_chain(job, order.index, task, order.place.fetch_start(order.index), device, prepare)
     state = _last_checkpoint()
@@ -110,9 +110,3 @@ def _shards() -> dict[str, Any]:
         except KeyError:
             continue
     return shards
-
-
-def _here(base_dir: str) -> Path:
-    """The job's folder on this node: where it is on the driver, else the worker's own copy of the working directory."""
-    folder = Path(base_dir)
-    return folder if folder.is_dir() else Path.cwd()

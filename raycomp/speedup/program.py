@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -85,7 +86,8 @@ def quiet() -> Iterator[None]:
     """Keeps the exporters' warnings and log lines away from users; errors raise all the same."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # Of a model that it can't export, torch prints the whole graph to standard error.
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             for logger in loggers:
