@@ -6,6 +6,7 @@ python jobs/benchmark.py fashion    # Fashion-MNIST at 50 % of channels and int8
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def steps(workers: int, batch: int, rounds: int) -> None:
     """Step time of a ResNet-8 on 28 x 28 images: plain, with a Taylor pruner, with QAT and conv-BN folding."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_time_steps, (workers, batch, rounds, folder), nprocs=workers)
-        times: dict[str, list[float]] = torch.load(f"{folder}/times", weights_only=True)
+        times: dict[str, list[float]] = json.loads(Path(folder, "times.json").read_text())
     table = Table("variant", "median ms", "ratio to plain")
     for name, seconds in times.items():
         ratios = [mine / plain for mine, plain in zip(seconds, times["plain"], strict=True)]
@@ -76,7 +77,7 @@ def _time_steps(rank: int, workers: int, batch: int, rounds: int, folder: str) -
             if round_ >= 5:
                 times[name].append(time.perf_counter() - begun)
     if rank == 0:
-        torch.save(times, f"{folder}/times")
+        Path(folder, "times.json").write_text(json.dumps(times))
     dist.destroy_process_group()
 
 

@@ -116,7 +116,7 @@ def environment() -> dict[str, str]:
 
 
 def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
-    dtype = next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+    dtype = _dtype(module)
     evaluation = job.evaluation
     return evaluate(
         task,
@@ -162,7 +162,7 @@ class _Float32(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module.eval()
-        self.dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self.dtype = _dtype(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's output."""
@@ -180,6 +180,11 @@ def _outputs(module: nn.Module, inputs: Any) -> Tensor:
     return torch.cat([value.flatten().float() for value in flatten(describe(output), output)])
 
 
+def _dtype(module: nn.Module) -> torch.dtype:
+    """What the weights are in; float32 where there are none (ONNX Runtime)."""
+    return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
+
+
 def _single(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[:1]
@@ -189,8 +194,7 @@ def _single(inputs: Any) -> Any:
 
 
 def _macs(module: nn.Module, task: Task) -> int:
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return count_macs(module, real_inputs(task, dtype, 1))
+    return count_macs(module, real_inputs(task, _dtype(module), 1))
 
 
 def _stored_bytes(module: nn.Module) -> int:
