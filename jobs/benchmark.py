@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raycomp.config import JobConfig, load_job
 from raycomp.core.chain import Chain
-from raycomp.core.evaluator import TorchEvaluator
+from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning import TaylorPruner
 from raycomp.quantization import QATQuantizer
 

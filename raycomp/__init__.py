@@ -7,18 +7,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_PUBLIC = {
     "CompressionJob": "raycomp.distributed.job",
     "Task": "raycomp.pipeline.task",
-    "TorchEvaluator": "raycomp.core.evaluator",
+    "TorchEvaluator": "raycomp.evaluators.plain",
     "auto_set_dependency_group_ids": "raycomp.speedup",
-    "load": "raycomp.pipeline.load",
+    "load": "raycomp.pipeline.ending.load",
 }
 __all__ = ["CompressionJob", "Task", "TorchEvaluator", "__version__", "auto_set_dependency_group_ids", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that `import raycomp` brings neither torch nor Ray."""
-    if name not in _PLACES:
+    if name not in _PUBLIC:
         raise AttributeError(f"module 'raycomp' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    return getattr(import_module(_PUBLIC[name]), name)

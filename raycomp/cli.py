@@ -156,8 +156,9 @@ def submit(
 @click.argument("uri")
 def show(uri: str) -> None:
     """Show what a stored run holds."""
-    from raycomp.report import RunSummary, files_table, result_table
+    from raycomp.report import files_table, result_table
     from raycomp.report.comparison import load_line, verification_text
+    from raycomp.results.summary import RunSummary
     from raycomp.storage import open_artifact
 
     artifact = open_artifact(uri)
@@ -180,7 +181,7 @@ def show(uri: str) -> None:
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 def export(uri: str, form: str, directory: Path) -> None:
     """Copy a stored model into DIRECTORY, verified by its hashes."""
-    from raycomp.pipeline.load import export as export_files
+    from raycomp.pipeline.ending.load import export as export_files
 
     for path in export_files(uri, form, directory):
         click.echo(path)

@@ -203,7 +203,7 @@ def test_export_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         asked.extend((uri, form, directory))
         return (directory / "model.onnx", directory / "int8.onnx")
 
-    monkeypatch.setattr("raycomp.pipeline.load.export", export)
+    monkeypatch.setattr("raycomp.pipeline.ending.load.export", export)
     result = _invoke("export", "s3://b/a", "--to", "onnx", tmp_path)
     assert result.stdout.splitlines() == [str(tmp_path / "model.onnx"), str(tmp_path / "int8.onnx")]
     assert asked == ["s3://b/a", "onnx", tmp_path]

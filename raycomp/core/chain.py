@@ -15,7 +15,7 @@ from raycomp.errors import CompressionError
 
 if TYPE_CHECKING:
     from raycomp.core.compressor import Compressor
-    from raycomp.core.evaluator import TorchEvaluator
+    from raycomp.evaluators.plain import TorchEvaluator
 
 Masks = dict[str, dict[str, Tensor]]
 Calibration = dict[str, dict[str, dict[str, Any]]]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from raycomp.config import SelectionEntry, parse_config_list
 from raycomp.core.chain import Calibration, Chain, Masks
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.evaluators.plain import TorchEvaluator
 
 ConfigList = Sequence[Mapping[str, Any] | SelectionEntry]
 

@@ -14,12 +14,12 @@ from raycomp.config import DistillTarget, nearest
 from raycomp.core.attach import replace_part
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.core.selection import Kind, module_names
 from raycomp.core.target import TargetId, target_kind
 from raycomp.distillation.losses import DISTANCES
 from raycomp.distillation.recorder import Recorder
 from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.evaluators.plain import TorchEvaluator
 
 
 class LayerwiseDistiller(Compressor):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raycomp.core.batch_share import current_share
 from raycomp.core.reduction import Statistic, reduce_, world_size
-from raycomp.core.share import current_share
 from raycomp.core.target import TargetId
 from raycomp.distillation.distiller import LayerwiseDistiller
 

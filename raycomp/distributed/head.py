@@ -12,15 +12,15 @@ import ray
 
 from raycomp.config import JobConfig
 from raycomp.distributed.cluster import head_node_options, on_head_node
-from raycomp.distributed.place import RunPlace, here
+from raycomp.distributed.run_store import RunStore, here
 from raycomp.errors import RaycompError
-from raycomp.pipeline.checkpoint import StageState
-from raycomp.pipeline.conclude import Conclusion, RunFacts, conclude
+from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
+from raycomp.pipeline.ending.load import stored_conclusion
+from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.load import stored_conclusion
-from raycomp.pipeline.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.stage import finish_stage
 from raycomp.pipeline.task import Task
+from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.storage import MANIFEST, open_artifact, publish
 
 Result = TypeVar("Result")
@@ -33,22 +33,22 @@ class HeadOrder:
     Args:
         job: the job.
         base_dir: what the task's path is relative to.
-        place: where the run's files are.
+        run_store: where the run's files are.
         checkpoint: the path of the stage's committed checkpoint, within the storage's filesystem.
     """
 
     job: JobConfig
     base_dir: str
-    place: RunPlace
+    run_store: RunStore
     checkpoint: str
 
     def task(self) -> Task:
         """The user's task, with what it prepared."""
-        return build_task(self.job.task, here(self.base_dir), self.place.fetch_prepared())
+        return build_task(self.job.task, here(self.base_dir), self.run_store.fetch_prepared())
 
     def state(self) -> StageState:
         """The stage's committed checkpoint."""
-        return StageState.load(self.place.fetch_path(self.checkpoint))
+        return StageState.load(self.run_store.fetch_path(self.checkpoint))
 
 
 def on_head(function: Callable[..., Result], *args: Any) -> Result:
@@ -70,10 +70,10 @@ def on_head(function: Callable[..., Result], *args: Any) -> Result:
 def end_stage(order: HeadOrder, index: int) -> None:
     """Finishes a stage that isn't the last, and stores where the next one starts."""
     state = order.state()
-    result = finish_stage(order.job, index, order.task(), order.place.fetch_start(index), state)
+    result = finish_stage(order.job, index, order.task(), order.run_store.fetch_start(index), state)
     with TemporaryDirectory() as folder:
         save_outcome(Path(folder), StageOutcome.of(result, state), result)
-        order.place.upload(f"stages/{index}", Path(folder))
+        order.run_store.upload(f"stages/{index}", Path(folder))
 
 
 def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
@@ -81,14 +81,16 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
 
     A run that died between publishing and its record is found published.
     """
-    job, place = order.job, order.place
-    if place.artifacts.join(facts.run).exists(MANIFEST):
-        return stored_conclusion(open_artifact(place.artifact_uri))
+    job, run_store = order.job, order.run_store
+    if run_store.artifacts.join(facts.run).exists(MANIFEST):
+        return stored_conclusion(open_artifact(run_store.artifact_uri))
     last = len(job.stages) - 1
-    earlier = [(*load_outcome(place.fetch(f"stages/{index}")), place.fetch_start(index).plan) for index in range(last)]
+    earlier = [
+        (*load_outcome(run_store.fetch(f"stages/{index}")), run_store.fetch_start(index).plan) for index in range(last)
+    ]
     with TemporaryDirectory() as folder:
         files = Path(folder)
-        conclusion = conclude(job, order.task(), place.fetch_start(last), order.state(), earlier, facts, files)
+        conclusion = conclude(job, order.task(), run_store.fetch_start(last), order.state(), earlier, facts, files)
         summary = conclusion.summary
         fields = {
             "job": job.name,
@@ -98,5 +100,5 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
             "versions": summary.environment,
             "figures": summary.figures(),
         }
-        publish(place.artifacts, facts.run, files, fields)
+        publish(run_store.artifacts, facts.run, files, fields)
     return conclusion

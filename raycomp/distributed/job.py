@@ -18,16 +18,17 @@ from raycomp.config import JobConfig, SourceMap, load_job, parse_job, read_job
 from raycomp.core.chain import Calibration, Masks
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
-from raycomp.distributed.place import RunPlace, RunRecord, job_uri, unfinished_run
+from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
 from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
 from raycomp.errors import ConfigError
-from raycomp.pipeline.artifact import REPORT
-from raycomp.pipeline.conclude import RunFacts, Stopwatch
+from raycomp.pipeline.ending.artifact import REPORT
+from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task
-from raycomp.report.summary import ProgressEvent, RunSummary
+from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import RunSummary
 from raycomp.storage import open_store
 
 
@@ -138,11 +139,11 @@ class _Run:
             with self.watch.part("start Ray"):
                 self.cluster = stack.enter_context(connect(self.config))
             self._begin(resume, prepared)
-            self.progress.message(f"run {self.place.run} on {self.cluster.description}")
+            self.progress.message(f"run {self.run_store.run} on {self.cluster.description}")
             sink = stack.enter_context(progress_sink(self.progress))
             for index in range(self.record.stages_done, len(self.config.stages)):
                 checkpoint = self._train(index, sink)
-                order = HeadOrder(self.config, str(self.job.base_dir), self.place, checkpoint)
+                order = HeadOrder(self.config, str(self.job.base_dir), self.run_store, checkpoint)
                 if index < len(self.config.stages) - 1:
                     self._end_stage(order, index)
             return self._publish(order)
@@ -150,7 +151,7 @@ class _Run:
     def _begin(self, resume: bool, prepared: Path) -> None:
         found = unfinished_run(self.config)
         if resume and found is not None:
-            self.place = found
+            self.run_store = found
             record = found.read_record()
             assert record is not None
             self.record = record
@@ -159,13 +160,13 @@ class _Run:
         if found is not None:
             self.progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
         now = datetime.now(UTC)
-        self.place = RunPlace(job_uri(self.config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
+        self.run_store = RunStore(job_uri(self.config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
         has_files = any(path.is_file() for path in prepared.rglob("*"))
         if has_files:
-            self.place.upload("prepared", prepared)
+            self.run_store.upload("prepared", prepared)
         self._record(
             RunRecord(
-                self.place.run,
+                self.run_store.run,
                 self.config.digest(),
                 self.config.to_yaml(),
                 now.isoformat(timespec="seconds"),
@@ -175,14 +176,14 @@ class _Run:
 
     def _record(self, record: RunRecord) -> None:
         self.record = record
-        self.place.write_record(record)
+        self.run_store.write_record(record)
 
     def _train(self, index: int, sink: Any) -> str:
         stage = self.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
         self.progress.message(f"stage {stage.name}: {names} on {self.config.scaling.num_workers} workers")
         elapsed = time.monotonic() - self.started
-        order = WorkerOrder(self.config, index, self.place, str(self.job.base_dir), sink, elapsed)
+        order = WorkerOrder(self.config, index, self.run_store, str(self.job.base_dir), sink, elapsed)
         with self.watch.part("train"):
             return train_stage(order, self.cluster, self.datasets, self.callbacks)
 
@@ -194,13 +195,13 @@ class _Run:
 
     def _publish(self, order: HeadOrder) -> JobResult:
         self.progress.message("speedup, verification, int8, measuring and publishing on the head node")
-        uri = self.place.artifact_uri
+        uri = self.run_store.artifact_uri
         environment = {"ray": ray.__version__, "cluster": self.cluster.description}
         environment["workers"] = str(self.config.scaling.num_workers)
-        facts = RunFacts(self.place.run, self.record.created, uri, environment, self.watch.timings)
+        facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.watch.timings)
         conclusion = on_head(publish_run, order, facts)
         self._record(replace(self.record, finished=True))
-        report = self.place.artifacts.join(self.place.run, REPORT)
+        report = self.run_store.artifacts.join(self.run_store.run, REPORT)
         return JobResult(
             conclusion.summary,
             uri,

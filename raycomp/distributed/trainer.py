@@ -21,7 +21,7 @@ from raycomp.distributed.worker import WorkerOrder, train_loop
 from raycomp.errors import ClusterError
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
-from raycomp.report.summary import ProgressEvent
+from raycomp.results.progress import ProgressEvent
 
 _POLL_S = 0.2
 
@@ -120,7 +120,7 @@ def train_stage(
         ),
         run_config=RunConfig(
             name=job.stages[order.index].name,
-            storage_path=order.place.train_uri,
+            storage_path=order.run_store.train_uri,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[StopOnOurErrors(), *(callbacks or [])],
@@ -128,8 +128,8 @@ def train_stage(
         datasets=dict(datasets or {}),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
     )
-    with translated(order.place.train_uri):
+    with translated(order.run_store.train_uri):
         result = trainer.fit()
     if result.checkpoint is None:
-        raise ClusterError("the training ended without a checkpoint", where=order.place.train_uri)
+        raise ClusterError("the training ended without a checkpoint", where=order.run_store.train_uri)
     return str(result.checkpoint.path)

@@ -15,13 +15,13 @@ import torch
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
-from raycomp.distributed.place import RunPlace, here
-from raycomp.pipeline.batch_norm import synchronise_batch_norm_
-from raycomp.pipeline.checkpoint import StageState
+from raycomp.distributed.run_store import RunStore, here
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_chain
-from raycomp.pipeline.train import StageTraining
-from raycomp.report.summary import ProgressEvent
+from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.stage_training import StageTraining
+from raycomp.results.progress import ProgressEvent
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class WorkerOrder:
     Args:
         job: the job.
         index: the stage's.
-        place: where the run's files are.
+        run_store: where the run's files are.
         base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
         sink: the actor that hears of progress, or None.
         started: seconds that the run has taken so far.
@@ -39,13 +39,13 @@ class WorkerOrder:
 
     job: JobConfig
     index: int
-    place: RunPlace
+    run_store: RunStore
     base_dir: str
     sink: ActorHandle | None
     started: float
 
 
-class _RayObserver:
+class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
     def __init__(self, sink: ActorHandle | None) -> None:
@@ -76,9 +76,9 @@ def train_loop(config: Mapping[str, Any]) -> None:
     training = job.training_for(stage)
     torch.set_num_threads(job.scaling.threads_per_worker)
     device = ray.train.torch.get_device()
-    task = build_task(job.task, here(order.base_dir), order.place.fetch_prepared())
+    task = build_task(job.task, here(order.base_dir), order.run_store.fetch_prepared())
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
-    chain = stage_chain(job, order.index, task, order.place.fetch_start(order.index), device, prepare)
+    chain = stage_chain(job, order.index, task, order.run_store.fetch_start(order.index), device, prepare)
     state = _last_checkpoint()
     StageTraining(
         name=stage.name,
@@ -86,7 +86,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
         chain=chain,
         training=training,
         evaluation=job.evaluation,
-        observer=_RayObserver(order.sink),
+        observer=_RayListener(order.sink),
         device=device,
         data=_shards(),
         started=time.monotonic() - order.started,

@@ -21,7 +21,7 @@ from raycomp.config.compressors import CompressorSettings, PrunerSettings, Sched
 from raycomp.core.chain import Chain
 from raycomp.core.selection import resolve
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
-from raycomp.pipeline.batch import move_batch
+from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import align_followers, auto_set_dependency_group_ids
@@ -31,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.flo
 
 
 @dataclass(frozen=True)
-class Settling:
+class BuildContext:
     """What compressors are built with beside their own settings.
 
     Args:
@@ -68,7 +68,7 @@ def dense_model(task: Task, seed: int) -> nn.Module:
     return model
 
 
-def build_chain(model: nn.Module, stage: StageConfig, settling: Settling, where: str) -> Chain:
+def build_chain(model: nn.Module, stage: StageConfig, context: BuildContext, where: str) -> Chain:
     """Fuses a stage's compressors on `model`, the first innermost.
 
     Raises:
@@ -79,7 +79,7 @@ def build_chain(model: nn.Module, stage: StageConfig, settling: Settling, where:
     for index, settings in enumerate(stage.compressors):
         place = f"{where}.compressors[{index}]"
         try:
-            _build(chain, settings, settling, place)
+            _build(chain, settings, context, place)
         except ConfigError as error:
             problems += error.problems
         except CompressionError as error:
@@ -89,19 +89,19 @@ def build_chain(model: nn.Module, stage: StageConfig, settling: Settling, where:
     return chain
 
 
-def _build(chain: Chain, settings: CompressorConfig | CompressorSettings, settling: Settling, where: str) -> Any:
+def _build(chain: Chain, settings: CompressorConfig | CompressorSettings, context: BuildContext, where: str) -> Any:
     kind = getattr(_PACKAGES[settings.kind], settings.type)
     own = {name: getattr(settings, name) for name in type(settings).model_fields}
     values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
     if isinstance(settings, ScheduleSettings):
-        return kind(_build(chain, settings.pruner, settling, f"{where}.pruner"), **values)
+        return kind(_build(chain, settings.pruner, context, f"{where}.pruner"), **values)
     entries: Sequence[SelectionEntry] = own["config_list"]
     if settings.kind == "distiller":
-        values |= {"teacher_model": _teacher(settling, where), "teacher_predict": settling.task.teacher_predict}
+        values |= {"teacher_model": _teacher(context, where), "teacher_predict": context.task.teacher_predict}
     try:
         resolve(chain.model, settings.kind, entries, "config_list")
         if isinstance(settings, PrunerSettings):
-            return kind(chain, _from_graph(chain.model, entries, settling), **values)
+            return kind(chain, _from_graph(chain.model, entries, context), **values)
         return kind(chain, entries, **values)
     except ConfigError as error:
         raise ConfigError(_placed(problem, where) for problem in error.problems) from None
@@ -111,19 +111,19 @@ def _placed(problem: Problem, where: str) -> Problem:
     return Problem(f"{where}.{problem.where}", problem.message, problem.remedy)
 
 
-def _teacher(settling: Settling, where: str) -> nn.Module:
-    with user_code(f"{type(settling.task).__name__}.teacher()"):
-        teacher = settling.task.teacher()
+def _teacher(context: BuildContext, where: str) -> nn.Module:
+    with user_code(f"{type(context.task).__name__}.teacher()"):
+        teacher = context.task.teacher()
     if teacher is None:
         raise ConfigError([Problem(where, "the task has no teacher", "define teacher(self) in the task")])
-    return teacher.to(device=settling.device, dtype=settling.dtype)
+    return teacher.to(device=context.device, dtype=context.dtype)
 
 
-def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], settling: Settling) -> list[dict[str, Any]]:
+def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], context: BuildContext) -> list[dict[str, Any]]:
     """The entries with what the graph adds: channels that go together, norms and biases that follow."""
     dicts = [entry.model_dump(by_alias=True) for entry in entries]
-    if settling.speedup.dependency_groups:
-        dicts = auto_set_dependency_group_ids(model, dicts, settling.example())
-    if settling.speedup.align:
-        dicts = align_followers(model, dicts, settling.example())
+    if context.speedup.dependency_groups:
+        dicts = auto_set_dependency_group_ids(model, dicts, context.example())
+    if context.speedup.align:
+        dicts = align_followers(model, dicts, context.example())
     return dicts

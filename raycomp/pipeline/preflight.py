@@ -15,12 +15,12 @@ from raycomp.core.chain import Chain
 from raycomp.core.selection import resolve
 from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import Settling, build_chain, dense_model
-from raycomp.pipeline.data import is_map_style
+from raycomp.pipeline.build import BuildContext, build_chain, dense_model
+from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.user_code import user_code
-from raycomp.speedup.call import as_call
+from raycomp.speedup.graph.example import as_call
 
 
 def check_stages(job: JobConfig, task: Task) -> None:
@@ -36,10 +36,10 @@ def check_stages(job: JobConfig, task: Task) -> None:
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         model = dense_model(task, job.training_for(stage).seed)
-        settling = Settling(task, job.speedup)
+        context = BuildContext(task, job.speedup)
         try:
-            chain = build_chain(model, stage, settling, f"stages[{index}]")
-            problems += _unseen_problems(chain, settling.example(), index)
+            chain = build_chain(model, stage, context, f"stages[{index}]")
+            problems += _unseen_problems(chain, context.example(), index)
         except ConfigError as error:
             problems += error.problems
         except SpeedupError as error:

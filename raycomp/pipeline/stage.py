@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from raycomp.config import JobConfig
 from raycomp.core.chain import Calibration, Chain, Masks
 from raycomp.errors import SpeedupError
-from raycomp.pipeline.batch import move_batch
-from raycomp.pipeline.build import Settling, build_chain, dense_model, weight_dtype
-from raycomp.pipeline.checkpoint import StageState
-from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.build import BuildContext, build_chain, dense_model, weight_dtype
+from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
+from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
-from raycomp.report.summary import UnprunedFigures, VerificationFigures
+from raycomp.results.summary import UnprunedFigures, VerificationFigures
 from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
 from raycomp.storage import load_tensors, save_tensors
 
@@ -124,8 +124,8 @@ def stage_chain(
     model = start.model(task, training.seed).to(device=device, dtype=weight_dtype(training))
     if prepare is not None:
         prepare(model)
-    settling = Settling(task, job.speedup, weight_dtype(training), device)
-    return build_chain(model, stage, settling, f"stages[{index}]")
+    context = BuildContext(task, job.speedup, weight_dtype(training), device)
+    return build_chain(model, stage, context, f"stages[{index}]")
 
 
 def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, state: StageState) -> StageResult:
@@ -146,7 +146,7 @@ def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, stat
         return uncut
     dtype = weight_dtype(job.training_for(job.stages[index]))
     try:
-        speedup = ModelSpeedup(masked, Settling(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
+        speedup = ModelSpeedup(masked, BuildContext(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
         smaller = speedup.speedup_model().eval()
     except SpeedupError as error:
         # A training is not lost to a model that can't be traced: the masked one is published.

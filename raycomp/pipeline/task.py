@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
 from raycomp.errors import TaskError
-from raycomp.pipeline import batch as batches
-from raycomp.pipeline.data import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data import structure
+from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
@@ -95,7 +95,7 @@ class Task:
 
     def count_samples(self, batch: Any) -> int:
         """The number of samples in a batch. Default: the leading size of its first tensor."""
-        return batches.count_samples(batch)
+        return structure.count_samples(batch)
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments without the target, positional and by name.

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from raycomp.config import Align, PruneTarget, nearest
 from raycomp.core.chain import Chain, Masks
 from raycomp.core.compressor import Compressor, ConfigList
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.core.selection import Kind, Selected, type_name
 from raycomp.core.target import AdoptsShapes, TargetId, set_buffer_, target_kind
 from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks, follow
 from raycomp.pruning.schedule import Decision, Schedule, once

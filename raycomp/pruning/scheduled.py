@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain, Masks
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import Schedule
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.core.reduction import Statistic, world_size
 from raycomp.core.target import TargetId
+from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import taylor
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.batch_share import is_idle
 from raycomp.core.reduction import Statistic
-from raycomp.core.share import is_idle
 
 
 class RangeTracker(nn.Module):

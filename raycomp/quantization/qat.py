@@ -9,8 +9,8 @@ from torch import nn
 
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
-from raycomp.core.evaluator import TorchEvaluator
 from raycomp.core.reduction import Statistic
+from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.quantization.functional import moving_average
 from raycomp.quantization.quantizer import Quantizer
 

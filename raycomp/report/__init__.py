@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from raycomp.report.html import render_report, render_sweep, write_report, write_sweep
 from raycomp.report.progress import ProgressPrinter
-from raycomp.report.summary import (
-    Int8Figures,
-    LayerFigures,
-    ModelFigures,
-    ProgressEvent,
-    RunSummary,
-    TrialFigures,
-    UnprunedFigures,
-    VerificationFigures,
-)
 from raycomp.report.table import files_table, print_result, result_table, sweep_table
 
 __all__ = [
-    "Int8Figures",
-    "LayerFigures",
-    "ModelFigures",
-    "ProgressEvent",
     "ProgressPrinter",
-    "RunSummary",
-    "TrialFigures",
-    "UnprunedFigures",
-    "VerificationFigures",
     "files_table",
     "print_result",
     "render_report",

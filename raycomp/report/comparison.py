@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raycomp.report import text
-from raycomp.report.summary import ModelFigures, RunSummary
+from raycomp.results.summary import ModelFigures, RunSummary
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Literal
 from raycomp.report import sections, text
 from raycomp.report.markup import Column, page, paragraph, section, table
 from raycomp.report.plots import Dot, scatter
-from raycomp.report.summary import RunSummary, TrialFigures
 from raycomp.report.table import ranked, short_keys
+from raycomp.results.summary import RunSummary, TrialFigures
 
 _SECTIONS = (
     sections.headline,

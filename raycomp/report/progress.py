@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raycomp.report import text
-from raycomp.report.summary import ProgressEvent
+from raycomp.results.progress import ProgressEvent
 
 
 class ProgressPrinter:

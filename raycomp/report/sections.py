@@ -12,7 +12,8 @@ from raycomp.report import text
 from raycomp.report.comparison import comparison, load_line, verification_text
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
 from raycomp.report.plots import Mark, Point, bar, line_chart
-from raycomp.report.summary import LayerFigures, ModelFigures, ProgressEvent, RunSummary
+from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary
 
 _FORMS = {
     "dense": "the model as it was, before compression",

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from raycomp.report import text
 from raycomp.report.comparison import Cell, comparison, load_line, verification_text
-from raycomp.report.summary import RunSummary, TrialFigures
+from raycomp.results.summary import RunSummary, TrialFigures
 
 ARTIFACT_LABEL = "artifact  "
 """How the line begins that names a published artifact; whoever follows a job's log looks for it."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from raycomp.speedup.calibration import cut_calibration
+from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies, dependency_groups, followers
+from raycomp.speedup.analysis.unpruned import Unpruned
 from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
-from raycomp.speedup.dependency import Dependencies, Group, dependencies, dependency_groups, followers
-from raycomp.speedup.plan import Plan
-from raycomp.speedup.replace import apply_plan
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
-from raycomp.speedup.uncut import uncut_mask
-from raycomp.speedup.unpruned import Unpruned
+from raycomp.speedup.surgery.apply import apply_plan
+from raycomp.speedup.surgery.follow_calibration import cut_calibration
+from raycomp.speedup.surgery.plan import Plan
+from raycomp.speedup.surgery.restore_mask import uncut_mask
 from raycomp.speedup.verify import Verification, verify
 
 __all__ = [

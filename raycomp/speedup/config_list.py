@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
 from raycomp.core.selection import default_targets, select, type_name
-from raycomp.speedup.call import Example
-from raycomp.speedup.dependency import Dependencies, Group, dependencies
+from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
+from raycomp.speedup.graph.example import Example
 
 ConfigList = list[dict[str, Any]]
 

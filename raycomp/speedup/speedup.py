@@ -12,19 +12,19 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.analysis import Analysis, analyse, masked_elements
-from raycomp.speedup.call import Example, as_call, batch_size, with_batch_size
-from raycomp.speedup.graph_code import CannotRewriteError
-from raycomp.speedup.masks import Masks, buffer_name, masked_copy, remove_value_mask, value_masks
-from raycomp.speedup.plan import Plan, Surgery, ValueMask
-from raycomp.speedup.propagate import run
-from raycomp.speedup.replace import cut
-from raycomp.speedup.rewrite import rewrite
+from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
+from raycomp.speedup.analysis.propagate import run
+from raycomp.speedup.analysis.unpruned import Unpruned, unpruned
+from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
+from raycomp.speedup.graph.trace import trace
+from raycomp.speedup.graph.value_masks import Masks, buffer_name, masked_copy, remove_value_mask, value_masks
 from raycomp.speedup.rules import RULES
 from raycomp.speedup.rules.base import Kept, Rule
-from raycomp.speedup.surgery import build, take_up_constants
-from raycomp.speedup.trace import trace
-from raycomp.speedup.unpruned import Unpruned, unpruned
+from raycomp.speedup.surgery.apply import cut
+from raycomp.speedup.surgery.build import build, take_up_constants
+from raycomp.speedup.surgery.graph_code import CannotRewriteError
+from raycomp.speedup.surgery.plan import Plan, Surgery, ValueMask
+from raycomp.speedup.surgery.rewrite import rewrite
 from raycomp.speedup.verify import compare, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.call import Example, as_call, with_batch_size
+from raycomp.speedup.graph.example import Example, as_call, with_batch_size
 
 BATCH_SIZES = (1, 8)
 

@@ -24,12 +24,12 @@ from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.trainer import Progress
 from raycomp.errors import ClusterError
 from raycomp.report import render_sweep, sweep_table
-from raycomp.report.summary import RunSummary, TrialFigures
+from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact
 from raycomp.tune.events import TrialEvents
 from raycomp.tune.front import with_front
-from raycomp.tune.place import REPORT, SweepPlace, SweepRecord, sweeps_of, unfinished_sweep
 from raycomp.tune.resources import TRIAL_RESOURCES, largest, trials_at_once
+from raycomp.tune.sweep_store import REPORT, SweepRecord, SweepStore, sweeps_of, unfinished_sweep
 from raycomp.tune.trial import TrialOrder, run_trial
 
 _UNFINISHED = "it hasn't ended; resume goes on with it"
@@ -108,12 +108,12 @@ class _Sweep:
     def run(self, resume: bool) -> SweepResult:
         self._begin(resume)
         trials = {trial.id: trial for trial in self.plan.trials}
-        todo = sorted(trials.keys() - self.place.done(tuple(trials)))
-        self.place.forget(todo)
-        jobs = {name: self.place.job_of(trials[name]) for name in todo}
+        todo = sorted(trials.keys() - self.sweep_store.done(tuple(trials)))
+        self.sweep_store.forget(todo)
+        jobs = {name: self.sweep_store.job_of(trials[name]) for name in todo}
         orders = {
             name: TrialOrder(
-                name, trials[name].settings, job, str(self.plan.base_dir), self.plan.config.metric, self.place
+                name, trials[name].settings, job, str(self.plan.base_dir), self.plan.config.metric, self.sweep_store
             )
             for name, job in jobs.items()
         }
@@ -129,15 +129,15 @@ class _Sweep:
         if found is not None:
             record = found.read_record()
             assert record is not None
-            self.place, self.record = found, record
+            self.sweep_store, self.record = found, record
             self._say(f"resuming sweep {record.sweep}")
             return
         now = datetime.now(UTC)
         sweep_id = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
-        self.place = SweepPlace(sweeps_of(plan.job).join(sweep_id).uri)
+        self.sweep_store = SweepStore(sweeps_of(plan.job).join(sweep_id).uri)
         trials = tuple(trial.id for trial in plan.trials)
         self.record = SweepRecord(sweep_id, plan.digest(), now.isoformat(timespec="seconds"), trials)
-        self.place.write_record(self.record)
+        self.sweep_store.write_record(self.record)
 
     def _tune(self, orders: Mapping[str, TrialOrder], cluster: Cluster) -> dict[str, str]:
         """Runs the trials; the causes of those that Ray Tune lost."""
@@ -161,7 +161,7 @@ class _Sweep:
             ),
             run_config=tune.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}",
-                storage_path=self.place.tune_uri,
+                storage_path=self.sweep_store.tune_uri,
                 failure_config=tune.FailureConfig(max_failures=self.plan.job.scaling.max_failures),
                 callbacks=[events],
                 verbose=0,
@@ -171,27 +171,29 @@ class _Sweep:
             with _quiet():
                 tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
-            raise ClusterError(f"the sweep broke off: {error}", where=self.place.uri, remedy=_UNFINISHED) from error
+            raise ClusterError(
+                f"the sweep broke off: {error}", where=self.sweep_store.uri, remedy=_UNFINISHED
+            ) from error
         return events.lost
 
     def _finish(self, lost: Mapping[str, str]) -> SweepResult:
-        config, place = self.plan.config, self.place
+        config, sweep_store = self.plan.config, self.sweep_store
         rows = tuple(
-            place.read_row(trial.id)
+            sweep_store.read_row(trial.id)
             or TrialFigures(trial.id, trial.settings, None, None, error=lost.get(trial.id, _UNFINISHED))
             for trial in self.plan.trials
         )
         rows = with_front(rows, config.mode)
         metric = self._metric(rows)
-        place.write_result(rows, render_sweep(self.plan.job.name, rows, metric, config.mode))
-        report = place.store.join(REPORT)
+        sweep_store.write_result(rows, render_sweep(self.plan.job.name, rows, metric, config.mode))
+        report = sweep_store.store.join(REPORT)
         return SweepResult(
             self.plan.job.name,
             self.record.sweep,
             metric,
             config.mode,
             rows,
-            place.uri,
+            sweep_store.uri,
             report.path if report.is_local else report.uri,
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from raycomp.report.summary import TrialFigures
+from raycomp.results.summary import TrialFigures
 
 
 def with_front(trials: Sequence[TrialFigures], mode: Literal["max", "min"]) -> tuple[TrialFigures, ...]:

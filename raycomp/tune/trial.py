@@ -14,8 +14,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raycomp.config import JobConfig, nearest
 from raycomp.distributed.job import CompressionJob, JobResult
 from raycomp.errors import RaycompError
-from raycomp.report.summary import TrialFigures
-from raycomp.tune.place import SweepPlace
+from raycomp.results.summary import TrialFigures
+from raycomp.tune.sweep_store import SweepStore
 
 FAILED = "failed"
 
@@ -30,7 +30,7 @@ class TrialOrder:
         job: the job with these values, named and placed for this trial.
         base_dir: what the task's path is relative to.
         metric: the metric to compare; None for the task's first.
-        place: where the sweep's files are.
+        sweep_store: where the sweep's files are.
     """
 
     trial: str
@@ -38,7 +38,7 @@ class TrialOrder:
     job: JobConfig
     base_dir: str
     metric: str | None
-    place: SweepPlace
+    sweep_store: SweepStore
 
 
 def run_trial(config: Mapping[str, Any], orders: Mapping[str, TrialOrder]) -> None:
@@ -53,7 +53,7 @@ def run_trial(config: Mapping[str, Any], orders: Mapping[str, TrialOrder]) -> No
     """
     order = orders[config["trial"]["id"]]
     row, metrics = _run(order)
-    order.place.write_row(row)
+    order.sweep_store.write_row(row)
     tune.report({**metrics, "macs": row.macs, "file_bytes": row.file_bytes, FAILED: row.error})
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from raycomp.errors import ArtifactError
-from raycomp.pipeline.checkpoint import StageState
+from raycomp.pipeline.training.checkpoint import StageState
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, Trained, assert_close, assert_same, differing, trained
 from tests.pipeline.ranks import on_ranks

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from raycomp.config import JobConfig, parse_job
+from raycomp.core.batch_share import is_idle
 from raycomp.core.chain import Chain
 from raycomp.core.reduction import rank
-from raycomp.core.share import is_idle
 from raycomp.distillation import DynamicLayerwiseDistiller
-from raycomp.pipeline.batch_norm import synchronise_batch_norm_
-from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import StageStart, stage_chain
-from raycomp.pipeline.train import StageTraining
-from raycomp.report.summary import ProgressEvent
+from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.stage_training import StageTraining
+from raycomp.results.progress import ProgressEvent
 from tests.pipeline.ranks import on_ranks
 
 Values = dict[str, Any]

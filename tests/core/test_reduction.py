@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from raycomp.core.batch_share import BatchShare, current_share, is_idle, use_share
 from raycomp.core.reduction import Statistic, rank, reduce_, world_size
-from raycomp.core.share import BatchShare, current_share, is_idle, use_share
 from tests.pipeline.ranks import on_ranks
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.share import BatchShare, use_share
+from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError, ConfigError
 from tests.pipeline.ranks import on_ranks

@@ -14,10 +14,10 @@ from raycomp import CompressionJob
 from raycomp.config import parse_job
 from raycomp.distributed.job import JobResult
 from raycomp.errors import ClusterError, TaskError
-from raycomp.pipeline.checkpoint import StageState
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import StageStart, finish_stage
-from raycomp.report.summary import ProgressEvent
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.results.progress import ProgressEvent
 from raycomp.storage import open_artifact
 from tests.conftest import ObjectStore
 from tests.contracts import tiny

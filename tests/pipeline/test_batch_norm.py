@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from raycomp.core.share import BatchShare, use_share
+from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.errors import CompressionError
 from raycomp.pipeline import is_synchronised, restore_batch_norm_, synchronise_batch_norm_
-from raycomp.pipeline.batch_norm import global_moments
+from raycomp.pipeline.training.batch_norm import global_moments
 from tests.pipeline.ranks import gradients_of, on_ranks
 
 FORMS: dict[str, tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = {

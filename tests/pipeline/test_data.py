@@ -12,10 +12,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from raycomp.core.share import BatchShare, use_share
+from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.errors import TaskError
 from raycomp.pipeline import BatchPlan, LoaderContext, MicroBatch, Task, open_batches
-from raycomp.pipeline.data import rank_slice
+from raycomp.pipeline.data.batches import rank_slice
 from tests.pipeline.ranks import gradients_of, on_ranks
 
 

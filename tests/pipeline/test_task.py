@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from raycomp.errors import TaskError
 from raycomp.pipeline import LoaderContext, Task, prepare_task
-from raycomp.pipeline.batch import count_samples, move_batch
+from raycomp.pipeline.data.structure import count_samples, move_batch
 from tests.pipeline.ranks import on_ranks
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0]])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from raycomp.report import (
+from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import (
     Int8Figures,
     LayerFigures,
     ModelFigures,
-    ProgressEvent,
     RunSummary,
     TrialFigures,
     UnprunedFigures,

@@ -5,9 +5,10 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-from raycomp.report import Int8Figures, ModelFigures, RunSummary, VerificationFigures, render_report, render_sweep
+from raycomp.report import render_report, render_sweep
 from raycomp.report import write_report as write
 from raycomp.report.sections import outcome, timeline
+from raycomp.results.summary import Int8Figures, ModelFigures, RunSummary, VerificationFigures
 from tests.report.summaries import summary, trials
 
 _VOID = {"meta", "br", "wbr"}

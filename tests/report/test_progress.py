@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from raycomp.report import ProgressEvent, ProgressPrinter
+from raycomp.report import ProgressPrinter
+from raycomp.results.progress import ProgressEvent
 
 EVENT = ProgressEvent("fused", 1, 2, 10, 100, 0.5, {}, 0.25, 2, 3.0)
 

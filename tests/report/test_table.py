@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from raycomp.report import ModelFigures, VerificationFigures, files_table, print_result, result_table, sweep_table
+from raycomp.report import files_table, print_result, result_table, sweep_table
 from raycomp.report.comparison import comparison
 from raycomp.report.table import ARTIFACT_LABEL, short_keys
+from raycomp.results.summary import ModelFigures, VerificationFigures
 from tests.report.summaries import summary, trials
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from raycomp.config import JobConfig
 from raycomp.distributed.cluster import Cluster
-from raycomp.report.summary import TrialFigures
+from raycomp.results.summary import TrialFigures
 from raycomp.tune import sweep
 from raycomp.tune.driver import _Sweep
 from raycomp.tune.trial import TrialOrder
@@ -38,7 +38,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[End], list[str]]:
                 if row is None:
                     lost[name] = "its process was lost"
                 else:
-                    order.place.write_row(row)
+                    order.sweep_store.write_row(row)
             return lost
 
         monkeypatch.setattr(_Sweep, "_tune", run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raycomp.report.summary import TrialFigures
+from raycomp.results.summary import TrialFigures
 from raycomp.tune.front import with_front
 
 

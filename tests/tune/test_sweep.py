@@ -14,7 +14,8 @@ from rich.console import Console
 
 import raycomp
 from raycomp.errors import TaskError
-from raycomp.report.summary import ProgressEvent, TrialFigures
+from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import TrialFigures
 from raycomp.tune import SweepResult, sweep
 from tests.tune.jobs import RATIO, tiny_job
 

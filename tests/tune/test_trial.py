@@ -9,15 +9,15 @@ import pytest
 from raycomp.config import parse_job
 from raycomp.distributed.job import JobResult
 from raycomp.errors import ConfigError, Problem, TaskError
-from raycomp.report.summary import ModelFigures, RunSummary
+from raycomp.results.summary import ModelFigures, RunSummary
 from raycomp.tune.events import last_error
-from raycomp.tune.place import SweepPlace
+from raycomp.tune.sweep_store import SweepStore
 from raycomp.tune.trial import TrialOrder, one_line, trial_figures
 from tests.tune.jobs import tiny_job
 
 
 def order(folder: Path, metric: str | None = None) -> TrialOrder:
-    return TrialOrder("03", {"training.seed": 1}, parse_job(tiny_job(folder)), ".", metric, SweepPlace(str(folder)))
+    return TrialOrder("03", {"training.seed": 1}, parse_job(tiny_job(folder)), ".", metric, SweepStore(str(folder)))
 
 
 def result(value: float = 0.75) -> JobResult:

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms, Ids
-from raycomp.speedup.flow import Flow
-from raycomp.speedup.graph import Call, Value
+from raycomp.speedup.graph.atoms import Atoms, Ids
+from raycomp.speedup.graph.flow import Flow
+from raycomp.speedup.graph.graph import Call, Value
 
 Bools = NDArray[np.bool_]
 Sizes = Callable[[Value, int], int]
@@ -107,7 +107,7 @@ class Rule:
         """Carries non-negative numbers from inputs to outputs.
 
         Linear in `given`; an output element is positive exactly when (or, to be safe, also when not) it depends on an
-        input element that is positive. Both directions of `raycomp.speedup.flow` follow from it.
+        input element that is positive. Both directions of `raycomp.speedup.graph.flow` follow from it.
         """
         total = sum(((given[v].mean() if given[v].numel() else torch.zeros(())) for v in call.inputs), torch.zeros(()))
         return [total.expand(value.shape) for value in call.outputs]

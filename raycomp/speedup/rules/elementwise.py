@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms
-from raycomp.speedup.flow import Flow
-from raycomp.speedup.graph import Call, Value
+from raycomp.speedup.graph.atoms import Atoms
+from raycomp.speedup.graph.flow import Flow
+from raycomp.speedup.graph.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, Rule
 
 

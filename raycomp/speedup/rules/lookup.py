@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms, Ids
-from raycomp.speedup.flow import Flow
-from raycomp.speedup.graph import Call, Value
+from raycomp.speedup.graph.atoms import Atoms, Ids
+from raycomp.speedup.graph.flow import Flow
+from raycomp.speedup.graph.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, NewAttribute, Rule, Sizes
 
 

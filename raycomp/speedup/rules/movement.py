@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raycomp.speedup.atoms import Atoms
-from raycomp.speedup.flow import Flow
-from raycomp.speedup.graph import Call, Value
+from raycomp.speedup.graph.atoms import Atoms
+from raycomp.speedup.graph.flow import Flow
+from raycomp.speedup.graph.graph import Call, Value
 from raycomp.speedup.rules.base import RULES, Kept, Rule
-from raycomp.speedup.rules.places import Link, Origin
+from raycomp.speedup.rules.index_map import Link, Origin
 
 
 class Movement(Rule):

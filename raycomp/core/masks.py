@@ -1,0 +1,52 @@
+"""Masks as values: which elements of a model's targets stay, and how each mask is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from raycomp.core.target import TargetId
+
+ApplyMethod = Literal["mul", "add", "bypass"]
+
+
+class Masks(dict[str, dict[str, Tensor]]):
+    """{module: {target: mask}}, 1 = keep, in each target's full shape (or one that broadcasts to it).
+
+    Args:
+        masks: the masks.
+        methods: how each is applied where it isn't by multiplication: `add` adds -1000 where masked, `bypass` leaves the
+            value as it is.
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[str, Mapping[str, Tensor]] | None = None,
+        methods: Mapping[TargetId, ApplyMethod] | None = None,
+    ) -> None:
+        super().__init__({module: dict(targets) for module, targets in (masks or {}).items()})
+        given = methods if methods is not None else getattr(masks, "methods", {})
+        self.methods: dict[TargetId, ApplyMethod] = dict(given)
+
+    def method(self, module: str, target: str) -> ApplyMethod:
+        """How the mask of a target is applied."""
+        return self.methods.get(TargetId(module, target), "mul")
+
+    def put(self, target_id: TargetId, mask: Tensor, method: ApplyMethod = "mul") -> None:
+        """Adds a mask; one that is there already is multiplied with it, since both hold."""
+        targets = self.setdefault(target_id.module, {})
+        present = targets.get(target_id.target)
+        targets[target_id.target] = mask if present is None else present * mask
+        if method != "mul":
+            self.methods[target_id] = method
+
+    def by_target(self) -> Iterator[tuple[TargetId, Tensor]]:
+        """Each target and its mask."""
+        for module, targets in self.items():
+            for target, mask in targets.items():
+                yield TargetId(module, target), mask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.methods)

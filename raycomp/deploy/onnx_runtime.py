@@ -1,0 +1,165 @@
+"""Running exported models in ONNX Runtime, under the call signature of the float model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raycomp.deploy.onnx_export import METADATA_KEY, require_onnx
+from raycomp.errors import SpeedupError
+from raycomp.speedup.graph.example import bind, flatten, rebuild
+
+_TORCH_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8,
+    "tensor(uint8)": torch.uint8,
+    "tensor(bool)": torch.bool,
+}
+_INTEGER_OPERATORS = ("QLinear", "QGemm", "MatMulInteger")
+
+
+class OnnxModule(nn.Module):
+    """A model in ONNX Runtime that is called, and answers, like the float model it was exported from.
+
+    It is for inference only: `train()` and `to()` change nothing, and no gradient flows. What it returns is on the CPU.
+
+    Args:
+        model: the bytes of an ONNX file that raycomp wrote.
+        threads: how many threads one operator may use; None leaves it to ONNX Runtime (all cores).
+        cuda: run on CUDA, where ONNX Runtime has it; else, and by default, on the CPU.
+        ignored: keyword arguments that are left out when the exported model does not take them: labels are only for
+            the loss that a Hugging Face model computes beside its outputs.
+
+    Raises:
+        SpeedupError: ONNX Runtime is missing or cannot load the model, or the file was not written by raycomp.
+    """
+
+    def __init__(
+        self, model: bytes, *, threads: int | None = None, cuda: bool = False, ignored: Collection[str] = ("labels",)
+    ) -> None:
+        super().__init__()
+        self.session = _session(model, threads, cuda)
+        described = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        if described is None:
+            raise SpeedupError("this ONNX model was not exported by raycomp, so its call signature is unknown")
+        self.metadata: dict[str, Any] = json.loads(described)
+        signature = self.metadata["signature"]
+        self.parameter_names = tuple(signature["parameters"])
+        self.input_tree, self.output_tree = signature["inputs"], signature["outputs"]
+        self.dynamic_batch: bool = signature["dynamic_batch"]
+        self.ignored = frozenset(ignored)
+        self.inputs = [(i.name, _TORCH_DTYPES[i.type], i.shape) for i in self.session.get_inputs()]
+
+    @property
+    def providers(self) -> list[str]:
+        """The execution providers in use, the preferred one first."""
+        return list(self.session.get_providers())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Raises:
+            TypeError: other arguments than the exported model takes.
+            SpeedupError: ONNX Runtime refuses the inputs, such as a batch size that was not exported.
+        """
+        dropped = self.ignored - set(self.input_tree["items"])
+        named = {name: value for name, value in kwargs.items() if name not in dropped}
+        tensors = flatten(self.input_tree, bind(self.parameter_names, args, named))
+        feed = {
+            name: tensor.detach().to("cpu", dtype).contiguous().numpy()
+            for (name, dtype, _), tensor in zip(self.inputs, tensors, strict=True)
+        }
+        try:
+            outputs = self.session.run(None, feed)
+        except Exception as error:
+            expected = ", ".join(f"{name} {shape}" for name, _, shape in self.inputs)
+            raise SpeedupError(
+                f"ONNX Runtime cannot run this input: {str(error).splitlines()[0]}",
+                remedy=f"the model takes {expected}",
+            ) from error
+        return rebuild(self.output_tree, iter([torch.from_numpy(output) for output in outputs]))
+
+
+def _session(model: bytes, threads: int | None, cuda: bool, optimized: Path | None = None) -> Any:
+    require_onnx()
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    # Its warnings speak of its own optimizer; errors are raised as well as logged.
+    options.log_severity_level = 4
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    wanted = ["CUDAExecutionProvider"] if cuda else []
+    available = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=[*available, "CPUExecutionProvider"])
+    except Exception as error:
+        raise SpeedupError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
+
+
+def load_onnx(path: str | Path, *, threads: int | None = None, cuda: bool = False) -> OnnxModule:
+    """The model of an ONNX file that raycomp wrote (`export_onnx`, `Int8Model.save`), ready to run.
+
+    Raises:
+        SpeedupError: no such file, or not a model that raycomp wrote.
+    """
+    try:
+        model = Path(path).read_bytes()
+    except OSError as error:
+        raise SpeedupError(f"cannot read {path}: {error.strerror}", where=str(path)) from error
+    return OnnxModule(model, threads=threads, cuda=cuda)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What ONNX Runtime makes of a model on this machine's CPU, after its fusions.
+
+    Args:
+        operators: how often each operator stands in the graph that it runs.
+        dequantized: names of the integer constants that it dequantizes before use: their layers compute in float.
+    """
+
+    operators: dict[str, int]
+    dequantized: tuple[str, ...]
+
+    @property
+    def integer_operators(self) -> int:
+        """How many operators compute with 8-bit integers."""
+        return sum(count for name, count in self.operators.items() if name.startswith(_INTEGER_OPERATORS))
+
+
+def execution(model: bytes) -> Execution:
+    """The graph that ONNX Runtime runs on this machine's CPU, summed up.
+
+    Raises:
+        SpeedupError: ONNX Runtime is missing or cannot load the model.
+    """
+    require_onnx()
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        _session(model, threads=1, cuda=False, optimized=optimized)
+        graph = onnx.load(optimized).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    names = [node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"]
+    return Execution(
+        operators=dict(Counter(node.op_type for node in graph.node)),
+        dequantized=tuple(sorted({name for name in names if name in constants})),
+    )

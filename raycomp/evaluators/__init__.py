@@ -1,0 +1,1 @@
+"""How compressors train a model, calibrate and judge it outside of a job."""

@@ -1,0 +1,1 @@
+"""What comes after the training: figures, the artifact's files, reading them back."""

@@ -1,0 +1,168 @@
+"""The end of a run on the head node: from the last stage's checkpoint to the files of the artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raycomp.config import JobConfig
+from raycomp.core.chain import Calibration, Masks
+from raycomp.deploy.int8 import Int8Model, lower_int8
+from raycomp.errors import SpeedupError
+from raycomp.pipeline.build import dense_model
+from raycomp.pipeline.ending import artifact, figures
+from raycomp.pipeline.ending.outcome import StageOutcome
+from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
+from raycomp.pipeline.task import Task
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.results.summary import RunSummary, VerificationFigures
+from raycomp.speedup import Plan, uncut_mask
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the report says of the run itself.
+
+    Args:
+        run: its id.
+        created: UTC time, ISO 8601.
+        artifact_uri: where the artifact will be.
+        environment: the cluster.
+        timings: part → seconds, so far.
+    """
+
+    run: str
+    created: str
+    artifact_uri: str
+    environment: dict[str, str]
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the driver hands to its user."""
+
+    summary: RunSummary
+    masks: Masks
+    calibration: Calibration
+
+
+class Stopwatch:
+    """Adds up how long the parts of a run take."""
+
+    def __init__(self, timings: dict[str, float] | None = None) -> None:
+        self.timings: dict[str, float] = dict(timings or {})
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times the block as a part of that name."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - begun
+
+
+def conclude(
+    job: JobConfig,
+    task: Task,
+    start: StageStart,
+    state: StageState,
+    earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
+    facts: RunFacts,
+    folder: Path,
+) -> Conclusion:
+    """Finishes the last stage, lowers, measures, and writes the artifact's files into `folder`.
+
+    Args:
+        job: the job.
+        task: the user's.
+        start: where the last stage started.
+        state: its committed checkpoint.
+        earlier: the outcomes and masks of the stages before it, and the surgery done before each.
+        facts: what the report says of the run.
+        folder: an empty folder.
+
+    Raises:
+        SpeedupError: the model can't be lowered.
+    """
+    watch = Stopwatch(facts.timings)
+    torch.set_num_threads(job.scaling.threads_per_worker)
+    with watch.part("speed up and verify"):
+        result = finish_stage(job, len(job.stages) - 1, task, start, state)
+    outcomes = [*(outcome for outcome, _, _ in earlier), StageOutcome.of(result, state)]
+    masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
+    dense = dense_model(task, job.training.seed).eval()
+    inputs = real_inputs(task, torch.float32, 2)
+    with watch.part("lower to int8"):
+        int8, int8_notes = _lowered(job, result, inputs)
+    with watch.part("measure"):
+        forms = figures.Forms(dense, result.simulated, result.masked, result.model, int8)
+        rows, timed_how, timing_notes = figures.model_figures(job, task, forms)
+        int8_row = None if int8 is None else figures.int8_figures(task, result, int8, rows)
+    with watch.part("write the artifact"):
+        export_notes = artifact.write_models(folder, result, int8, inputs)
+        artifact.write_statistics(folder, masks, result)
+    stage_notes = [note for outcome in outcomes for note in outcome.notes]
+    notes = [*stage_notes, *int8_notes, *timing_notes, *export_notes]
+    summary = RunSummary(
+        job=job.name,
+        run=facts.run,
+        created=facts.created,
+        models=rows,
+        verification=_worst([outcome.verification for outcome in outcomes]),
+        int8=int8_row,
+        layers=figures.layer_figures(dense, masks, result),
+        unpruned=tuple(item for outcome in outcomes for item in outcome.unpruned),
+        history=tuple(event for outcome in outcomes for event in outcome.history),
+        timings=watch.timings,
+        environment={**figures.environment(), **facts.environment, "latencies": timed_how},
+        warnings=tuple(dict.fromkeys(notes)),
+        config_yaml=job.to_yaml(),
+        artifact_uri=facts.artifact_uri,
+    )
+    artifact.write_summary(folder, summary)
+    return Conclusion(summary, masks, result.calibration)
+
+
+def _lowered(job: JobConfig, result: StageResult, inputs: Any) -> tuple[Int8Model | None, list[str]]:
+    """The int8 model, None where none is wanted or the model can't be lowered, and what should be said of it."""
+    if not job.wants_int8:
+        return None, []
+    wanted = job.int8.reduce_range
+    reduce_range = None if wanted == "auto" else bool(wanted)
+    try:
+        int8 = lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
+    except SpeedupError as error:
+        return None, [f"there is no int8 model: {error}"]
+    notes = []
+    if int8.float_layers:
+        notes.append(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
+    if int8.grown_scales:
+        notes.append(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
+    return int8, notes
+
+
+def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
+    """The masks of all stages in the dense model's coordinates: what an earlier stage cut is masked.
+
+    Args:
+        parts: each stage's masks, with the surgery that was done before it.
+    """
+    merged: Masks = {}
+    for masks, plan in parts:
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                name = f"{module}.{target}" if module else target
+                merged.setdefault(module, {})[target] = uncut_mask(mask, name, plan)
+    return merged
+
+
+def _worst(found: Sequence[VerificationFigures | None]) -> VerificationFigures | None:
+    return max((item for item in found if item is not None), key=lambda item: item.relative, default=None)

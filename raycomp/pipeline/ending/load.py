@@ -1,0 +1,103 @@
+"""Reading a stored run back: the model ready to run, and its exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import nn
+
+from raycomp.config import nearest
+from raycomp.deploy.onnx_runtime import load_onnx
+from raycomp.deploy.pt2 import load_pt2
+from raycomp.errors import ArtifactError, RaycompError
+from raycomp.pipeline.ending import artifact as files
+from raycomp.pipeline.ending.conclude import Conclusion
+from raycomp.results.summary import RunSummary
+from raycomp.speedup import Plan, apply_plan
+from raycomp.storage import Artifact, load_tensors, open_artifact
+
+_FORMATS = {"onnx": (files.ONNX, files.INT8), "pt2": (files.PROGRAM,), "state-dict": (files.MODEL, files.PLAN)}
+
+
+def load(
+    uri: str,
+    model: nn.Module | None = None,
+    *,
+    int8: bool = False,
+    endpoint: str | None = None,
+    region: str | None = None,
+) -> nn.Module:
+    """The sped-up model of a stored run, in eval mode, ready to run.
+
+    Every file is checked against the manifest's size and sha256, and nothing is unpickled. Without `model` no source of
+    the user's is needed: the exported program runs. With it the stored surgery is repeated on that instance, which
+    gives back the user's own class, ready to train.
+
+    Args:
+        uri: the artifact's place.
+        model: a fresh instance of the class that was compressed.
+        int8: the real int8 model instead, run by ONNX Runtime.
+        endpoint: of the object store, where the URI and the environment don't say it.
+        region: likewise.
+
+    Raises:
+        ArtifactError: there is no such artifact, or it isn't whole.
+    """
+    artifact = open_artifact(uri, endpoint, region)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        if int8:
+            return load_onnx(_fetch(artifact, files.INT8, folder))
+        if model is None:
+            return load_pt2(_fetch(artifact, files.PROGRAM, folder))
+        smaller = apply_plan(model, Plan.from_json(_fetch(artifact, files.PLAN, folder).read_text()))
+        weights = load_tensors(_fetch(artifact, files.MODEL, folder))
+        smaller.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+        smaller.load_state_dict(weights)
+        return smaller.eval()
+
+
+def stored_conclusion(artifact: Artifact) -> Conclusion:
+    """Summary, masks and calibration of a stored run."""
+    with TemporaryDirectory() as folder:
+        masks = files.nested_masks(load_tensors(_fetch(artifact, files.MASKS, Path(folder))))
+    calibration = files.load_calibration(json.loads(artifact.read_bytes(files.CALIBRATION)))
+    return Conclusion(RunSummary.from_json(artifact.read_bytes(files.SUMMARY)), masks, calibration)
+
+
+def export(
+    uri: str, to: str, directory: Path | str, endpoint: str | None = None, region: str | None = None
+) -> tuple[Path, ...]:
+    """Copies a stored model into a folder, verified.
+
+    Args:
+        uri: the artifact's place.
+        to: `onnx` (float, and int8 where there is one), `pt2`, or `state-dict` (with the plan of the surgery).
+        directory: is made if it isn't there.
+
+    Returns:
+        The files.
+
+    Raises:
+        RaycompError: an unknown format.
+        ArtifactError: the artifact isn't there or isn't whole, or lacks that format.
+    """
+    if to not in _FORMATS:
+        raise RaycompError(f"can't export to {to!r}", where="to", remedy=nearest(to, _FORMATS))
+    artifact = open_artifact(uri, endpoint, region)
+    names = [name for name in _FORMATS[to] if name in artifact.names]
+    if not names:
+        raise ArtifactError(f"the artifact has no {to} form", where=artifact.uri, remedy="see the report's warnings")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        fetched = [artifact.fetch(name, Path(folder)) for name in names]
+        return tuple(Path(shutil.copy(path, directory)) for path in fetched)
+
+
+def _fetch(artifact: Artifact, name: str, folder: Path) -> Path:
+    if name not in artifact.names:
+        raise ArtifactError(f"it has no {name}", where=artifact.uri, remedy=f"it has {', '.join(artifact.names)}")
+    return artifact.fetch(name, folder)

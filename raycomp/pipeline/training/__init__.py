@@ -1,0 +1,1 @@
+"""A stage's training on one worker: the loop, its metrics, its checkpoints."""

@@ -1,0 +1,157 @@
+"""Metrics of a model over all evaluation samples of all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raycomp.core.reduction import Statistic, reduce_
+from raycomp.errors import TaskError
+from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style, rank_slice
+from raycomp.pipeline.data.samples import fetched_batches
+from raycomp.pipeline.data.structure import move_batch
+from raycomp.pipeline.task import Task
+from raycomp.pipeline.user_code import user_code
+
+
+@torch.no_grad()
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    max_samples: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    num_data_workers: int = 0,
+) -> dict[str, float]:
+    """The mean of each of the task's metrics over the samples, in the task's order; the same on every rank.
+
+    A map-style dataset is shared out among the workers, every sample once. The model is evaluated in eval mode; each of
+    its modules is afterwards in the mode that it was in. A collective: every rank calls it.
+
+    Args:
+        task: gives forward and metrics.
+        model: plain or wrapped in DDP; already on `device`.
+        data: what `task.eval_data()` gave.
+        batch_size: samples in one forward pass of one worker.
+        device: where the batches go.
+        dtype: of floating inputs; None leaves them as they are.
+        max_samples: of all workers together; None for all there are.
+        rank: this worker's.
+        world: the number of workers; 1 evaluates all of the data here, whatever process group there is.
+        num_data_workers: loading processes of this worker.
+
+    Raises:
+        TaskError: there is nothing to evaluate, or the metrics are not one value per sample.
+    """
+    # DDP's first forward after a training step broadcasts buffers, for which a rank that evaluates alone would wait.
+    plain = model.module if isinstance(model, DistributedDataParallel) else model
+    view = _View(rank, world, batch_size, max_samples, num_data_workers)
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with evaluation_mode(plain):
+        for batch, wanted in _batches(task, data, view):
+            moved = move_batch(batch, device, dtype)
+            with user_code(f"{type(task).__name__}.forward()"):
+                output = task.forward(plain, moved)
+            with user_code(f"{type(task).__name__}.metrics()"):
+                values = task.metrics(output, moved)
+            present = task.count_samples(moved)
+            _add(sums, values, present, wanted)
+            count += min(wanted, present)
+    return _means(sums, count, world, type(task).__name__)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, every module of `model` is in eval mode; afterwards each is in its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class _View:
+    rank: int
+    world: int
+    batch_size: int
+    max_samples: int | None
+    num_data_workers: int
+
+
+def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
+    """This worker's batches, each with how many of its samples count; a worker without samples gets one with none."""
+    if is_map_style(data):
+        yield from _indexed_batches(task, data, view)
+        return
+    left = view.max_samples
+    if left is not None:
+        part = rank_slice(left, view.rank, view.world)
+        left = part.stop - part.start
+    for batch in _loaded(task, data, view):
+        present = task.count_samples(batch)
+        yield batch, present if left is None else min(present, left)
+        if left is not None:
+            left -= min(present, left)
+            if left == 0:
+                return
+
+
+def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
+    total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
+    if total == 0:
+        return
+    mine = torch.arange(total)[rank_slice(total, view.rank, view.world)]
+    wanted = list(torch.split(mine, view.batch_size)) if len(mine) else [torch.tensor([0])]
+    counts = [len(indices) for indices in wanted] if len(mine) else [0]
+    fetched = fetched_batches(task, data, wanted, 0, 0, augment=False, num_data_workers=view.num_data_workers)
+    yield from zip(fetched, counts, strict=True)
+
+
+def _loaded(task: Task, data: Any, view: _View) -> Iterator[Any]:
+    factory = as_loader_factory(task, data, view.num_data_workers)
+    with user_code(f"{type(task).__name__}.eval_data()"):
+        loader: Iterable[Any] = factory(LoaderContext(view.rank, view.world, view.batch_size, 0, 0))
+        yield from loader
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor], present: int, wanted: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or value.shape != (present,):
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TaskError(
+                f"metric {name!r} is {found} for a batch of {present} samples",
+                where="Task.metrics",
+                remedy="give one value per sample: raycomp itself takes the mean over all samples of all workers",
+            )
+        total = value[:wanted].detach().double().sum().cpu()
+        sums[name] = sums[name] + total if name in sums else total
+
+
+def _means(sums: dict[str, Tensor], count: int, world: int, task_name: str) -> dict[str, float]:
+    counted, fewest = torch.tensor(count, dtype=torch.float64), torch.tensor(len(sums))
+    if world > 1:
+        reduce_([Statistic(fewest, "min"), Statistic(counted, "sum")])
+    if fewest == 0 or counted == 0:
+        raise TaskError(
+            "there is nothing to evaluate" + (" on one of the workers" if world > 1 else ""),
+            where=f"{task_name}.eval_data()",
+            remedy="give every worker at least one batch, with at least one metric",
+        )
+    if world > 1:
+        reduce_([Statistic(total, "sum") for total in sums.values()])
+    return {name: float(total / counted) for name, total in sums.items()}

@@ -1,0 +1,190 @@
+"""What a finished run has to say, as frozen values that survive JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from raycomp.errors import ArtifactError
+from raycomp.results.progress import ProgressEvent
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFigures:
+    """One form of the model.
+
+    Args:
+        name: "dense", "simulated", "sped-up" or "int8".
+        metrics: the task's metrics, averaged over all evaluated samples; the first is the one that headlines show.
+        parameters: number of elements of all parameters.
+        macs: multiply-accumulates for one sample; None where they could not be counted.
+        file_bytes: size of the stored model.
+        latency_s: batch size (as text, since JSON keys are) -> median seconds for one call.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    parameters: int
+    macs: int | None
+    file_bytes: int
+    latency_s: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationFigures:
+    """The sped-up model's outputs against the simulated one's.
+
+    Args:
+        max_abs_diff: the greatest absolute difference of any output element.
+        output_range: greatest minus least output of the simulated model.
+        relative: `max_abs_diff / output_range`.
+        tolerance: the greatest `relative` that passes.
+        batch_sizes: the batch sizes that were tried.
+        passed: whether the sped-up model counts as the same function.
+    """
+
+    max_abs_diff: float
+    output_range: float
+    relative: float
+    tolerance: float
+    batch_sizes: tuple[int, ...]
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Figures:
+    """The real int8 model against the simulated quantization.
+
+    Args:
+        sqnr_db: signal to quantization noise of the real against the simulated outputs, in dB.
+        metric_difference: int8 metric minus simulated metric.
+        weight_bytes: bytes of the stored int8 weights.
+        float_weight_bytes: bytes of the same weights in float32.
+        vnni: whether the CPU that measured has VNNI instructions (dot products of int8).
+        reduce_range: whether weights were held to 7 bits, as CPUs without VNNI need.
+    """
+
+    sqnr_db: float
+    metric_difference: float
+    weight_bytes: int
+    float_weight_bytes: int
+    vnni: bool
+    reduce_range: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFigures:
+    """One compressed layer; shapes are its weight's, `quantized` names the data type of its weight or is None."""
+
+    module: str
+    type: str
+    shape_before: tuple[int, ...]
+    shape_after: tuple[int, ...]
+    sparsity: float
+    quantized: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UnprunedFigures:
+    """`count` masked coordinates of dimension `dim` of a module that speedup had to leave in place, and why."""
+
+    module: str
+    dim: int
+    count: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """All that a report shows about one run.
+
+    Args:
+        job: the job's name.
+        run: the run's id.
+        created: UTC time, ISO 8601.
+        models: dense first, then each form that the run made, in order.
+        timings: part of the run -> seconds.
+        environment: what the run stood on (versions, processor, nodes), shown as it is.
+        config_yaml: the job file as it was run.
+        artifact_uri: where the result is stored.
+    """
+
+    job: str
+    run: str
+    created: str
+    models: tuple[ModelFigures, ...]
+    verification: VerificationFigures | None = None
+    int8: Int8Figures | None = None
+    layers: tuple[LayerFigures, ...] = ()
+    unpruned: tuple[UnprunedFigures, ...] = ()
+    history: tuple[ProgressEvent, ...] = ()
+    timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    config_yaml: str = ""
+    artifact_uri: str = ""
+
+    # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
+
+    def to_json(self) -> str:
+        """The summary as JSON text; `from_json` gives an equal summary back."""
+        return _ADAPTER.dump_json(self, indent=2).decode()
+
+    @staticmethod
+    def from_json(text: str | bytes) -> RunSummary:
+        """Reads what `to_json` wrote. Raises ArtifactError where it is something else."""
+        return _validate(lambda: _ADAPTER.validate_json(text))
+
+    def figures(self) -> dict[str, Any]:
+        """The results without history, layers and job file, as plain JSON values: what a manifest carries."""
+        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings"}
+        figures: dict[str, Any] = json.loads(_ADAPTER.dump_json(self, include=kept))
+        return figures
+
+    @staticmethod
+    def from_figures(figures: Mapping[str, Any], *, job: str, run: str, created: str) -> RunSummary:
+        """The summary that a manifest's figures describe. Raises ArtifactError where they are something else."""
+        fields = {**figures, "job": job, "run": run, "created": created}
+        return _validate(lambda: _ADAPTER.validate_python(fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialFigures:
+    """One trial of a sweep.
+
+    Args:
+        trial: the trial's id.
+        settings: searched key -> the value that this trial took.
+        metric: the final model's first metric; None where the trial failed.
+        macs: the final model's multiply-accumulates for one sample.
+        file_bytes: the final model's stored size.
+        on_front: whether no other trial is better in one of metric and MACs and as good in the other.
+        artifact_uri: where the trial's artifact is stored; empty where the trial failed.
+        error: the cause of a failure, in one line; empty where there was none.
+    """
+
+    trial: str
+    settings: dict[str, Any]
+    metric: float | None
+    macs: int | None
+    file_bytes: int | None = None
+    on_front: bool = False
+    artifact_uri: str = ""
+    error: str = ""
+
+
+_ADAPTER: TypeAdapter[RunSummary] = TypeAdapter(RunSummary)
+
+
+def _validate(read: Callable[[], RunSummary]) -> RunSummary:
+    try:
+        return read()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"not a run's summary: {first['msg']}", where=place or None) from error

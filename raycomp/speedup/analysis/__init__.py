@@ -1,0 +1,1 @@
+"""Which coordinates are constant, which no output depends on, and which can only go together."""

@@ -1,0 +1,245 @@
+"""Which layers' channels can only go together, and what follows them: from the same atoms as the surgery."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raycomp.core.detached_copy import plain_copy
+from raycomp.errors import SpeedupError
+from raycomp.speedup.analysis.decide import decide
+from raycomp.speedup.analysis.propagate import propagate, relate, run
+from raycomp.speedup.graph.atoms import Atoms, Ids
+from raycomp.speedup.graph.example import Example
+from raycomp.speedup.graph.graph import Call, Graph, Value
+from raycomp.speedup.graph.trace import trace
+from raycomp.speedup.rules import RULES
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules whose weights' first dimensions go coordinate by coordinate: they need one mask.
+
+    Args:
+        modules: their names, in the order in which they were asked for.
+        blocks: in each of this many equal blocks the same number must go (grouped convolutions).
+        unit: coordinates go only in runs of this many (the groups of a GroupNorm).
+        obstacle: why no coordinate can ever be removed exactly; None where it can.
+    """
+
+    modules: tuple[str, ...]
+    blocks: int = 1
+    unit: int = 1
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """What a model's graph says about the layers that shall be pruned.
+
+    Args:
+        groups: all of them, groups of one too.
+        followers: for each layer, the full names of parameters (its own bias, norms after it, depthwise convolutions
+            after it that aren't among the layers) that must be zero with its channels, so that these are zero.
+    """
+
+    groups: tuple[Group, ...]
+    followers: Mapping[str, tuple[str, ...]]
+
+    def group_of(self, module: str) -> Group:
+        """The group of a module."""
+        return next(group for group in self.groups if module in group.modules)
+
+
+def dependency_groups(model: nn.Module, example_input: Example, module_names: Sequence[str]) -> list[list[str]]:
+    """The modules by groups whose output channels can only go together.
+
+    Args:
+        model: a model without compressors on it.
+        example_input: an example input.
+        module_names: layers with a weight of two dimensions or more.
+
+    Raises:
+        SpeedupError: a module is not there or has no such weight, or the model can't be traced.
+    """
+    return [list(group.modules) for group in dependencies(model, example_input, module_names).groups]
+
+
+def followers(model: nn.Module, example_input: Example, module_names: Sequence[str]) -> dict[str, list[str]]:
+    """For each module, the parameters (full names) that follow its output channels one to one.
+
+    Raises:
+        SpeedupError: as for `dependency_groups`.
+    """
+    found = dependencies(model, example_input, module_names).followers
+    return {name: list(parameters) for name, parameters in found.items()}
+
+
+def dependencies(
+    model: nn.Module,
+    example_input: Example,
+    module_names: Sequence[str],
+    group_ids: Mapping[str, str | None] | None = None,
+    *,
+    obstacles: bool = True,
+) -> Dependencies:
+    """Groups, blocks, followers, and what can never be removed.
+
+    Args:
+        model: a model; compressors on it are ignored.
+        example_input: an example input.
+        module_names: layers with a weight of two dimensions or more.
+        group_ids: which layers share one mask (those of one id, apart from None); default: each group shares one.
+            Where several layers are added before a norm, the norm follows them only if they share a mask.
+        obstacles: whether to find out what can never be removed, which takes another run of the model.
+
+    Raises:
+        SpeedupError: as for `dependency_groups`.
+    """
+    plain = plain_copy(model)
+    study = _Study(trace(plain, example_input), _canonical_names(plain, module_names))
+    groups = study.groups()
+    following = study.followers(groups, group_ids)
+    reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)
+    named = {canonical: name for name, canonical in zip(module_names, study.names, strict=True)}
+    return Dependencies(
+        tuple(
+            Group(tuple(named[name] for name in group.modules), group.blocks, group.unit, obstacle)
+            for group, obstacle in zip(groups, reasons, strict=True)
+        ),
+        {named[name]: tuple(parameters) for name, parameters in following.items()},
+    )
+
+
+def _canonical_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The first name of each module (a shared one has several)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): name for name, module in model.named_modules()}
+    for name in names:
+        if name not in modules:
+            raise SpeedupError(f"the model has no module {name!r}")
+    return [first[id(modules[name])] for name in names]
+
+
+class _Study:
+    def __init__(self, graph: Graph, names: Sequence[str]) -> None:
+        self.graph = graph
+        self.names = list(dict.fromkeys(names))
+        self.atoms: Atoms = relate(graph, RULES)
+        self.by_name = {value.tensor: value for value in graph.state()}
+        self.weights: dict[str, Value] = {}
+        for name in self.names:
+            weight = self.by_name.get(f"{name}.weight")
+            if weight is None or weight.ndim < 2:
+                raise SpeedupError("it has no weight with channels to prune", where=name)
+            self.weights[name] = weight
+        self.channels = [each for call in graph.calls for each in RULES.find(call).channels(call, self.atoms)]
+
+    def rows(self, value: Value) -> Ids:
+        return self.atoms.roots(self.atoms.ids(value, 0))
+
+    def groups(self) -> list[Group]:
+        """Modules with equal atoms; fixed ones, which share nothing that could go, stay apart."""
+        found: dict[object, list[str]] = {}
+        for name, weight in self.weights.items():
+            rows = self.rows(weight)
+            fixed = all(self.atoms.reason(int(root)) is not None for root in np.unique(rows))
+            found.setdefault(name if fixed else rows.tobytes(), []).append(name)
+        return [Group(tuple(names), self._blocks(names[0]), self._unit(names[0])) for names in found.values()]
+
+    def _blocks(self, name: str) -> int:
+        rows = self.rows(self.weights[name])
+        sides = [(each.groups, self.atoms.roots(side)) for each in self.channels for side in (each.rows, each.columns)]
+        return math.lcm(*(groups for groups, side in sides if np.array_equal(side, rows)))
+
+    def _unit(self, name: str) -> int:
+        """The length of the runs of equal atoms, where all runs are equally long and each atom is in one of them."""
+        rows = self.rows(self.weights[name])
+        starts = np.flatnonzero(np.diff(rows, prepend=-1))
+        lengths = np.diff(starts, append=len(rows))
+        distinct = len(np.unique(rows))
+        return int(lengths[0]) if distinct == len(starts) and len(set(lengths.tolist())) == 1 else 1
+
+    def followers(
+        self, groups: Sequence[Group], group_ids: Mapping[str, str | None] | None = None
+    ) -> dict[str, list[str]]:
+        taken: set[str] = set()
+        found: dict[str, list[str]] = {}
+        for group in groups:
+            for name in group.modules:
+                same = set(group.modules)
+                if group_ids is not None:
+                    number = group_ids.get(name)
+                    same = {each for each in same if number is not None and group_ids.get(each) == number} | {name}
+                fresh = [each for each in dict.fromkeys(self._following(name, same)) if each not in taken]
+                taken.update(fresh)
+                found[name] = fresh
+        return {name: found[name] for name in self.names}
+
+    def _following(self, name: str, same_mask: set[str]) -> Iterator[str]:
+        rows = self.rows(self.weights[name])
+        reached: list[Value] = []
+        for call in self.graph.consumers[self.weights[name]]:
+            yield from self._own(call, rows)
+            reached += call.outputs[:1]
+        seen: set[Call] = set()
+        while reached:
+            value = reached.pop(0)
+            for call in self.graph.consumers[value]:
+                if call in seen or not self._carries(call, rows, same_mask):
+                    continue
+                seen.add(call)
+                yield from (n for n in self._own(call, rows) if n.rpartition(".")[0] not in self.weights)
+                reached += call.outputs[:1]
+
+    def _own(self, call: Call, rows: Ids) -> Iterator[str]:
+        """The call's parameters that go with the channels, the weights of the layers in question aside."""
+        for value in call.inputs:
+            is_layer = value.kind != "parameter" or value in self.weights.values()
+            if not is_layer and np.array_equal(self.rows(value), rows):
+                yield value.tensor
+
+    def _carries(self, call: Call, rows: Ids, same_mask: set[str]) -> bool:
+        """Whether the call passes the channels on, and nothing else is in them than what has the same mask."""
+        if not call.outputs or call.owner in self.weights:
+            return False
+        output = call.output
+        dims = (self.atoms.roots(self.atoms.ids(output, dim)) for dim in range(output.ndim))
+        if not any(np.array_equal(ids, rows) for ids in dims):
+            return False
+        dynamic = [value for value in call.inputs if value.kind not in ("parameter", "buffer")]
+        if len(dynamic) == 1:
+            return True
+        makers = {c.owner for c in self.graph.calls if rows[0] in self.atoms.roots(RULES.find(c).makes(c, self.atoms))}
+        return makers <= same_mask
+
+    def obstacles(self, groups: Sequence[Group], following: Mapping[str, Sequence[str]]) -> list[str | None]:
+        """Tries the removal of one coordinate (of each block) in every group, on the graph alone."""
+        masked: dict[Value, Tensor] = {}
+        tried = []
+        for group in groups:
+            rows = self.rows(self.weights[group.modules[0]])
+            block = len(rows) // group.blocks
+            chosen = np.zeros(len(rows), dtype=bool)
+            for start in range(0, len(rows), max(block, 1)):
+                chosen[start : start + group.unit] = True
+            tried.append(np.unique(rows[chosen]))
+            for name in group.modules:
+                for tensor in (f"{name}.weight", *following[name]):
+                    value = self.by_name[tensor]
+                    mask = torch.zeros(value.shape, dtype=torch.bool)
+                    mask[torch.from_numpy(np.isin(self.rows(value), rows[chosen]))] = True
+                    masked[value] = masked.get(value, torch.zeros_like(mask)) | mask
+        tensors = dict(self.graph.tensors)
+        for value, mask in masked.items():
+            tensors[value] = tensors[value] * (~mask).to(tensors[value])
+        flow = propagate(self.graph, RULES, run(self.graph, tensors), masked)
+        decision = decide(self.graph, RULES, self.atoms, flow, masked, exact=True)
+        return [
+            next((decision.reasons[int(root)] for root in roots if not decision.removed[root]), None) for roots in tried
+        ]

@@ -1,0 +1,1 @@
+"""A model as a graph of typed operators, and its coordinates as atoms."""

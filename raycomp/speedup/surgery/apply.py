@@ -1,0 +1,123 @@
+"""Applies a plan to a live model: the user's classes, hierarchy and names stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.errors import SpeedupError
+from raycomp.speedup.graph.value_masks import restore_value_mask
+from raycomp.speedup.surgery.graph_code import graph_from_json
+from raycomp.speedup.surgery.plan import Attribute, BlockCut, Cut, NewBias, Plan, Surgery
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Repeats surgery on a fresh instance of the model that was cut.
+
+    Args:
+        model: an instance of the same class with the same arguments; it is changed in place.
+        plan: the plan, as `ModelSpeedup.plan` gave it.
+
+    Returns:
+        The model (or the graph module that takes its place, where its code states sizes as constants), of the shapes
+        of the sped-up one. `load_state_dict(state, strict=True)` then makes it the sped-up one.
+
+    Raises:
+        SpeedupError: the model isn't the one that the plan was made for.
+    """
+
+    for surgery in plan.surgeries:
+        for bias in surgery.biases:
+            _add_bias(model, bias)
+        cut(model, surgery)
+        for value_mask in surgery.value_masks:
+            restore_value_mask(_module(model, value_mask.module), value_mask)
+        if surgery.graph is not None:
+            model = graph_from_json(model, surgery.graph)
+    return model
+
+
+def cut(model: nn.Module, surgery: Surgery) -> None:
+    """Cuts parameters, buffers and attributes of a model in place; a tensor with several names stays one tensor."""
+    new: dict[int, Tensor] = {}
+    keep_alive: list[Tensor] = []
+    for name, cuts in _by_tensor(surgery.cuts, surgery.block_cuts).items():
+        old = _find(model, name)
+        sliced = old.detach()
+        for each in cuts:
+            sliced = _sliced(sliced, each)
+        keep_alive.append(old)
+        new[id(old)] = _like(old, sliced.clone())
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is not None and id(tensor) in new:
+                    store[key] = new[id(tensor)]  # type: ignore[assignment]
+    for attribute in surgery.attributes:
+        _set(model, attribute)
+
+
+def _by_tensor(cuts: Iterable[Cut], blocks: Iterable[BlockCut]) -> dict[str, list[Cut | BlockCut]]:
+    found: dict[str, list[Cut | BlockCut]] = {}
+    every: list[Cut | BlockCut] = [*blocks, *cuts]
+    for each in every:
+        found.setdefault(each.tensor, []).append(each)
+    return found
+
+
+def _sliced(tensor: Tensor, each: Cut | BlockCut) -> Tensor:
+    if isinstance(each, Cut):
+        if tensor.ndim <= each.dim or tensor.shape[each.dim] != each.size:
+            _refuse(each.tensor, f"{each.size} in dimension {each.dim}", tensor)
+        return tensor.index_select(each.dim, torch.tensor(each.keep, device=tensor.device))
+    if tuple(tensor.shape[:2]) != each.shape:
+        _refuse(each.tensor, f"{each.shape} in its first dimensions", tensor)
+    return torch.cat([tensor[list(block.rows)][:, list(block.columns)] for block in each.blocks])
+
+
+def _refuse(name: str, expected: str, tensor: Tensor) -> None:
+    raise SpeedupError(
+        f"the plan expects {expected}, and the tensor has the shape {tuple(tensor.shape)}",
+        where=name,
+        remedy="make the model with the arguments that it had when it was sped up",
+    )
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _set(model: nn.Module, attribute: Attribute) -> None:
+    module = _module(model, attribute.module)
+    present = getattr(module, attribute.name, None)
+    if present not in (attribute.old, attribute.new):
+        raise SpeedupError(
+            f"the plan expects {attribute.name} = {attribute.old}, and it is {present}",
+            where=attribute.module,
+            remedy="make the model with the arguments that it had when it was sped up",
+        )
+    setattr(module, attribute.name, attribute.new)
+
+
+def _add_bias(model: nn.Module, bias: NewBias) -> None:
+    module = _module(model, bias.module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.bias = nn.Parameter(weight.new_zeros(bias.size), requires_grad=weight.requires_grad)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise SpeedupError("the plan names a module that the model lacks", where=name) from None
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor = getattr(_module(model, path), last, None)
+    if not isinstance(tensor, Tensor):
+        raise SpeedupError("the plan names a parameter that the model lacks", where=name)
+    return tensor

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycomp import TorchEvaluator
+from raycomp.deploy.int8 import lower_int8, simulate_int8, sqnr_db
+from raycomp.quantization import QATQuantizer
+from tests.deploy.networks import RESIDUAL_FOLDS, ResidualNet, randomize_norms_
+
+
+def train(model: nn.Module, optimizer: Any, training_step: Any, _scheduler: Any, steps: int, _epochs: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        training_step((torch.randn(16, 3, 16, 16, generator=generator), torch.randint(10, (16,))), model).backward()
+        optimizer.step()
+
+
+def step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("granularity, activation", [("out_channel", "affine"), ("default", "symmetric")])
+def test_what_training_simulated_is_what_integers_compute(granularity: str, activation: str) -> None:
+    torch.manual_seed(0)
+    model = randomize_norms_(ResidualNet(width=8))
+    evaluator = TorchEvaluator(train, torch.optim.SGD(model.parameters(), 0.01), step)
+    settings = {"weight": {"granularity": granularity}}
+    for target in ("_input_", "_output_", "bias"):
+        settings[target] = {"quant_dtype": "int8", "quant_scheme": activation}
+    quantizer = QATQuantizer(
+        model,
+        [{"op_types": ["Conv2d", "Linear"], "target_settings": settings, "fuse_names": RESIDUAL_FOLDS}],
+        evaluator,
+    )
+    _, calibration = quantizer.compress(12, None)
+    x = torch.randn(16, 3, 16, 16)
+    with torch.no_grad():
+        trained = model.eval()(x)
+    folds = quantizer.chain.folds()
+    quantizer.chain.unwrap()
+    assert {"_input_0", "_output_0", "weight"} <= calibration["conv1"].keys()
+    with torch.no_grad():
+        assert sqnr_db(trained, simulate_int8(model, calibration, folds)(x)) > 40
+    lowered = lower_int8(model, calibration, folds, x, reduce_range=False)
+    assert lowered.float_layers == ()
+    assert sqnr_db(trained, lowered.as_module(threads=1)(x)) > 33

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raycomp.deploy.pt2 import export_pt2, load_pt2
+from raycomp.errors import SpeedupError
+from tests.deploy.networks import ResidualNet, randomize_norms_
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def torch_save(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "model.pt2"
+    torch.manual_seed(0)
+    export_pt2(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(2, 4), path)
+    return path
+
+
+def rewrite(source: Path, target: Path, files: dict[str, bytes | Callable[[Any], Any]]) -> Path:
+    """A copy of an archive with some files replaced, added, or (JSON) edited."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        root = old.namelist()[0].split("/")[0]
+        contents = {name.removeprefix(f"{root}/"): old.read(name) for name in old.namelist()}
+        for name, change in files.items():
+            contents[name] = change if isinstance(change, bytes) else edit(contents[name], change)
+        for name, content in contents.items():
+            new.writestr(f"{root}/{name}", content)
+    return target
+
+
+def edit(content: bytes, change: Callable[[Any], Any]) -> bytes:
+    value = json.loads(content)
+    change(value)
+    return json.dumps(value).encode()
+
+
+def test_an_archive_runs_without_its_source_for_any_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomize_norms_(ResidualNet())
+    report = export_pt2(model, torch.randn(1, 3, 16, 16), tmp_path / "model.pt2")
+    loaded = load_pt2(tmp_path / "model.pt2").train().eval()
+    assert report.dynamic_batch and loaded.metadata["dynamic_batch"]
+    assert loaded.metadata["versions"]["torch"] == torch.__version__
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 16, 16)
+        with torch.no_grad():
+            assert torch.allclose(loaded(x), model(x), atol=1e-6)
+
+
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(3, 2, 4).sum(1)
+
+
+def test_a_baked_in_batch_is_reported(tmp_path: Path) -> None:
+    assert not export_pt2(Fixed(), torch.randn(3, 8), tmp_path / "model.pt2").dynamic_batch
+    loaded = load_pt2(tmp_path / "model.pt2")
+    assert loaded(torch.randn(3, 8)).shape == (3, 4)
+    with pytest.raises(RuntimeError, match="to be equal to 3, but got 6"):
+        loaded(torch.randn(6, 8))
+
+
+class Structured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, *, scale: Tensor) -> dict[str, Any]:
+        hidden = self.conv(self.embed(ids).transpose(1, 2)) * scale
+        if mask is not None:
+            hidden = hidden * mask[:, None]
+        chunks = hidden.view(hidden.shape[0], 2, -1).chunk(2, 1)
+        return {"logits": hidden.mean(2), "parts": (chunks[0], chunks[1])}
+
+
+def test_keywords_and_nested_outputs(tmp_path: Path) -> None:
+    model = Structured().eval()
+    example = {"ids": torch.randint(9, (3, 6)), "mask": torch.ones(3, 6), "scale": torch.tensor(2.0)}
+    export_pt2(model, example, tmp_path / "model.pt2")
+    bigger = {"ids": torch.randint(9, (5, 6)), "mask": torch.rand(5, 6), "scale": torch.tensor(0.5)}
+    expected, loaded = model(**bigger), load_pt2(tmp_path / "model.pt2")(**bigger)
+    assert torch.allclose(loaded["logits"], expected["logits"], atol=1e-6)
+    assert torch.allclose(loaded["parts"][1], expected["parts"][1], atol=1e-6)
+
+
+def test_the_archive_holds_neither_pickles_nor_paths(archive: Path) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        contents = {name: opened.read(name) for name in opened.namelist()}
+    assert [content for name, content in contents.items() if "sample_inputs" in name] == [b""]
+    assert not any(b"stack_trace" in content or b".py" in content for content in contents.values())
+
+
+def test_the_float_model_is_left_alone(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3).double().train()
+    export_pt2(model, torch.randn(2, 4).double(), tmp_path / "model.pt2")
+    assert model.training and model.weight.dtype == torch.float64 and model.weight.requires_grad
+    assert load_pt2(tmp_path / "model.pt2")(torch.randn(2, 4)).dtype == torch.float32
+
+
+def pickled_weight(config: Any) -> None:
+    config["config"]["0.weight"]["use_pickle"] = True
+
+
+def test_torch_itself_would_run_the_payloads(archive: Path, tmp_path: Path) -> None:
+    for count, files in enumerate(pickles(tmp_path / "made").values()):
+        bad = rewrite(archive, tmp_path / f"{count}.pt2", files)
+        with contextlib.suppress(Exception):  # what it makes of the payload's result does not matter
+            torch.export.load(bad)
+        assert (tmp_path / "made").is_dir(), files
+        (tmp_path / "made").rmdir()
+
+
+def pickles(folder: Path) -> dict[str, dict[str, Any]]:
+    saved = torch_save(Payload(folder))
+    constants = "data/constants/model_constants_config.json"
+    opaque = {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}
+    return {
+        "sample inputs": {"data/sample_inputs/model.pt": saved},
+        "flagged weight": {"data/weights/model_weights_config.json": pickled_weight, "data/weights/weight_0": saved},
+        "opaque constant": {
+            constants: lambda config: config["config"].update(c=opaque),
+            "data/constants/opaque_obj_0": pickle.dumps(Payload(folder)),
+        },
+        "legacy weights": {"data/weights/model.pt": saved},
+    }
+
+
+@pytest.mark.parametrize("kind", ["sample inputs", "flagged weight", "opaque constant", "legacy weights"])
+def test_a_pickle_in_the_archive_is_refused_and_not_run(archive: Path, tmp_path: Path, kind: str) -> None:
+    bad = rewrite(archive, tmp_path / "bad.pt2", pickles(tmp_path / "made")[kind])
+    with pytest.raises(SpeedupError, match="refused to load this archive"):
+        load_pt2(bad)
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_old_style_archive_is_refused_and_not_run(archive: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.pt2"
+    with zipfile.ZipFile(bad, "w") as new:
+        new.writestr("version", "8.20")
+        new.writestr("serialized_exported_program.json", "{}")
+        for name in ("serialized_state_dict.pt", "serialized_constants.pt", "serialized_example_inputs.pt"):
+            new.writestr(name, torch_save(Payload(tmp_path / "made")))
+    with pytest.raises(SpeedupError, match=r"not a torch\.export archive"):
+        load_pt2(bad)
+    assert not (tmp_path / "made").exists()
+
+
+def node(program: Any) -> Any:
+    return program["graph_module"]["graph"]["nodes"][0]
+
+
+def first_size(program: Any) -> Any:
+    return program["graph_module"]["graph"]["tensor_values"]["input"]["sizes"][0]["as_expr"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda p: node(p).update(target="torch.os.system"), "operator 'torch.os.system'"),
+        (lambda p: node(p).update(target="torch.ops.aten.from_file.default"), "operator 'torch.ops.aten.from_file"),
+        (lambda p: node(p).update(target="_operator.methodcaller"), "operator '_operator.methodcaller'"),
+        (lambda p: first_size(p).update(expr_str="__import__('os').mkdir('x')"), "expression"),
+        (lambda p: first_size(p).update(expr_str="exit()"), "in an expression the name 'exit'"),
+        (lambda p: p["range_constraints"].update({"s0.bit_length": {"min_val": 0, "max_val": 1}}), "expression"),
+        (lambda p: node(p).update(name="x = exit()"), "text 'x = exit"),
+        (lambda p: node(p)["metadata"].update(custom="{}"), "metadata 'custom'"),
+        (
+            lambda p: p["graph_module"]["module_call_graph"][0]["signature"].update(
+                out_spec='[1, {"type": "collections.defaultdict", "context": {}, "children_spec": []}]'
+            ),
+            "type 'collections.defaultdict'",
+        ),
+    ],
+)
+def test_a_program_that_could_run_code_is_refused(
+    archive: Path, tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    bad = rewrite(archive, tmp_path / "bad.pt2", {"models/model.json": change})
+    with pytest.raises(SpeedupError, match=message):
+        load_pt2(bad)
+
+
+def test_native_code_and_further_models_are_refused(archive: Path, tmp_path: Path) -> None:
+    for name in ("data/aotinductor/model/x.so", "models/other.json", "data/constants/custom_obj_0"):
+        with pytest.raises(SpeedupError, match=f"the file '{name}'"):
+            load_pt2(rewrite(archive, tmp_path / "bad.pt2", {name: b"{}"}))
+
+
+def test_what_is_not_an_archive(tmp_path: Path) -> None:
+    with pytest.raises(SpeedupError, match=r"cannot read .*No such file"):
+        load_pt2(tmp_path / "missing.pt2")
+    (tmp_path / "text.pt2").write_text("hello")
+    with pytest.raises(SpeedupError, match=r"not a torch\.export archive"):
+        load_pt2(tmp_path / "text.pt2")
+
+
+class DataDependent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(SpeedupError, match="DataDependent cannot be exported"):
+        export_pt2(DataDependent(), torch.randn(2, 4), tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
+
+
+def test_an_example_without_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(SpeedupError, match="no tensor with a batch dimension"):
+        export_pt2(nn.Linear(4, 3), (), tmp_path / "model.pt2")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
+
+from raycomp.errors import TaskError
+from raycomp.pipeline import LoaderContext, Task, evaluate
+from raycomp.pipeline.training.metrics import evaluation_mode
+from tests.pipeline.ranks import on_ranks
+
+
+class Squares(Task):
+    """The metrics of sample x are x² and whether the model was in eval mode."""
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (batch[0],), {}
+
+    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        return {"square": batch[0] ** 2, "output": output}
+
+
+class Mode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.BatchNorm1d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full_like(x, 1.0 if self.training or self.inner.training else 2.0)
+
+
+def data(length: int) -> TensorDataset:
+    return TensorDataset(torch.arange(length, dtype=torch.float32))
+
+
+def test_metrics_are_means_over_samples_and_not_batches() -> None:
+    # 0 + 1 + 4 + 9 + 16 = 30 over 5 samples, in batches of 3 and 2.
+    assert evaluate(Squares(), Mode(), data(5), batch_size=3) == {"square": 6.0, "output": 2.0}
+    assert evaluate(Squares(), Mode(), data(5), batch_size=2, max_samples=3)["square"] == pytest.approx(5 / 3)
+
+
+def test_every_module_is_afterwards_in_its_own_mode() -> None:
+    frozen = Mode()
+    model = nn.Sequential(Mode(), frozen)
+    model.train()
+    frozen.inner.eval()
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == [True, True, True, True, False]
+
+
+def _evaluate(rank: int, world: int, length: int, max_samples: int | None) -> dict[str, float]:
+    options: dict[str, Any] = {"batch_size": 2, "max_samples": max_samples, "rank": rank, "world": world}
+    return evaluate(Squares(), DistributedDataParallel(Mode()), data(length), **options)
+
+
+@pytest.mark.parametrize(("length", "max_samples"), [(7, None), (11, 8), (2, None)])
+def test_workers_share_the_samples_out_and_agree(length: int, max_samples: int | None) -> None:
+    expected = evaluate(Squares(), Mode(), data(length), batch_size=100, max_samples=max_samples)
+    assert on_ranks(3, _evaluate, length, max_samples) == [expected] * 3
+
+
+def _evaluate_loaders(rank: int, world: int, max_samples: int | None) -> dict[str, float]:
+    def loader(context: LoaderContext) -> Iterator[list[Tensor]]:
+        return ([part] for part in torch.arange(7.0)[1 - context.rank :: context.world].split(context.batch_size))
+
+    options: dict[str, Any] = {"batch_size": 3, "max_samples": max_samples, "rank": rank, "world": world}
+    return evaluate(Squares(), DistributedDataParallel(Mode()), loader, **options)
+
+
+def test_loaders_are_merged_by_sample_counts() -> None:
+    assert [found["square"] for found in on_ranks(2, _evaluate_loaders, None)] == [13.0, 13.0]
+    # Three samples: 1 and 3 of the first worker, 0 of the second, which has more batches.
+    assert [found["square"] for found in on_ranks(2, _evaluate_loaders, 3)] == [pytest.approx(10 / 3)] * 2
+
+
+def _evaluate_alone(rank: int, world: int) -> dict[str, float]:
+    model = DistributedDataParallel(Mode())
+    return evaluate(Squares(), model, data(5), batch_size=2) if rank == 1 else {}
+
+
+def test_a_worker_can_evaluate_alone() -> None:
+    assert on_ranks(2, _evaluate_alone) == [{}, {"square": 6.0, "output": 2.0}]
+
+
+def _starved(rank: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        evaluate(Squares(), Mode(), lambda context: [[torch.ones(2)]][rank:], batch_size=2, rank=rank, world=world)
+    return str(raised.value)
+
+
+def test_a_worker_with_nothing_to_evaluate_is_an_error_everywhere() -> None:
+    assert all("nothing to evaluate on one of the workers" in message for message in on_ranks(2, _starved))
+
+
+class Wrong(Squares):
+    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        return {"square": (batch[0] ** 2).mean()}
+
+
+def test_a_metric_that_is_already_a_mean_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"metric 'square' is \[\] for a batch of 3 samples.*one value per sample"):
+        evaluate(Wrong(), Mode(), data(3), batch_size=3)
+    with pytest.raises(TaskError, match="nothing to evaluate"):
+        evaluate(Squares(), Mode(), data(0), batch_size=3)
+
+
+def test_inputs_take_the_type_that_is_asked_for() -> None:
+    class Types(Squares):
+        def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+            return {"double": torch.full((len(output),), float(output.dtype == torch.float64))}
+
+    assert evaluate(Types(), Mode(), data(3), batch_size=3, dtype=torch.float64) == {"double": 1.0}
