@@ -17,8 +17,8 @@ class Masks(dict[str, dict[str, Tensor]]):
 
     Args:
         masks: the masks.
-        methods: how each is applied where it isn't by multiplication: `add` adds -1000 where masked, `bypass` leaves the
-            value as it is.
+        methods: how each is applied where it isn't by multiplication: `add` adds -1000 where masked, `bypass` leaves
+            the value as it is.
     """
 
     def __init__(

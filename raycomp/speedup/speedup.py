@@ -17,13 +17,13 @@ from raycomp.speedup.analysis.propagate import run
 from raycomp.speedup.analysis.unpruned import Unpruned, unpruned
 from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
-from raycomp.speedup.graph.value_masks import Masks, buffer_name, masked_copy, remove_value_mask, value_masks
+from raycomp.speedup.graph.value_masks import Masks, ValueMask, buffer_name, masked_copy, remove_value_mask, value_masks
 from raycomp.speedup.rules import RULES
 from raycomp.speedup.rules.base import Kept, Rule
 from raycomp.speedup.surgery.apply import cut
 from raycomp.speedup.surgery.build import build, take_up_constants
 from raycomp.speedup.surgery.graph_code import CannotRewriteError
-from raycomp.speedup.surgery.plan import Plan, Surgery, ValueMask
+from raycomp.speedup.surgery.plan import Plan, Surgery
 from raycomp.speedup.surgery.rewrite import rewrite
 from raycomp.speedup.verify import compare, outputs, summarise, verify
 
