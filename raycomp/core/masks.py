@@ -50,3 +50,16 @@ class Masks(dict[str, dict[str, Tensor]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.methods)
+
+
+SOFTMAX_ZERO = -1000.0
+"""What `add` adds where masked: exp of it is 0 (NNI's value)."""
+
+
+def apply_mask(value: Tensor, mask: Tensor, method: ApplyMethod) -> Tensor:
+    """The value under a mask that broadcasts to it."""
+    if method == "mul":
+        return value * mask.to(value.dtype)
+    if method == "add":
+        return value + (1 - mask.to(value.dtype)) * SOFTMAX_ZERO
+    return value
