@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from raycomp.core.attach import replace_part
+from raycomp.core.parts import replace_output
 from raycomp.errors import CompressionError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         found = isinstance(loss, Tensor)
         return change(loss) if found else loss
 
-    output = replace_part(output, "loss" if isinstance(output, Mapping) else "0", changed)
+    output = replace_output(output, "loss" if isinstance(output, Mapping) else "0", changed)
     if not found:
         raise CompressionError(
             f"training_step returned {type(output).__name__} without a loss",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.detached_copy import plain_copy
+from raycomp.core.detached_copy import detached_copy
 from raycomp.errors import SpeedupError
 from raycomp.speedup.analysis.decide import decide
 from raycomp.speedup.analysis.propagate import propagate, relate, run
@@ -101,8 +101,8 @@ def dependencies(
     Raises:
         SpeedupError: as for `dependency_groups`.
     """
-    plain = plain_copy(model)
-    study = _Study(trace(plain, example_input), _canonical_names(plain, module_names))
+    detached = detached_copy(model)
+    study = _Study(trace(detached, example_input), _canonical_names(detached, module_names))
     groups = study.groups()
     following = study.followers(groups, group_ids)
     reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)
