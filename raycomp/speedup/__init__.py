@@ -9,8 +9,8 @@ from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
 from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
+from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
 from raycomp.speedup.surgery.plan import Plan
-from raycomp.speedup.surgery.restore_mask import uncut_mask
 from raycomp.speedup.verify import Verification, verify
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "dependencies",
     "dependency_groups",
     "followers",
-    "uncut_mask",
+    "remaining_masks",
+    "restored_mask",
     "verify",
+    "with_value_masks",
 ]

@@ -22,7 +22,7 @@ from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_i
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.results.summary import RunSummary, VerificationFigures
-from raycomp.speedup import Plan, uncut_mask
+from raycomp.speedup import Plan, restored_mask
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
         for module, targets in masks.items():
             for target, mask in targets.items():
                 name = f"{module}.{target}" if module else target
-                merged.setdefault(module, {})[target] = uncut_mask(mask, name, plan)
+                merged.setdefault(module, {})[target] = restored_mask(mask, name, plan)
     return merged
 
 
