@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
-from raycomp.results.summary import UnprunedFigures, VerificationFigures
-from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
+from raycomp.results.summary import Unpruned, Verification
+from raycomp.speedup import ModelSpeedup, Plan, apply_plan, cut_calibration, verify
 from raycomp.storage import load_tensors, save_tensors
 
 _PLAN, _MODEL = "plan.json", "model.safetensors"
@@ -90,14 +90,6 @@ class StageResult:
     def next_start(self) -> StageStart:
         """Where the next stage starts."""
         return StageStart(self.plan, dict(self.model.state_dict()))
-
-    def verification_figures(self) -> VerificationFigures | None:
-        """The verification as the report holds it."""
-        return None if self.verification is None else VerificationFigures(**asdict(self.verification))
-
-    def unpruned_figures(self) -> tuple[UnprunedFigures, ...]:
-        """What stayed, as the report holds it."""
-        return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in self.unpruned)
 
 
 def stage_chain(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies, dependency_groups, followers
-from raycomp.speedup.analysis.unpruned import Unpruned
 from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
@@ -11,7 +11,7 @@ from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
 from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
 from raycomp.speedup.surgery.plan import Plan
-from raycomp.speedup.verify import Verification, verify
+from raycomp.speedup.verify import verify
 
 __all__ = [
     "RULES",

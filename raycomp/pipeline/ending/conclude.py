@@ -21,7 +21,7 @@ from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import RunSummary, VerificationFigures
+from raycomp.results.summary import RunSummary, Verification
 from raycomp.speedup import Plan, restored_mask
 
 
@@ -164,5 +164,5 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
     return merged
 
 
-def _worst(found: Sequence[VerificationFigures | None]) -> VerificationFigures | None:
+def _worst(found: Sequence[Verification | None]) -> Verification | None:
     return max((item for item in found if item is not None), key=lambda item: item.relative, default=None)

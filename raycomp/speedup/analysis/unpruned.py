@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from raycomp.core.masks import Masks
 from raycomp.core.target import target_kind
+from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, state_by_name
 from raycomp.speedup.analysis.decide import masked_slices
 from raycomp.speedup.graph.atoms import Ids
@@ -19,23 +19,6 @@ from raycomp.speedup.graph.value_masks import buffer_name, full_name
 from raycomp.speedup.rules.base import Bools
 
 _BYPASSED = "its mask is bypassed in training"
-
-
-@dataclass(frozen=True)
-class Unpruned:
-    """Coordinates that a mask names and speedup left in the model.
-
-    Args:
-        module: the module's name.
-        dim: the dimension of the masked tensor.
-        count: how many coordinates.
-        reason: why.
-    """
-
-    module: str
-    dim: int
-    count: int
-    reason: str
 
 
 def unpruned(analysis: Analysis, model: nn.Module, masks: Masks) -> tuple[Unpruned, ...]:
