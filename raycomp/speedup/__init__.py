@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raycomp.results.summary import Unpruned, Verification
-from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies, dependency_groups, followers
+from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
 from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
@@ -28,8 +28,6 @@ __all__ = [
     "auto_set_dependency_group_ids",
     "cut_calibration",
     "dependencies",
-    "dependency_groups",
-    "followers",
     "remaining_masks",
     "restored_mask",
     "verify",
