@@ -31,7 +31,7 @@ from raycomp.speedup.graph.value_masks import (
 from raycomp.speedup.rules import RULES
 from raycomp.speedup.rules.base import Kept, Rule
 from raycomp.speedup.surgery.apply import cut
-from raycomp.speedup.surgery.build import build, take_up_constants
+from raycomp.speedup.surgery.build import absorb_constants, build
 from raycomp.speedup.surgery.graph_code import CannotRewriteError
 from raycomp.speedup.surgery.plan import Plan, Surgery
 from raycomp.speedup.surgery.rewrite import rewrite
@@ -44,7 +44,7 @@ _ROUGH_TOLERANCE = 2e-2
 class ModelSpeedup:
     """Cuts what masks made removable out of a model.
 
-    The result gives the masked model's outputs: the next bias takes up what is constant where that is exact,
+    The result gives the masked model's outputs: the next bias absorbs what is constant where that is exact,
     what no output depends on goes, and everything else stays and is named in `unpruned`. The user's classes and
     hierarchy stay, too, unless the forward states sizes as constants; then the result is a graph module, over the same
     layers under the same names. The model that was given is left as it is.
@@ -111,7 +111,7 @@ class ModelSpeedup:
         """The cut model: live, or behind a rewritten forward; None where neither gives the right outputs."""
         surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
         live = copy.deepcopy(self._masked)
-        take_up_constants(live, analysis.decision)
+        absorb_constants(live, analysis.decision)
         cut(live, surgery)
         if self._exact and self._agrees(self.simulated, live):
             return live, surgery

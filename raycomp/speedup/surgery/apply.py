@@ -19,7 +19,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         plan: the plan, as `ModelSpeedup.plan` gave it.
 
     Returns:
-        The model (or the graph module that takes its place, where its code states sizes as constants), of the shapes
+        The model (or the graph module that replaces it, where its code states sizes as constants), of the shapes
         of the sped-up one. `load_state_dict(state, strict=True)` then makes it the sped-up one.
 
     Raises:
