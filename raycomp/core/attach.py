@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from raycomp.core.target import Target, TargetId
 from raycomp.errors import CompressionError
 
 _CONTAINER = "raycomp_targets"
+_PARAMETRIZATIONS = "parametrizations"
 
 
 class HookedTargets(nn.Module):
@@ -69,6 +71,7 @@ class TargetSpace:
         self.model = model
         self.targets: dict[TargetId, Target] = {}
         self._undo: list[Callable[[], None]] = []
+        self._parameter_order: dict[nn.Module, list[str]] = {}
 
     def target(self, target_id: TargetId) -> Target:
         """The target of that name, made and attached on first use."""
@@ -104,6 +107,38 @@ class TargetSpace:
         while self._undo:
             self._undo.pop()()
         self.targets.clear()
+        self._parameter_order.clear()
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Within the block the model has the classes, children and parameters that its user gave it.
+
+        What the user does by names and attributes (groups of an optimizer, a state dict) then finds what he wrote. The
+        model is not to be run within the block.
+        """
+        changed = [module for module in self.model.modules() if self._is_ours(module)]
+        before = [(module, module.__class__, module._parameters, module._modules) for module in changed]
+        for module in changed:
+            parameters = {**module._parameters, **_parametrized(module)}
+            order = self._parameter_order.get(module, list(parameters))
+            module.__class__ = user_class(module)
+            module._parameters = {name: parameters[name] for name in sorted(parameters, key=_rank_in(order))}
+            module._modules = {
+                name: child for name, child in module._modules.items() if name not in (_CONTAINER, _PARAMETRIZATIONS)
+            }
+        try:
+            yield
+        finally:
+            for module, kind, own_parameters, children in before:
+                module.__class__ = kind
+                module._parameters, module._modules = own_parameters, children
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        """Whether compressors changed the module; one that the user parametrized, too, can only be shown as it is."""
+        if _PARAMETRIZATIONS in module._modules:
+            ours = [isinstance(chain[0], Target) for chain in module.parametrizations.values()]  # type: ignore[operator, union-attr]
+            return all(ours)
+        return _CONTAINER in module._modules or user_class(module) is not type(module)
 
     def _attach_parameter(self, target: Target) -> Target:
         """Puts `target` on the Parameter in every module that holds it; gives the one that a tied name has already."""
@@ -119,7 +154,7 @@ class TargetSpace:
                 remedy="remove it (torch.nn.utils.parametrize.remove_parametrizations) before compressing",
             )
         for holder, own_name in list(_holders(self.model, parameter)):
-            order = list(holder._parameters)
+            order = self._parameter_order.setdefault(holder, list(holder._parameters))
             parametrize.register_parametrization(holder, own_name, target, unsafe=True)
             self.on_detach(partial(remove_parametrization, holder, own_name, order))
         return target
@@ -199,6 +234,16 @@ def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = 
     known = [key for key in order if key in module._parameters]
     later = [key for key in module._parameters if key not in order]
     module._parameters = {key: module._parameters[key] for key in [*known, *later]}
+
+
+def _parametrized(module: nn.Module) -> dict[str, nn.Parameter]:
+    if _PARAMETRIZATIONS not in module._modules:
+        return {}
+    return {name: original_parameter(module, name) for name in module._modules[_PARAMETRIZATIONS]}  # type: ignore[attr-defined, union-attr]
+
+
+def _rank_in(order: list[str]) -> Callable[[str], int]:
+    return lambda name: order.index(name) if name in order else len(order)
 
 
 def _holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:

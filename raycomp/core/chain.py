@@ -2,55 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raycomp.core.attach import TargetSpace, is_wrapped
-from raycomp.core.reduction import Statistic, reduce_
+from raycomp.core.evaluation_mode import evaluation_mode
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.learned import LearnedTensors
+from raycomp.core.loss import with_loss
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration, Moment, Moments, RunContext
+from raycomp.core.reduction import reduce_, settle_
+from raycomp.core.watching import watch
 from raycomp.errors import CompressionError
 
-if TYPE_CHECKING:
-    from raycomp.core.compressor import Compressor
-    from raycomp.evaluators.plain import TorchEvaluator
-
-Masks = dict[str, dict[str, Tensor]]
-Calibration = dict[str, dict[str, dict[str, Any]]]
-
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class Chain:
     """Fused compressors in the order in which they were fused, the innermost first.
 
-    One training run serves them all: `run` hooks the optimizers, `loss` lets every compressor add to the loss, and
-    after each optimizer step the statistics of all compressors that have a decision to make travel in one flat
-    all-reduce.
+    One training run serves them all: `run` hooks the optimizers, `training_step` lets every compressor watch the
+    forward pass and add to the loss, and at each moment the statistics of all compressors that have a decision to make
+    travel in one flat all-reduce, those of masks before those of ranges.
 
     Args:
         model: the model under compression, changed in place.
+        example: an example input of the model, from which the shapes of inputs and outputs are known.
+        seed: of `generator`.
 
     Raises:
         CompressionError: compressors of another chain stand on the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Any = None, seed: int = 0) -> None:
         if is_wrapped(model):
             raise CompressionError(
                 "the model is wrapped by another compressor",
                 remedy="fuse with it (from_compressor), or take it off first (unwrap_model)",
             )
         self.model = model
-        self.evaluator: TorchEvaluator | None = None
+        self.example = example
+        self.evaluator: Evaluator | None = None
         self.space = TargetSpace(model)
-        self.compressors: list[Compressor] = []
+        self.learned = LearnedTensors()
+        self.generator = torch.Generator().manual_seed(seed)
+        """Draws the same on every rank, and goes on from a checkpoint."""
+        self.compressors: list[Moments] = []
+        self.notes: tuple[str, ...] = ()
+        self.batch = 0
+        """Counts the (micro-)batches whose loss was taken: what members do in common for one is done once."""
         self.step = 0
+        self.steps_in_round = 0
+        self.round = 0
         self.begun = False
+        self.calibrated = False
+        self._origin: dict[str, Tensor] = {}
+        self._shared: dict[object, Any] = {}
 
-    def register(self, compressor: Compressor) -> None:
+    # Who stands on the model.
+
+    def register(self, compressor: Moments) -> None:
         """Adds a compressor behind those that are there, and attaches its targets."""
         compressor.attach()
         self.compressors.append(compressor)
@@ -62,39 +80,69 @@ class Chain:
                 compressor.attach()
 
     def unwrap(self) -> None:
-        """Commits the masks into the weights as exact zeros and takes everything off the model."""
+        """Commits factors and masks into the weights, zeros where masked, and takes everything off the model."""
         for compressor in self.compressors:
             compressor.commit()
         self.space.detach()
 
+    def share(self, key: object, make: Callable[[], Any]) -> Any:
+        """What several compressors of this chain use in common: made once for each key."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+    # What they need.
+
+    @property
+    def rounds(self) -> int:
+        """Training runs that the compressors need, 0 where none of them needs any."""
+        return max((compressor.rounds for compressor in self.compressors), default=0)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a calibration has to follow the training."""
+        return any(compressor.calibrates for compressor in self.compressors)
+
+    @property
+    def calibration_steps(self) -> int | None:
+        """Batches of the calibration; None for one pass over the training data."""
+        wanted = [compressor.calibration_steps for compressor in self.compressors if compressor.calibrates]
+        return None if None in wanted else max(wanted, default=None)  # type: ignore[type-var]
+
+    # The moments of a run.
+
     @contextmanager
-    def run(self, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    def run(self, context: RunContext | Sequence[Optimizer]) -> Iterator[None]:
         """A training run: within the block every step of the optimizers is a step of the compressors.
 
-        With several optimizers an iteration begins with the first one's step and ends with the last one's.
+        With several optimizers an iteration begins with the first one's step and ends with the last one's. A loop that
+        gives its optimizers alone, and calls `loss` itself, is watched whole.
 
         Raises:
             CompressionError: no optimizer, or the model is unwrapped.
         """
-        if not optimizers:
+        own_loop = not isinstance(context, RunContext)
+        context = RunContext(context) if isinstance(context, Sequence) else context
+        if not context.optimizers:
             raise CompressionError("a training run needs an optimizer")
         self.begin()
         handles = (
-            optimizers[0].register_step_pre_hook(lambda *_: self.before_step()),
-            optimizers[-1].register_step_post_hook(lambda *_: self.after_step()),
+            context.optimizers[0].register_step_pre_hook(lambda *_: self._before_step()),
+            context.optimizers[-1].register_step_post_hook(lambda *_: self._after_step()),
         )
         try:
-            with _training(self.compressors):
+            for compressor in self.compressors:
+                compressor.begin_run(context)
+            if own_loop:
+                with watch("training"):
+                    yield
+            else:
                 yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.finish()
-
-    def finish(self) -> None:
-        """The training has ended without an error."""
-        for compressor in self.compressors:
-            compressor.finish()
+            for compressor in self.compressors:
+                compressor.end_run()
 
     def begin(self) -> None:
         """Makes the decisions that need no training step; a resumed run has made them.
@@ -106,40 +154,103 @@ class Chain:
             raise CompressionError("the model is unwrapped", remedy="call wrap_model() first")
         if not self.begun:
             self.begun = True
-            self._decide()
+            if self.rounds > 1:
+                self._origin = self.users_state()
+            self._decide(Moment("begin", 0))
+
+    def training_step(self, step_fn: Callable[[], Any], batch: Any) -> Any:
+        """Runs a training step of the user's: its forward pass is watched, and every compressor may add to its loss.
+
+        Args:
+            step_fn: gives the loss, a tuple that holds it first, or a mapping that holds it as "loss".
+            batch: what the step is of.
+
+        Returns:
+            What `step_fn` gave, with the loss that is to be differentiated in its place.
+        """
+        with watch("training"):
+            output = step_fn()
+        return with_loss(output, lambda loss: self.loss(loss, batch))
 
     def loss(self, loss: Tensor, batch: Any) -> Tensor:
-        """The loss that is differentiated: each compressor in turn takes it and may add to it."""
+        """The loss that is differentiated: the task's own, weighted, and what every compressor adds."""
+        self.batch += 1
         for compressor in self.compressors:
-            loss = compressor.on_loss(loss, batch)
+            if compressor.loss_weight != 1:
+                loss = loss * compressor.loss_weight
+        for compressor in self.compressors:
+            term = compressor.loss_term(batch)
+            loss = loss if term is None else loss + term
         return loss
 
-    def before_step(self) -> None:
+    def end_round(self) -> None:
+        """The last step of a round of training is done: the decisions that fall there are made."""
+        self._decide(Moment("round", self.step, self.round))
+        told = [note for compressor in self.compressors for note in compressor.notes()]
+        self.notes = tuple(dict.fromkeys([*self.notes, *told]))
+        self.round += 1
+        self.steps_in_round = 0
+
+    def rewind(self) -> None:
+        """Before another round: the user's weights and statistics as they were before the first one, where a compressor
+        wants it; what compressors learn goes on with a fresh optimizer."""
+        if any(compressor.rewinds for compressor in self.compressors):
+            self.restore_users_state(self._origin)
+        self.learned.reset()
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """A calibration; when it ends without an error, the decisions that rest on it are made."""
+        with evaluation_mode(self.model):
+            yield
+            self._decide(Moment("calibrated", self.step, self.round))
+        self.calibrated = True
+
+    def calibration_step(self, step_fn: Callable[[], Any]) -> Any:
+        """Runs a step forward only: its forward pass is watched, in evaluation mode and without gradients."""
+        self.model.eval()
+        with torch.no_grad(), watch("calibration"):
+            return step_fn()
+
+    def _before_step(self) -> None:
         """The gradients are there, reduced over the workers; the weights are those that gave them."""
+        self.learned.reduce_gradients()
         for compressor in self.compressors:
             compressor.before_step(self.step + 1)
 
-    def after_step(self) -> None:
+    def _after_step(self) -> None:
         """The optimizer has stepped: decisions that are due are made, on all ranks alike."""
+        self.learned.step()
         self.step += 1
-        self._decide()
+        self.steps_in_round += 1
+        self._decide(Moment("step", self.step, self.round))
 
-    def _decide(self) -> None:
-        # A quantizer's ranges are those of masked weights, so pruners decide first, wherever they stand in the chain.
-        decisive = sorted(self.compressors, key=lambda compressor: compressor.kind == "quantizer")
-        due = [compressor for compressor in decisive if compressor.is_due(self.step)]
-        statistics: list[Statistic] = [item for compressor in due for item in compressor.statistics()]
-        reduce_(statistics)
-        for compressor in due:
-            compressor.decide(self.step)
+    def _decide(self, moment: Moment) -> None:
+        due = [compressor for compressor in self.compressors if compressor.is_due(moment)]
+        for turn in sorted({compressor.turn for compressor in due}):
+            deciding = [compressor for compressor in due if compressor.turn == turn]
+            reduce_([statistic for compressor in deciding for statistic in compressor.statistics()])
+            for compressor in deciding:
+                compressor.decide(moment)
+
+    # What they have to give.
 
     def masks(self) -> Masks:
-        """{module: {target: mask}}, 1 = keep, in each target's full shape."""
-        return _merged(compressor.get_masks() for compressor in self.compressors)
+        """{module: {target: mask}}, 1 = keep, in each target's full shape; those of several pruners multiplied."""
+        merged = Masks()
+        for compressor in self.compressors:
+            masks = compressor.get_masks()
+            for target_id, mask in masks.by_target():
+                merged.put(target_id, mask, masks.method(*target_id))
+        return merged
 
     def calibration(self) -> Calibration:
         """{module: {target: {scale, zero_point, quant_dtype, …}}} of every quantizer."""
-        return _merged(compressor.get_calibration_config() for compressor in self.compressors)
+        merged: Calibration = {}
+        for compressor in self.compressors:
+            for module, targets in compressor.get_calibration_config().items():
+                merged.setdefault(module, {}).update(targets)
+        return merged
 
     def folds(self) -> list[tuple[str, ...]]:
         """The module names that one host runs as a single operator, as `fuse_names` gives them."""
@@ -147,16 +258,47 @@ class Chain:
 
     def sparsity(self) -> float:
         """The fraction of the masked parameters' and activations' elements that is zero; 0 without masks."""
-        masks = [mask for targets in self.masks().values() for mask in targets.values()]
+        masks = [mask for _, mask in self.masks().by_target()]
         total = sum(mask.numel() for mask in masks)
         return 1 - sum(float(mask.sum()) for mask in masks) / total if total else 0.0
+
+    def users_state(self) -> dict[str, Tensor]:
+        """A copy of the state dict of the model as the user wrote it."""
+        with self.space.as_written():
+            return copy.deepcopy(dict(self.model.state_dict()))
+
+    def restore_users_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over `users_state()`; what compressors keep in the model stays."""
+        with self.space.as_written():
+            self.model.load_state_dict(state)
+
+    def unheld_parameters(self, optimizers: Sequence[Optimizer]) -> list[str]:
+        """The names of trainable parameters that no optimizer holds, and that therefore stay as they are."""
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        with self.space.as_written():
+            named = list(self.model.named_parameters())
+        return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+
+    # Going on later.
+
+    def settle(self) -> None:
+        """Merges what the ranks are still gathering, so that rank 0's state holds all of it. A collective: every rank
+        calls it before `state_dict`."""
+        settle_([statistic for compressor in self.compressors for statistic in compressor.running_statistics()])
 
     def state_dict(self) -> dict[str, Any]:
         """What the compressors know beside the model's own state dict: the step, schedules, running statistics."""
         return {
             "version": _STATE_VERSION,
             "step": self.step,
+            "steps_in_round": self.steps_in_round,
+            "round": self.round,
             "begun": self.begun,
+            "calibrated": self.calibrated,
+            "notes": self.notes,
+            "generator": self.generator.get_state(),
+            "learned": self.learned.state_dict(),
+            "origin": self._origin,
             "compressors": [
                 {"class": type(compressor).__name__, "state": compressor.state_dict()}
                 for compressor in self.compressors
@@ -176,25 +318,10 @@ class Chain:
                 f"the state is version {state['version']} of {saved}, "
                 f"these compressors are version {_STATE_VERSION} of {here}"
             )
-        self.step, self.begun = state["step"], state["begun"]
+        self.step, self.round, self.steps_in_round = state["step"], state["round"], state["steps_in_round"]
+        self.begun, self.calibrated, self.notes = state["begun"], state["calibrated"], tuple(state["notes"])
+        self.generator.set_state(state["generator"])
+        self._origin = dict(state["origin"])
         for compressor, item in zip(self.compressors, state["compressors"], strict=True):
             compressor.load_state_dict(item["state"])
-
-
-@contextmanager
-def _training(compressors: Sequence[Compressor]) -> Iterator[None]:
-    for compressor in compressors:
-        compressor.on_run(True)
-    try:
-        yield
-    finally:
-        for compressor in compressors:
-            compressor.on_run(False)
-
-
-def _merged(parts: Any) -> dict[str, dict[str, Any]]:
-    merged: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        for module, targets in part.items():
-            merged.setdefault(module, {}).update(targets)
-    return merged
+        self.learned.load_state_dict(state["learned"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, SelectionEntry, nearest
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, canonical_target
 from raycomp.core.attach import forward_arguments, original_parameter, user_class
+from raycomp.core.layout import Layout, layouts
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import ConfigError, Problem
 
@@ -86,8 +87,32 @@ class Selected:
     own_keys: frozenset[str] = frozenset()
 
 
-def resolve(model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], where: str) -> dict[TargetId, Selected]:
-    """Every target that a config list sets, in the order of the entries.
+@dataclass(frozen=True)
+class Selection:
+    """A config list resolved against a model: what a compressor is built from, the same in every process.
+
+    Args:
+        entries: the config list.
+        selected: every target that it sets, in the order of the entries.
+        layouts: the shape of each, and where its channels are.
+    """
+
+    entries: tuple[SelectionEntry, ...]
+    selected: Mapping[TargetId, Selected]
+    layouts: Mapping[TargetId, Layout]
+
+
+def resolve(
+    model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], where: str, example: Any = None
+) -> Selection:
+    """Every target that a config list sets.
+
+    Args:
+        model: the model.
+        kind: of the compressor.
+        entries: the config list.
+        where: its place, for messages.
+        example: an example input of the model, which tells the shapes of inputs and outputs; None for none.
 
     Raises:
         ConfigError: with all that is wrong: a name or type that the model lacks, an entry that selects nothing, a
@@ -110,7 +135,7 @@ def resolve(model: nn.Module, kind: Kind, entries: Sequence[SelectionEntry], whe
     problems += _tied_problems(model, selected.values())
     if problems:
         raise ConfigError(problems)
-    return selected
+    return Selection(tuple(entries), selected, layouts(model, selected, example))
 
 
 def select(model: nn.Module, entry: SelectionEntry, where: str) -> list[str]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from raycomp.errors import CompressionError
 
 TargetKind = Literal["parameter", "input", "output"]
-Slot = Literal["tracker", "quantizer", "mask", "recorder"]
-SLOTS: tuple[Slot, ...] = ("tracker", "quantizer", "mask", "recorder")
+Slot = Literal["factors", "watchers", "masks", "recorders"]
+SLOTS: tuple[Slot, ...] = ("factors", "watchers", "masks", "recorders")
 
 
 class TargetId(NamedTuple):
@@ -59,58 +59,73 @@ def set_buffer_(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 class Target(nn.Module):
-    """The transforms of one target, run in the order track → quantize → mask → record.
+    """The transforms of one target, run in the order factor → watch → quantize → mask → record.
 
-    A slot holds one module, put there by one compressor. The target is itself a module, so that buffers and learned
-    parameters of its slots move, train, synchronise and save with the model.
+    A mask comes after the quantizer, so that what is masked and quantized lies on the quantizer's grid: 0 does. Masks
+    of several compressors multiply; only one can quantize. The target is itself a module, so that buffers and learned
+    tensors of its transforms move, copy and save with the model.
 
     Args:
         target_id: which target this is.
     """
 
-    tracker: nn.Module | None
+    factors: nn.ModuleList
+    watchers: nn.ModuleList
     quantizer: nn.Module | None
-    mask: nn.Module | None
-    recorder: nn.Module | None
+    masks: nn.ModuleList
+    recorders: nn.ModuleList
 
     def __init__(self, target_id: TargetId) -> None:
         super().__init__()
         self.target_id = target_id
-        self.owners: dict[str, str] = {}
+        self.quantized_by = ""
         self.defer_quantizer = False
+        self.register_module("quantizer", None)
         for slot in SLOTS:
-            self.register_module(slot, None)
+            self.add_module(slot, nn.ModuleList())
 
     @property
     def kind(self) -> TargetKind:
         """Whether a parameter, an input or an output is meant."""
         return target_kind(self.target_id.target)
 
-    def claim(self, slot: Slot, transform: nn.Module, owner: str) -> None:
-        """Puts `transform` into an empty slot.
+    def add(self, slot: Slot, transform: nn.Module) -> None:
+        """Puts `transform` behind those that are in the slot."""
+        getattr(self, slot).append(transform)
+
+    def set_quantizer(self, quantizer: nn.Module, owner: str) -> None:
+        """Puts the quantizer on the target.
 
         Raises:
-            CompressionError: another compressor has claimed this slot.
+            CompressionError: another compressor quantizes it already.
         """
-        if slot in self.owners:
+        if self.quantizer is not None:
             raise CompressionError(
-                f"both {self.owners[slot]} and {owner} set the {slot} of this target",
+                f"both {self.quantized_by} and {owner} quantize this target",
                 where=str(self.target_id),
                 remedy="exclude it from one of the two config lists",
             )
-        self.owners[slot] = owner
-        self.add_module(slot, transform)
+        self.quantized_by = owner
+        self.add_module("quantizer", quantizer)
+
+    def masked(self, value: Tensor) -> Tensor:
+        """The value under all factors and masks, unquantized."""
+        for transform in (*self.factors, *self.masks):
+            value = transform(value)
+        return value
 
     def forward(self, value: Any) -> Any:
         """The target's value as the compressed model sees it; what isn't a floating-point tensor passes through."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        if self.tracker is not None:
-            self.tracker(value)
+        for factor in self.factors:
+            value = factor(value)
+        for watcher in self.watchers:
+            watcher(value)
         if self.quantizer is not None and not self.defer_quantizer:
             value = self.quantizer(value)
-        if self.mask is not None:
-            value = self.mask(value)
-        if self.recorder is not None:
-            self.recorder(value)
+        for mask in self.masks:
+            value = mask(value)
+        for recorder in self.recorders:
+            recorder(value)
         return value

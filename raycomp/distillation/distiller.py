@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from raycomp.config import DistillTarget, nearest
-from raycomp.core.attach import replace_part
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.moments import RunContext, device_of
 from raycomp.core.selection import Kind, module_names
 from raycomp.core.target import TargetId, target_kind
 from raycomp.distillation.losses import DISTANCES
 from raycomp.distillation.recorder import Recorder
+from raycomp.distillation.teacher import Outputs, Predict, Teacher
 from raycomp.errors import CompressionError, ConfigError, Problem
-from raycomp.evaluators.plain import TorchEvaluator
 
 
 class LayerwiseDistiller(Compressor):
@@ -43,21 +42,19 @@ class LayerwiseDistiller(Compressor):
         self,
         model: nn.Module | Chain,
         config_list: ConfigList,
-        evaluator: TorchEvaluator | None = None,
+        evaluator: Evaluator | None = None,
         teacher_model: nn.Module | None = None,
-        teacher_predict: Callable[[Any, nn.Module], Any] | None = None,
+        teacher_predict: Predict | None = None,
         origin_loss_lambda: float = 1.0,
     ) -> None:
         if teacher_model is None or teacher_predict is None:
             raise CompressionError(f"{type(self).__name__} needs teacher_model and teacher_predict")
-        self.teacher = teacher_model
+        chain = model if isinstance(model, Chain) else Chain(model)
+        self.teacher: Teacher = chain.share(teacher_model, lambda: Teacher(teacher_model))
         self.teacher_predict = teacher_predict
         self.origin_loss_lambda = origin_loss_lambda
         self.recorders: dict[TargetId, Recorder] = {}
-        self.teacher_values: dict[TargetId, list[Tensor]] = {}
-        self._handles: list[RemovableHandle] = []
-        self._teacher_modes: list[tuple[nn.Module, bool]] = []
-        super().__init__(model, config_list, evaluator)
+        super().__init__(chain, config_list, evaluator)
 
     @classmethod
     def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +64,10 @@ class LayerwiseDistiller(Compressor):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
             args = ()
         return cls(compressor.chain, config_list, *args, **kwargs)
+
+    def translated(self, target_id: TargetId, link: TargetId, student: Tensor, teacher: Tensor) -> Tensor:
+        """What of the student is held against the teacher's output: its own, as it is."""
+        return student
 
     @abstractmethod
     def combine(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, Tensor]:
@@ -80,7 +81,7 @@ class LayerwiseDistiller(Compressor):
 
     def check(self) -> None:
         """Refuses links that the teacher lacks, and targets that are no outputs."""
-        known = module_names(self.teacher)
+        known = module_names(self.teacher.model)
         problems = []
         for target_id, selected in self.selected.items():
             if target_kind(target_id.target) != "output":
@@ -92,67 +93,51 @@ class LayerwiseDistiller(Compressor):
         if problems:
             raise ConfigError(problems)
 
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    @property
+    def loss_weight(self) -> float:
+        return self.origin_loss_lambda
+
     def attach(self) -> None:
-        for target_id, selected in self.selected.items():
-            recorder = self.recorders.setdefault(target_id, Recorder())
-            owner = f"{type(self).__name__} {selected.where}"
-            self.chain.space.target(target_id).claim("recorder", recorder, owner)
+        for target_id in self.selected:
+            recorder = self.recorders.setdefault(target_id, self.make_recorder(target_id))
+            self.chain.space.target(target_id).add("recorders", recorder)
 
-    def on_run(self, running: bool) -> None:
+    def make_recorder(self, target_id: TargetId) -> Recorder:
+        """The module that keeps what a target gives."""
+        return Recorder()
+
+    def begin_run(self, context: RunContext) -> None:
+        links = {link for target_id in self.recorders for link in self.links(target_id)}
+        self.teacher.open(links, device_of(self.model))
+
+    def end_run(self) -> None:
+        self.teacher.close()
         for recorder in self.recorders.values():
-            recorder.open = running
             recorder.values.clear()
-        if not running:
-            while self._handles:
-                self._handles.pop().remove()
-            for module, training in self._teacher_modes:
-                module.training = training
-            return
-        self._teacher_modes = [(module, module.training) for module in self.teacher.modules()]
-        self.teacher.to(next(self.model.parameters()).device).eval()
-        for link in {link for target_id in self.recorders for link in self.links(target_id)}:
-            module = self.teacher.get_submodule(link.module)
-            self._handles.append(module.register_forward_hook(self._teacher_hook(link)))
 
-    def on_loss(self, loss: Tensor, batch: Any) -> Tensor:
-        """Runs the teacher on `batch` and adds the distances."""
-        with torch.no_grad():
-            self.teacher_predict(batch, self.teacher)
-        distances = {target_id: self._distances(target_id) for target_id in self.recorders}
-        self.teacher_values.clear()
-        total = self.origin_loss_lambda * loss
-        for target_id, distance in self.combine(distances).items():
-            total = total + self._settings(target_id).lambda_ * distance
-        return total
+    def loss_term(self, batch: Any) -> Tensor:
+        """Runs the teacher on `batch` and sums up the weighted distances."""
+        outputs = self.teacher.outputs(batch, self.teacher_predict, self.chain.batch)
+        distances = {target_id: self._distances(target_id, outputs) for target_id in self.recorders}
+        combined = self.combine(distances).items()
+        weighted = [self._settings(target_id).lambda_ * distance for target_id, distance in combined]
+        return torch.stack(weighted).sum()
 
     def _settings(self, target_id: TargetId) -> DistillTarget:
         settings = self.selected[target_id].settings
         assert isinstance(settings, DistillTarget)
         return settings
 
-    def _teacher_hook(self, link: TargetId) -> Callable[[nn.Module, Any, Any], None]:
-        def note(value: Tensor) -> Tensor:
-            self.teacher_values.setdefault(link, []).append(value)
-            return value
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            replace_part(output, link.target.removeprefix("_output_"), note)
-
-        return keep
-
-    def _distances(self, target_id: TargetId) -> list[Tensor]:
+    def _distances(self, target_id: TargetId, outputs: Outputs) -> list[Tensor]:
         student = self.recorders[target_id].take(target_id)
-        distance_fn = DISTANCES[self._settings(target_id).apply_method]
-        return [self._distance(target_id, link, student, distance_fn) for link in self.links(target_id)]
+        return [self._distance(target_id, link, student, outputs.get(link, [])) for link in self.links(target_id)]
 
-    def _distance(
-        self,
-        target_id: TargetId,
-        link: TargetId,
-        student: list[Tensor],
-        distance_fn: Callable[[Tensor, Tensor], Tensor],
-    ) -> Tensor:
-        teacher = self.teacher_values.get(link, [])
+    def _distance(self, target_id: TargetId, link: TargetId, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+        student = [self.translated(target_id, link, ours, theirs) for ours, theirs in zip(student, teacher)] or student
         shapes = [tuple(value.shape) for value in student], [tuple(value.shape) for value in teacher]
         if shapes[0] != shapes[1]:
             raise CompressionError(
@@ -160,5 +145,6 @@ class LayerwiseDistiller(Compressor):
                 where=str(target_id),
                 remedy="link modules whose outputs have the same shape",
             )
+        distance_fn = DISTANCES[self._settings(target_id).apply_method]
         pairs = zip(student, teacher, strict=True)
         return torch.stack([distance_fn(ours, theirs.to(ours)) for ours, theirs in pairs]).sum()

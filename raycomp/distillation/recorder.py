@@ -7,20 +7,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.core.target import TargetId
+from raycomp.core.watching import in_training_step
 from raycomp.errors import CompressionError
 
 
 class Recorder(nn.Module):
-    """Keeps what passes while it is open; a copy starts empty, because tensors of a live graph can't be copied."""
+    """Keeps what passes in a training step; a copy starts empty, because tensors of a live graph can't be copied."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.open = False
         self.values: list[Tensor] = []
 
     def forward(self, value: Tensor) -> None:
-        """Keeps `value`, in training mode."""
-        if self.open and self.training:
+        """Keeps `value`, in the forward pass of a training step."""
+        if in_training_step():
             self.values.append(value)
 
     def take(self, target_id: TargetId) -> list[Tensor]:
@@ -30,7 +30,9 @@ class Recorder(nn.Module):
             CompressionError: nothing passed.
         """
         if not self.values:
-            raise CompressionError("this module didn't run in the forward pass", where=str(target_id))
+            message = "this module didn't run, with gradients, in the training step's forward pass"
+            remedy = "a training function must use the training_step that it is given; activation checkpointing needs "
+            raise CompressionError(message, where=str(target_id), remedy=f"{remedy}use_reentrant=False")
         values, self.values = self.values, []
         return values
 

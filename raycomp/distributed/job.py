@@ -15,7 +15,8 @@ from uuid import uuid4
 import ray
 
 from raycomp.config import JobConfig, SourceMap, load_job, parse_job, read_job
-from raycomp.core.chain import Calibration, Masks
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run

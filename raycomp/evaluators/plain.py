@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from raycomp.core.parts import replace_output
+from raycomp.core.evaluator import Trainee
+from raycomp.core.loss import with_loss
+from raycomp.core.moments import RunContext
 from raycomp.errors import CompressionError
-
-if TYPE_CHECKING:
-    from raycomp.core.chain import Chain
 
 TrainingStep = Callable[..., Any]
 
@@ -31,7 +32,7 @@ class TorchEvaluator:
         training_step: `training_step(batch, model, …)` gives the loss, a tuple that holds it first, or a mapping that
             holds it as "loss".
         lr_schedulers: handed to `training_func`.
-        dummy_input: an example input, kept for the user's speedup call.
+        dummy_input: an example input: shapes of inputs and outputs are known from it.
         evaluating_func: `evaluating_func(model)` gives the metric.
     """
 
@@ -50,21 +51,44 @@ class TorchEvaluator:
         self.lr_schedulers = lr_schedulers
         self.dummy_input = dummy_input
         self.evaluating_func = evaluating_func
+        self._fresh = self._states()
 
-    def train(self, chain: Chain, max_steps: int | None, max_epochs: int | None) -> None:
-        """Runs the user's training function with all compressors of `chain` taking part.
+    @property
+    def example(self) -> Any:
+        """The dummy input."""
+        return self.dummy_input
 
-        Parameters that the compressors learn and no optimizer holds join the first optimizer.
+    def train(self, trainee: Trainee, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        """Runs the user's training function with all compressors taking part.
+
+        Trainable parameters that no optimizer holds are named in a warning.
         """
-        optimizers = [self.optimizers] if isinstance(self.optimizers, Optimizer) else list(self.optimizers)
-        _add_learned_parameters(chain, optimizers)
+        self._warn_of_unheld(trainee)
 
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            output = self.training_step(batch, *args, **kwargs)
-            return _with_loss(output, lambda loss: chain.loss(loss, batch))
+            return trainee.training_step(lambda: self.training_step(batch, *args, **kwargs), batch)
 
-        with chain.run(optimizers):
-            self.training_func(chain.model, self.optimizers, training_step, self.lr_schedulers, max_steps, max_epochs)
+        evaluate = None if self.evaluating_func is None else lambda: self.evaluate(trainee.model)
+        context = RunContext(
+            self._optimizers, self._schedulers, total_steps=max_steps, example=self.example, evaluate=evaluate
+        )
+        with trainee.run(context):
+            self._train(trainee.model, training_step, max_steps, max_epochs)
+            trainee.end_round()
+
+    def calibrate(self, trainee: Trainee, max_steps: int | None = None) -> None:
+        """Runs the user's training function for its batches alone: the model is in evaluation mode, gradients are zero,
+        and afterwards weights, optimizers and schedules are as before."""
+        weights, states = trainee.users_state(), self._states()
+        with trainee.calibrating():
+
+            def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+                output = trainee.calibration_step(lambda: self.training_step(batch, *args, **kwargs))
+                return with_loss(output, _without_gradient)
+
+            self._train(trainee.model, training_step, max_steps, None if max_steps else 1)
+            trainee.restore_users_state(weights)
+            self._restore(states)
 
     def evaluate(self, model: nn.Module) -> Any:
         """The user's metric of `model`.
@@ -76,27 +100,39 @@ class TorchEvaluator:
             raise CompressionError("this evaluator has no evaluating_func")
         return self.evaluating_func(model)
 
+    def reset(self) -> None:
+        """Optimizers and schedules are as they were when the evaluator was made."""
+        self._restore(copy.deepcopy(self._fresh))
 
-def _with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    found = False
+    def _train(self, model: nn.Module, training_step: TrainingStep, max_steps: int | None, epochs: int | None) -> None:
+        self.training_func(model, self.optimizers, training_step, self.lr_schedulers, max_steps, epochs)
 
-    def changed(loss: Any) -> Any:
-        nonlocal found
-        found = isinstance(loss, Tensor)
-        return change(loss) if found else loss
+    @property
+    def _optimizers(self) -> list[Optimizer]:
+        return [self.optimizers] if isinstance(self.optimizers, Optimizer) else list(self.optimizers)
 
-    output = replace_output(output, "loss" if isinstance(output, Mapping) else "0", changed)
-    if not found:
-        raise CompressionError(
-            f"training_step returned {type(output).__name__} without a loss",
-            remedy="return the loss, (loss, …), or a mapping that holds it as 'loss'",
-        )
-    return output
+    @property
+    def _schedulers(self) -> list[LRScheduler]:
+        schedulers = self.lr_schedulers
+        return [] if schedulers is None else [schedulers] if not isinstance(schedulers, Sequence) else list(schedulers)
+
+    @property
+    def _stateful(self) -> list[Any]:
+        return [*self._optimizers, *self._schedulers]
+
+    def _states(self) -> list[dict[str, Any]]:
+        return [copy.deepcopy(each.state_dict()) for each in self._stateful]
+
+    def _restore(self, states: Sequence[dict[str, Any]]) -> None:
+        for each, state in zip(self._stateful, states, strict=True):
+            each.load_state_dict(state)
+
+    def _warn_of_unheld(self, trainee: Trainee) -> None:
+        unheld = trainee.unheld_parameters(self._optimizers)
+        if unheld:
+            warnings.warn(f"no optimizer holds {', '.join(unheld[:8])}: they will not train", stacklevel=3)
 
 
-def _add_learned_parameters(chain: Chain, optimizers: Sequence[Optimizer]) -> None:
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    trainable = (p for target in chain.space.targets.values() for p in target.parameters() if p.requires_grad)
-    learned = [p for p in trainable if id(p) not in held]
-    if learned:
-        optimizers[0].add_param_group({"params": learned})
+def _without_gradient(loss: Tensor) -> Tensor:
+    """The loss's value as something that can be differentiated without effect."""
+    return loss.detach().requires_grad_()

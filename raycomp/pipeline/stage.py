@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import JobConfig
-from raycomp.core.chain import Calibration, Chain, Masks
+from raycomp.core.chain import Chain
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
 from raycomp.errors import SpeedupError
 from raycomp.pipeline.build import BuildContext, build_chain, dense_model, weight_dtype
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style

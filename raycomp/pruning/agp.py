@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from raycomp.pruning.schedule import Schedule, agp
-from raycomp.pruning.scheduled import ScheduledPruner
+from raycomp.pruning.schedule import agp
+from raycomp.pruning.scheduled import StepwisePruner
 
 
-class AGPPruner(ScheduledPruner):
+class AGPPruner(StepwisePruner):
     """The sparsity grows as goal × (1 − (1 − t/T)³)
-    (Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878); see `ScheduledPruner` for the arguments."""
+    (Zhu and Gupta, To prune, or not to prune, arXiv:1710.01878); see `StepwisePruner` for the arguments."""
 
     @staticmethod
-    def schedule(interval_steps: int, total_times: int) -> Schedule:
-        """The decisions."""
-        return agp(interval_steps, total_times)
+    def curve(progress: float, goal: float) -> float:
+        """The part of the goal that is due."""
+        return agp(progress, goal)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from raycomp.pruning.schedule import Schedule, linear
-from raycomp.pruning.scheduled import ScheduledPruner
+from raycomp.pruning.schedule import linear
+from raycomp.pruning.scheduled import StepwisePruner
 
 
-class LinearPruner(ScheduledPruner):
-    """The sparsity grows linearly: goal × t/T; see `ScheduledPruner` for the arguments."""
+class LinearPruner(StepwisePruner):
+    """The sparsity grows linearly: goal × t/T; see `StepwisePruner` for the arguments."""
 
     @staticmethod
-    def schedule(interval_steps: int, total_times: int) -> Schedule:
-        """The decisions."""
-        return linear(interval_steps, total_times)
+    def curve(progress: float, goal: float) -> float:
+        """The part of the goal that is due."""
+        return linear(progress, goal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import floor, lcm
 
 import torch
@@ -69,15 +70,19 @@ class _Unit:
         self.settings = members[0].settings
         self.fraction = members[0].fraction
         self._check()
-        blocks = lcm(*(member.settings.internal_metric_block or 1 for member in members))
-        saliency = torch.stack([_pinned(member).flatten() for member in members]).mean(dim=0)
-        if saliency.numel() % blocks:
+        self.blocks = lcm(*(member.settings.internal_metric_block or 1 for member in members))
+        saliency = _mean([_pinned(member).flatten() for member in members])
+        if saliency.numel() % self.blocks:
             raise ValueError(
-                f"internal_metric_block {blocks} doesn't divide the {saliency.numel()} blocks of {members[0].key}"
+                f"internal_metric_block {self.blocks} doesn't divide the {saliency.numel()} blocks of {members[0].key}"
             )
-        values, self.order = saliency.view(blocks, -1).sort(dim=1, stable=True)
-        self.values = values.mean(dim=0)
-        self.step_elements = blocks * sum(member.elements for member in members)
+        self.saliency = saliency.view(self.blocks, -1)
+        self.step_elements = self.blocks * sum(member.elements for member in members)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The value of each step; with internal blocks in ascending order, else that of the blocks."""
+        return self.saliency[0] if self.blocks == 1 else self.saliency.double().sort(dim=1).values.mean(dim=0)
 
     def _check(self) -> None:
         first = self.members[0]
@@ -95,7 +100,7 @@ class _Unit:
         given = [member.settings.max_sparse_ratio for member in self.members]
         most = min([ratio for ratio in given if ratio is not None], default=1.0)
         pinned = int((self.values == -torch.inf).sum())
-        return max(_share(len(self.values), least * self.fraction), pinned), max(_share(len(self.values), most), pinned)
+        return max(_part(len(self.values), least * self.fraction), pinned), max(_part(len(self.values), most), pinned)
 
     def wanted(self) -> int:
         """The number of steps to prune by threshold or ratio, clamped."""
@@ -103,15 +108,28 @@ class _Unit:
         if threshold is not None:
             count = int((self.values < threshold * self.fraction).sum())
         else:
-            count = _share(len(self.values), (ratio or 0.0) * self.fraction)
+            count = _part(len(self.values), (ratio or 0.0) * self.fraction)
         least, most = self.clamps()
         return min(max(count, least), most)
 
     def mask(self, count: int) -> Tensor:
-        """True = keep, flat, with the `count` least steps pruned."""
-        keep = torch.ones_like(self.order, dtype=torch.bool)
-        keep.scatter_(1, self.order[:, :count], False)
-        return keep.flatten()
+        """True = keep, flat, with the `count` least of every internal block pruned."""
+        return torch.cat([~least(row, count) for row in self.saliency])
+
+
+def least(values: Tensor, count: int) -> Tensor:
+    """True at the `count` least of `values` [n]; of equal ones the first go first."""
+    if count <= 0 or count >= len(values):
+        return torch.full_like(values, count > 0, dtype=torch.bool)
+    border = values.kthvalue(count).values
+    chosen = values < border
+    equal = (values == border).nonzero().flatten()
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def _mean(saliencies: Sequence[Tensor]) -> Tensor:
+    return saliencies[0] if len(saliencies) == 1 else torch.stack([each.double() for each in saliencies]).mean(dim=0)
 
 
 def _units(requests: Sequence[MaskRequest]) -> list[_Unit]:
@@ -129,15 +147,17 @@ def _global_counts(name: str, units: Sequence[_Unit]) -> dict[int, int]:
             f"the targets of global group {name!r} need one equal sparse_ratio, not {sorted(map(str, ratios))}"
         )
     ratio = next(iter(ratios)) or 0.0
-    values = torch.cat([unit.values for unit in units])
+    clamps = [unit.clamps() for unit in units]
+    ascending = [unit.values.sort(stable=True).values for unit in units]
     sizes = torch.cat([torch.full((len(unit.values),), unit.step_elements) for unit in units])
     rank = torch.cat([torch.arange(len(unit.values)) for unit in units])
-    least, most = (
-        torch.cat([torch.full((len(unit.values),), unit.clamps()[side]) for unit in units]) for side in (0, 1)
+    least_of, most_of = (
+        torch.cat([torch.full((len(unit.values),), clamp[side]) for unit, clamp in zip(units, clamps, strict=True)])
+        for side in (0, 1)
     )
-    budget = _share(int(sizes.sum()), ratio * units[0].fraction)
-    forced, allowed = rank < least, (rank >= least) & (rank < most)
-    order = values.argsort(stable=True)
+    budget = _part(int(sizes.sum()), ratio * units[0].fraction)
+    forced, allowed = rank < least_of, (rank >= least_of) & (rank < most_of)
+    order = torch.cat(ascending).argsort(stable=True).cpu()
     order = order[allowed[order]]
     spent = sizes[order].cumsum(0) + sizes[forced].sum()
     pruned = forced.clone()
@@ -146,7 +166,7 @@ def _global_counts(name: str, units: Sequence[_Unit]) -> dict[int, int]:
     return {id(unit): int(part.sum()) for unit, part in zip(units, parts, strict=True)}
 
 
-def _share(total: int, ratio: float) -> int:
+def _part(total: int, ratio: float) -> int:
     return floor(total * ratio + _ROUNDING)
 
 
@@ -156,7 +176,7 @@ def _grid(request: MaskRequest) -> list[int]:
 
 
 def _pinned(request: MaskRequest) -> Tensor:
-    saliency = request.saliency.detach().to(device="cpu", dtype=torch.float64)
+    saliency = request.saliency.detach()
     if request.pruned is None:
         return saliency
-    return saliency.masked_fill(request.pruned.to("cpu"), -torch.inf)
+    return saliency.masked_fill(request.pruned.to(saliency.device), -torch.inf)

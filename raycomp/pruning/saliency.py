@@ -4,47 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from raycomp.config.entries import Granularity
+from raycomp.core.layout import Layout
 
-_NAMED = {"out_channel": ((1,), "back", -1), "in_channel": ((-1, 1), "back", -1), "per_channel": ((-1, 1), "back", -1)}
 
-
-def block_sizes(granularity: Granularity, shape: Sequence[int]) -> tuple[int, ...]:
-    """The block's size in each dimension of a tensor of `shape`; the whole dimension for -1.
+def block_sizes(granularity: Granularity, layout: Layout) -> tuple[int, ...]:
+    """The block's size in each dimension of a target; the whole dimension for -1.
 
     Args:
         granularity: a name, a list of sizes (padded in front with 1), or (sizes, "front" | "back", padding value).
-        shape: the target's shape.
+        layout: the target's shape, and where its channels are.
 
     Raises:
-        ValueError: more sizes than dimensions, or a size that doesn't divide its dimension.
+        ValueError: the shape isn't known, more sizes than dimensions, or a size that doesn't divide its dimension.
     """
-    sizes, side, padding = _spelled_out(granularity)
-    missing = len(shape) - len(sizes)
-    if missing < 0:
-        # A one-dimensional target (a bias under out_channel) has only the first size.
-        if isinstance(granularity, str) and len(shape) == 1:
-            sizes, missing = sizes[-1:], 0
-        else:
-            raise ValueError(f"{len(sizes)} block sizes for a target of shape {tuple(shape)}")
-    padded = (padding,) * missing + tuple(sizes) if side == "front" else tuple(sizes) + (padding,) * missing
-    whole = tuple(dim if size == -1 else size for size, dim in zip(padded, shape, strict=True))
+    shape = layout.shape
+    if shape is None:
+        raise ValueError("its shape isn't known without an example input")
+    sizes = _named(granularity, layout, shape) if isinstance(granularity, str) else _padded(granularity, shape)
+    whole = tuple(dim if size == -1 else size for size, dim in zip(sizes, shape, strict=True))
     if any(dim % size for size, dim in zip(whole, shape, strict=True)):
-        raise ValueError(f"blocks of {whole} don't divide the target's shape {tuple(shape)}")
+        raise ValueError(f"blocks of {whole} don't divide the target's shape {shape}")
     return whole
 
 
-def _spelled_out(granularity: Granularity) -> tuple[Sequence[int], str, int]:
-    if isinstance(granularity, str):
-        return _NAMED[granularity]
+def _named(granularity: str, layout: Layout, shape: Sequence[int]) -> list[int]:
+    """One block per channel; a one-dimensional target has only channels."""
+    if len(shape) < 2:
+        return [1] * len(shape)
+    output = layout.channel_dim or 0
+    sizes = [-1] * len(shape)
+    sizes[_input_dim(output) if granularity == "in_channel" else output] = 1
+    if granularity != "in_channel" and layout.groups > 1:
+        sizes[0] = shape[0] // layout.groups
+    return sizes
+
+
+def _input_dim(output: int) -> int:
+    return 0 if output == 1 else 1
+
+
+def _padded(granularity: Sequence[Any], shape: Sequence[int]) -> list[int]:
+    sizes, side, padding = granularity, "front", 1
     if isinstance(granularity[0], tuple | list):
         sizes, side, padding = granularity
-        return sizes, side, padding  # type: ignore[return-value]
-    return granularity, "front", 1  # type: ignore[return-value]
+    missing = len(shape) - len(sizes)
+    if missing < 0:
+        raise ValueError(f"{len(sizes)} block sizes for a target of shape {tuple(shape)}")
+    more = [padding] * missing
+    return [*more, *sizes] if side == "front" else [*sizes, *more]
 
 
 def block_sum(value: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -80,8 +93,19 @@ def taylor(weight: Tensor, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
     return block_sum((weight.detach() * gradient.detach()).square(), blocks)
 
 
-def follow(source: Tensor, dims: Sequence[int]) -> Tensor:
-    """The mask that follows `source`: 1 where the source, summed over its other dimensions, is above 0."""
+def follow(source: Tensor, layout: Layout, dims: Sequence[int] | None) -> Tensor:
+    """The mask that follows `source`: 1 where the source, summed over its other dimensions, is above 0.
+
+    Args:
+        source: a mask.
+        layout: of the source's target.
+        dims: the dimensions to follow; None for the output channels.
+
+    Returns:
+        Of the shape of these dimensions; [output channels] without `dims`.
+    """
+    if dims is None:
+        return (layout.channels(source).sum(dim=1) > 0).to(torch.float32)
     others = [dim for dim in range(source.dim()) if dim not in dims]
     summed = source.sum(dim=others) if others else source
     return (summed > 0).to(torch.float32)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from raycomp.core.chain import Chain, Masks
+from raycomp.core.chain import Chain
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.masks import Masks
 from raycomp.errors import CompressionError, ConfigError, Problem
-from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning.pruner import Pruner
-from raycomp.pruning.schedule import Schedule
+from raycomp.pruning.schedule import Every, Schedule
 
 
 class ScheduledPruner:
@@ -20,26 +21,19 @@ class ScheduledPruner:
 
     Args:
         pruner: the basic pruner that ranks and masks.
-        interval_steps: optimizer steps between two decisions; at least the pruner's `training_steps`.
-        total_times: the number of decisions; the last one reaches the goal.
+        schedule: when it decides, and how much.
         evaluator: how to train, where the pruner has no evaluator yet.
 
     Raises:
-        ConfigError: a decision would rest on more steps than lie before it.
         CompressionError: `pruner` is no basic pruner.
     """
 
-    def __init__(
-        self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: TorchEvaluator | None = None
-    ) -> None:
+    def __init__(self, pruner: Pruner, schedule: Schedule, evaluator: Evaluator | None = None) -> None:
         if not isinstance(pruner, Pruner):
             message = f"{type(self).__name__} schedules a pruner, not a {type(pruner).__name__}"
             raise CompressionError(message, remedy="give it an L1NormPruner or another basic pruner")
         self.pruner = pruner
-        if pruner.window > interval_steps:
-            message = f"interval_steps {interval_steps} is below the pruner's training_steps {pruner.window}"
-            raise ConfigError([Problem("interval_steps", message, f"at least {pruner.window}")])
-        pruner.schedule = self.schedule(interval_steps, total_times)
+        pruner.schedule = schedule
         pruner.chain.evaluator = pruner.chain.evaluator or evaluator
 
     @classmethod
@@ -47,18 +41,13 @@ class ScheduledPruner:
         """The same as the constructor: the schedule is of the pruner that it is given."""
         return cls(compressor, *args, **kwargs)
 
-    @staticmethod
-    @abstractmethod
-    def schedule(interval_steps: int, total_times: int) -> Schedule:
-        """The decisions."""
-
     @property
     def chain(self) -> Chain:
         """The fused compressors."""
         return self.pruner.chain
 
     @property
-    def evaluator(self) -> TorchEvaluator | None:
+    def evaluator(self) -> Evaluator | None:
         """How to train."""
         return self.pruner.evaluator
 
@@ -90,3 +79,31 @@ class ScheduledPruner:
     def unwrap_model(self) -> None:
         """Commits the masks into the weights and takes all fused compressors off the model."""
         self.chain.unwrap()
+
+
+class StepwisePruner(ScheduledPruner, ABC):
+    """A schedule that decides every so many steps.
+
+    Args:
+        pruner: the basic pruner that ranks and masks.
+        interval_steps: optimizer steps between two decisions; at least the pruner's `training_steps`.
+        total_times: the number of decisions; the last one reaches the goal.
+        evaluator: how to train, where the pruner has no evaluator yet.
+
+    Raises:
+        ConfigError: a decision would rest on more steps than lie before it.
+        CompressionError: `pruner` is no basic pruner.
+    """
+
+    @staticmethod
+    @abstractmethod
+    def curve(progress: float, goal: float) -> float:
+        """The part of the goal that is due."""
+
+    def __init__(
+        self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: Evaluator | None = None
+    ) -> None:
+        super().__init__(pruner, Every(interval_steps, total_times, self.curve), evaluator)
+        if pruner.window > interval_steps:
+            message = f"interval_steps {interval_steps} is below the pruner's training_steps {pruner.window}"
+            raise ConfigError([Problem("interval_steps", message, f"at least {pruner.window}")])

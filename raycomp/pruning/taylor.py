@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
-from raycomp.core.reduction import Statistic, world_size
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.moments import device_of
+from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
 from raycomp.core.target import TargetId
-from raycomp.evaluators.plain import TorchEvaluator
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import taylor
 
@@ -35,11 +36,11 @@ class TaylorPruner(Pruner):
         self,
         model: nn.Module | Chain,
         config_list: ConfigList,
-        evaluator: TorchEvaluator | None = None,
+        evaluator: Evaluator | None = None,
         training_steps: int = 100,
     ) -> None:
         self.training_steps = training_steps
-        self.sums: dict[TargetId, Tensor] = {}
+        self.sums: dict[TargetId, Statistic] = {}
         super().__init__(model, config_list, evaluator)
 
     @classmethod
@@ -57,37 +58,37 @@ class TaylorPruner(Pruner):
 
     def before_step(self, step: int) -> None:
         """Adds (w·g)² of this step, where a decision within `training_steps` steps rests on it."""
-        if not any(decision.step - self.window < step <= decision.step for decision in self.schedule):
+        if not self.schedule.gathers(step, self.window):
             return
         for target_id in self.goals:
             parameter = self.chain.space.parameter(target_id)
             if parameter.grad is not None:
                 saliency = taylor(parameter, parameter.grad, self.blocks(target_id))
-                self._sum(target_id).add_(saliency)
+                self._sum(target_id).tensor.add_(saliency)
 
     def statistics(self) -> list[Statistic]:
-        if self._decision(self.chain.step) is None:
-            return []
-        return [Statistic(self._sum(target_id), "sum") for target_id in self.goals]
+        return [self._sum(target_id) for target_id in self.goals]
+
+    def running_statistics(self) -> list[Statistic]:
+        return list(self.sums.values())
 
     def saliencies(self) -> dict[TargetId, Tensor]:
         """The mean over the workers, which under DDP all have the same; the sums begin anew."""
-        sums = {target_id: self._sum(target_id) / world_size() for target_id in self.goals}
-        self.sums.clear()
-        return sums
+        found = {target_id: self._sum(target_id).tensor for target_id in self.goals}
+        self.sums = {}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {str(key): value for key, value in self.sums.items()}}
+        return {"sums": statistics_state({str(key): value for key, value in self.sums.items()})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        saved = state["sums"]
-        self.sums = {key: saved[str(key)].to(self._sum(key)) for key in self.goals if str(key) in saved}
+        found = restored_statistics(state["sums"], device_of(self.model))
+        self.sums = {key: found[str(key)] for key in self.goals if str(key) in found}
 
-    def _sum(self, target_id: TargetId) -> Tensor:
+    def _sum(self, target_id: TargetId) -> Statistic:
         if target_id not in self.sums:
             parameter = self.chain.space.parameter(target_id)
-            blocks = self.blocks(target_id)
-            grid = [dim // block for dim, block in zip(parameter.shape, blocks, strict=True)]
             dtype = torch.promote_types(parameter.dtype, torch.float32)
-            self.sums[target_id] = torch.zeros(grid, dtype=dtype, device=parameter.device)
+            zeros = torch.zeros(self.grid(target_id), dtype=dtype, device=parameter.device)
+            self.sums[target_id] = Statistic(zeros, "mean", f"Taylor saliency of {target_id}")
         return self.sums[target_id]

@@ -17,7 +17,7 @@ class FakeQuantize(AdoptsShapes):
 
     Args:
         settings: dtype and scheme.
-        axis: the dimension whose entries have a scale each; None for one scale.
+        axis: the dimension whose entries have a scale each (-1: the last one); None for one scale.
     """
 
     scale: Tensor
@@ -40,7 +40,8 @@ class FakeQuantize(AdoptsShapes):
         """The quantized and dequantized value."""
         if not self.active or self.settings.apply_method == "bypass":
             return value
-        return fake_quantize(value, self.scale.to(_precise(value)), self.zero_point, self.limits, self.axis)
+        axis = None if self.axis is None else self.axis % value.dim()
+        return fake_quantize(value, self.scale.to(_precise(value)), self.zero_point, self.limits, axis)
 
     def get_extra_state(self) -> Tensor:
         """Whether it is active: in the model's state dict, so that a reloaded model computes what the saved one did."""
@@ -68,7 +69,7 @@ class FakeQuantize(AdoptsShapes):
             "quant_bits": bits_of(self.settings.quant_dtype),
             "quant_min": self.limits.quant_min,
             "quant_max": self.limits.quant_max,
-            "axis": self.axis,
+            "axis": None if self.axis is None else self.axis % self.scale.dim(),
             "tracked_min": self.tracked_min.detach().clone(),
             "tracked_max": self.tracked_max.detach().clone(),
         }

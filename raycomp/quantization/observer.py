@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from raycomp.core.batch_share import is_idle
 from raycomp.core.reduction import Statistic
+from raycomp.core.watcher import Watcher
 
 
-class RangeTracker(nn.Module):
-    """The least and the greatest value since the last reset, on this rank; min and max merge them over the ranks.
-
-    Watches in training mode alone, and not the stand-in batch of a rank without samples. What it has seen is no buffer,
-    because DDP would overwrite the buffers of all ranks with those of rank 0 at each forward pass.
+class RangeWatcher(Watcher):
+    """The least and the greatest value since the last reset; min and max merge them over the ranks.
 
     Args:
+        name: of the target.
         keep: the dimension whose entries have a range each (None: one range for the tensor).
     """
 
-    def __init__(self, keep: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, name: str, keep: int | None = None) -> None:
+        super().__init__(name)
         self.keep = keep
-        self.low = torch.tensor(torch.inf)
-        self.high = torch.tensor(-torch.inf)
 
-    @torch.no_grad()
-    def forward(self, value: Tensor) -> None:
-        """Takes one batch into account."""
-        if not self.training:
-            return
-        low, high = value_range(value.to(torch.promote_types(value.dtype, torch.float32)), self.keep)
-        if is_idle():
-            low, high = torch.full_like(low, torch.inf), torch.full_like(high, -torch.inf)
-        self.low = torch.minimum(self.low.to(low), low)
-        self.high = torch.maximum(self.high.to(high), high)
+    def fresh(self, value: Tensor) -> dict[str, Statistic]:
+        shape = [] if self.keep is None else _kept_shape(value, self.keep)
+        like = {"dtype": torch.promote_types(value.dtype, torch.float32), "device": value.device}
+        return {
+            "low": Statistic(torch.full(shape, torch.inf, **like), "min", f"range of {self.name}"),  # type: ignore[call-overload]
+            "high": Statistic(torch.full(shape, -torch.inf, **like), "max", f"range of {self.name}"),  # type: ignore[call-overload]
+        }
 
-    def statistics(self) -> list[Statistic]:
-        """The two ends, to be merged in place."""
-        return [Statistic(self.low, "min"), Statistic(self.high, "max")]
+    def update(self, value: Tensor) -> None:
+        low, high = value_range(value.to(self.low.dtype), self.keep)
+        torch.minimum(self.low, low, out=self.low)
+        torch.maximum(self.high, high, out=self.high)
 
-    def reset(self) -> None:
-        """Forgets what was seen."""
-        self.low = torch.full_like(self.low, torch.inf)
-        self.high = torch.full_like(self.high, -torch.inf)
+    @property
+    def low(self) -> Tensor:
+        """The least values."""
+        return self.gathered["low"].tensor
+
+    @property
+    def high(self) -> Tensor:
+        """The greatest values."""
+        return self.gathered["high"].tensor
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether any rank has seen a value, once the statistics are merged."""
+        return bool(self.gathered) and bool(torch.isfinite(self.low).all())
+
+
+def _kept_shape(value: Tensor, keep: int) -> list[int]:
+    return [size if dim == keep % value.dim() else 1 for dim, size in enumerate(value.shape)]
 
 
 def value_range(value: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +60,7 @@ def value_range(value: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]
     if keep is None:
         low, high = torch.aminmax(value)
         return low, high
-    others = [dim for dim in range(value.dim()) if dim != keep]
+    others = [dim for dim in range(value.dim()) if dim != keep % value.dim()]
     if not others:
         return value, value
     return value.amin(dim=others, keepdim=True), value.amax(dim=others, keepdim=True)

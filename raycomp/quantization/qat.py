@@ -9,8 +9,8 @@ from torch import nn
 
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
-from raycomp.core.reduction import Statistic
-from raycomp.evaluators.plain import TorchEvaluator
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.moments import Moment
 from raycomp.quantization.functional import moving_average
 from raycomp.quantization.quantizer import Quantizer
 
@@ -34,7 +34,7 @@ class QATQuantizer(Quantizer):
         self,
         model: nn.Module | Chain,
         config_list: ConfigList,
-        evaluator: TorchEvaluator | None = None,
+        evaluator: Evaluator | None = None,
         quant_start_step: int = 0,
     ) -> None:
         self.quant_start_step = quant_start_step
@@ -49,32 +49,23 @@ class QATQuantizer(Quantizer):
             args = ()
         return cls(compressor.chain, config_list, *args, **kwargs)
 
-    def is_due(self, step: int) -> bool:
-        return True
+    @property
+    def rounds(self) -> int:
+        return 1
+
+    def is_due(self, moment: Moment) -> bool:
+        return moment.event in ("begin", "step")
 
     @torch.no_grad()
-    def statistics(self) -> list[Statistic]:
-        watched = [item for tracker in self.trackers.values() for item in tracker.statistics()]
-        # Weights are the same on every rank; the running statistics that a folded one is multiplied by need not be.
-        folded = [key for key in self.quantizers if self.chain.space.targets[key].defer_quantizer]
-        self._folded_ranges = {key: self.parameter_range(key) for key in folded}
-        for low, high in self._folded_ranges.values():
-            watched += [Statistic(low, "min"), Statistic(high, "max")]
-        return watched
-
-    @torch.no_grad()
-    def decide(self, step: int) -> None:
+    def decide(self, moment: Moment) -> None:
         """Takes over the merged ranges."""
-        started = step >= self.quant_start_step
-        for target_id, tracker in self.trackers.items():
+        started = moment.step >= self.quant_start_step
+        for target_id, watcher in self.watchers.items():
             quantizer = self.quantizers[target_id]
-            if bool(torch.isfinite(tracker.low).all()):
-                low = moving_average(quantizer.tracked_min.to(tracker.low), tracker.low)
-                high = moving_average(quantizer.tracked_max.to(tracker.high), tracker.high)
+            if watcher.has_seen:
+                low = moving_average(quantizer.tracked_min.to(watcher.low), watcher.low)
+                high = moving_average(quantizer.tracked_max.to(watcher.high), watcher.high)
                 quantizer.set_range(low, high)
-            tracker.reset()
+            watcher.reset()
             quantizer.active = started and bool(torch.isfinite(quantizer.tracked_min).all())
-        for target_id in self.quantizers.keys() - self.trackers.keys():
-            low, high = self._folded_ranges.get(target_id) or self.parameter_range(target_id)
-            self.quantizers[target_id].set_range(low, high)
-            self.quantizers[target_id].active = started
+        self.set_parameter_ranges(active=started)

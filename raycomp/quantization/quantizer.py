@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import QuantizeEntry, QuantizeTarget, nearest
-from raycomp.core.chain import Calibration
-from raycomp.core.compressor import Compressor
+from raycomp.core.chain import Chain
+from raycomp.core.compressor import Compressor, ConfigList
+from raycomp.core.evaluator import Evaluator
+from raycomp.core.layout import Layout
+from raycomp.core.moments import Calibration, Turn, device_of
+from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_
 from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
 from raycomp.quantization.fold import fold, fold_problem, folded_weight
-from raycomp.quantization.observer import RangeTracker, value_range
+from raycomp.quantization.observer import RangeWatcher, value_range
 
 
 class Quantizer(Compressor):
@@ -27,11 +31,27 @@ class Quantizer(Compressor):
     """
 
     kind: ClassVar[Kind] = "quantizer"
+    turn: ClassVar[Turn] = Turn.RANGES
+
+    def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
+        self.quantizers: dict[TargetId, FakeQuantize] = {}
+        self.watchers: dict[TargetId, RangeWatcher] = {}
+        self._folded_ranges: dict[TargetId, tuple[Tensor, Tensor]] = {}
+        super().__init__(model, config_list, evaluator)
+
+    # What a subclass says.
+
+    def make_quantizer(self, target_id: TargetId) -> FakeQuantize:
+        """The module that quantizes a target."""
+        settings = _settings(self.selected[target_id])
+        return FakeQuantize(settings, _axis(settings, self.layouts[target_id]))
+
+    def make_watcher(self, target_id: TargetId) -> RangeWatcher:
+        """The module that watches an input or output."""
+        return RangeWatcher(str(target_id), self.quantizers[target_id].axis)
 
     def check(self) -> None:
         """Refuses module groups that can't compute as one, and granularities that have no scale."""
-        self.quantizers: dict[TargetId, FakeQuantize] = {}
-        self.trackers: dict[TargetId, RangeTracker] = {}
         problems = []
         for index, names in self._fuse_names():
             problem = fold_problem(self.model, names, f"config_list[{index}].fuse_names")
@@ -39,25 +59,64 @@ class Quantizer(Compressor):
         problems += self._fused_twice()
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
-        for selected in self.selected.values():
-            problems += _granularity_problems(selected)
+        for target_id, selected in self.selected.items():
+            problems += _granularity_problems(selected, self.layouts[target_id])
         if problems:
             raise ConfigError(problems)
 
+    # The moments.
+
     def attach(self) -> None:
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         for target_id, selected in self.selected.items():
-            settings = _settings(selected)
-            axis = _axis(settings, target_id)
             target = self.chain.space.target(target_id)
-            owner = f"{type(self).__name__} {selected.where}"
-            quantizer = self.quantizers.setdefault(target_id, FakeQuantize(settings, axis))
-            target.claim("quantizer", quantizer.to(device), owner)
-            if target.kind != "parameter":
-                tracker = self.trackers.setdefault(target_id, RangeTracker(axis))
-                target.claim("tracker", tracker.to(device), owner)
+            if target_id not in self.quantizers:
+                self.quantizers[target_id] = self.make_quantizer(target_id).to(device)
+                if target.kind != "parameter":
+                    self.watchers[target_id] = self.make_watcher(target_id)
+            target.set_quantizer(self.quantizers[target_id], f"{type(self).__name__} {selected.where}")
+            if target_id in self.watchers:
+                target.add("watchers", self.watchers[target_id])
         for names in self.folds():
             fold(self.chain.space, names, self._weight_target(names[0]))
+
+    @torch.no_grad()
+    def statistics(self) -> list[Statistic]:
+        """The watched ranges, and those of folded weights: weights are the same on every rank, but the running
+        statistics that a folded one is multiplied by need not be."""
+        watched = self.running_statistics()
+        folded = [key for key in self.quantizers if self.chain.space.targets[key].defer_quantizer]
+        self._folded_ranges = {key: self.parameter_range(key) for key in folded}
+        for key, (low, high) in self._folded_ranges.items():
+            watched += [Statistic(low, "min", f"range of {key}"), Statistic(high, "max", f"range of {key}")]
+        return watched
+
+    def running_statistics(self) -> list[Statistic]:
+        return [statistic for watcher in self.watchers.values() for statistic in watcher.statistics()]
+
+    def set_parameter_ranges(self, *, active: bool) -> None:
+        """Takes over the ranges that the parameters have now."""
+        for target_id in self.quantizers.keys() - self.watchers.keys():
+            low, high = self._folded_ranges.get(target_id) or self.parameter_range(target_id)
+            self.quantizers[target_id].set_range(low, high)
+            self.quantizers[target_id].active = active
+
+    def notes(self) -> list[str]:
+        unseen = [str(key) for key in self.watchers if not torch.isfinite(self.quantizers[key].tracked_min).all()]
+        if not unseen:
+            return []
+        message = f"no training step passed {', '.join(unseen)}: not quantized"
+        remedy = "does the training use the given training_step? activation checkpointing needs use_reentrant=False"
+        return [f"{type(self).__name__}: {message} ({remedy})"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"gathered": {str(key): watcher.gathered_state() for key, watcher in self.watchers.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, watcher in self.watchers.items():
+            watcher.load_gathered(state["gathered"][str(key)], device_of(self.model))
+
+    # What it has to give.
 
     def folds(self) -> list[tuple[str, ...]]:
         """The `fuse_names` of all entries."""
@@ -73,8 +132,7 @@ class Quantizer(Compressor):
         if target.defer_quantizer:
             value = folded_weight(module)
         else:
-            value = self.chain.space.parameter(target_id).detach()
-            value = value if target.mask is None else target.mask(value)
+            value = target.masked(self.chain.space.parameter(target_id)).detach()
         return value_range(value, self.quantizers[target_id].axis)
 
     def get_calibration_config(self) -> Calibration:
@@ -120,8 +178,13 @@ class Quantizer(Compressor):
         return problems
 
     def _fuse_names(self) -> list[tuple[int, tuple[str, ...]]]:
-        entries = [(index, entry) for index, entry in enumerate(self.entries) if isinstance(entry, QuantizeEntry)]
-        return [(index, tuple(names)) for index, entry in entries for names in entry.fuse_names]
+        entries = enumerate(self.selection.entries)
+        return [
+            (index, tuple(names))
+            for index, entry in entries
+            if isinstance(entry, QuantizeEntry)
+            for names in entry.fuse_names
+        ]
 
 
 def _settings(selected: Selected) -> QuantizeTarget:
@@ -129,18 +192,27 @@ def _settings(selected: Selected) -> QuantizeTarget:
     return selected.settings
 
 
-def _axis(settings: QuantizeTarget, target_id: TargetId) -> int | None:
-    if settings.granularity in ("out_channel",):
-        return 0
-    if settings.granularity in ("in_channel", "per_channel"):
-        return 1
-    return None
+def _axis(settings: QuantizeTarget, layout: Layout) -> int | None:
+    """The dimension whose entries have a scale each."""
+    if settings.granularity == "default":
+        return None
+    channels = layout.positive_channel_dim or 0
+    if settings.granularity == "out_channel":
+        return channels
+    if layout.is_parameter:
+        return 0 if channels == 1 else 1
+    return 1 if layout.positive_channel_dim is None else channels
 
 
-def _granularity_problems(selected: Selected) -> list[Problem]:
+def _granularity_problems(selected: Selected, layout: Layout) -> list[Problem]:
     granularity = _settings(selected).granularity
-    if isinstance(granularity, str):
-        return []
     where = f"{selected.where}.granularity"
-    remedy = "out_channel, in_channel, per_channel or default"
-    return [Problem(where, f"{granularity} is not a granularity of scales", remedy)]
+    if not isinstance(granularity, str):
+        remedy = "out_channel, in_channel, per_channel or default"
+        return [Problem(where, f"{granularity} is not a granularity of scales", remedy)]
+    if granularity != "default" and layout.groups > 1:
+        message = (
+            f"the output channels of {selected.target_id}, a grouped transposed convolution, lie in no one dimension"
+        )
+        return [Problem(where, message, "leave granularity out: one scale for the weight")]
+    return []

@@ -110,7 +110,7 @@ def simulate_int8(
         grid = grid_of(entry, str(target_id))
         if reduce_range and target_id.target == "weight" and grid.bits == 8:
             grid = grid.halved()
-        space.target(target_id).claim("quantizer", GridQuantizer(grid, str(target_id)), "int8")
+        space.target(target_id).set_quantizer(GridQuantizer(grid, str(target_id)), "int8")
     return copied
 
 

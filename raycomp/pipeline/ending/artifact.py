@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raycomp.core.chain import Calibration, Masks
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.pt2 import export_pt2
@@ -64,7 +65,7 @@ def flat_masks(masks: Masks) -> dict[str, Tensor]:
 
 def nested_masks(flat: Mapping[str, Tensor]) -> Masks:
     """The inverse of `flat_masks`: a target's name has no dot."""
-    masks: Masks = {}
+    masks = Masks()
     for name, mask in flat.items():
         module, _, target = name.rpartition(".")
         masks.setdefault(module, {})[target] = mask

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from raycomp.config import JobConfig
-from raycomp.core.chain import Calibration, Masks
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model, lower_int8
 from raycomp.errors import SpeedupError
 from raycomp.pipeline.build import dense_model
@@ -155,7 +156,7 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
     Args:
         parts: each stage's masks, with the surgery that was done before it.
     """
-    merged: Masks = {}
+    merged = Masks()
     for masks, plan in parts:
         for module, targets in masks.items():
             for target, mask in targets.items():

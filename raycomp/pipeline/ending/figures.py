@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import JobConfig
-from raycomp.core.chain import Masks
+from raycomp.core.masks import Masks
 from raycomp.core.selection import module_names
 from raycomp.deploy.int8 import Int8Model, sqnr_db
 from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s

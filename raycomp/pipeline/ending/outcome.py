@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from raycomp.core.chain import Masks
+from raycomp.core.masks import Masks
 from raycomp.pipeline.ending.artifact import MASKS, flat_masks, nested_masks
 from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.training.checkpoint import StageState

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from raycomp.core.batch_share import current_share, is_idle
-from raycomp.core.reduction import Statistic, communication_device, is_distributed, reduce_, world_size
+from raycomp.core.reduction import communication_device, is_distributed, sum_over_ranks_, world_size
 from raycomp.errors import CompressionError
 
 
@@ -181,7 +181,7 @@ class _Normalise(torch.autograd.Function):
         )
         if ctx.needs_input_grad[0]:
             sums = torch.stack([grad_weight, grad_bias]).double() * (not ctx.idle)
-            reduce_([Statistic(sums, "sum")])
+            sum_over_ranks_(sums)
             if not ctx.idle:
                 inverse_deviation = (variance + ctx.eps).rsqrt()
                 by_weight, by_bias = (-scale * inverse_deviation * sums / count).to(mean)

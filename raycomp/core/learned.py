@@ -1,0 +1,110 @@
+"""What compressors learn beside the model: scores, factors, scales, translators.
+
+They belong to the chain: no Parameters of the model, so the user's optimizer, parameter names, clipping and schedules
+never meet them, nor does DDP. The chain adds up their gradients over the workers itself, and an optimizer of its own
+steps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raycomp.core.reduction import communication_device, is_distributed, world_size
+from raycomp.core.target import AdoptsShapes
+
+LEARNING_RATE = 1e-2
+"""NNI's, for scores and factors."""
+
+
+class Learns(AdoptsShapes):
+    """A module with learned tensors: buffers that need gradients, so they move, copy and save with the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._learned: list[str] = []
+
+    def register_learned(self, name: str, value: Tensor) -> None:
+        """Adds a tensor that is learned, as an attribute of that name."""
+        self.register_buffer(name, value.detach().clone().requires_grad_())
+        self._learned.append(name)
+
+    def learned(self) -> dict[str, Tensor]:
+        """The learned tensors by name."""
+        return {name: self.get_buffer(name) for name in self._learned}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # The optimizer holds these very tensors: they must stay the same objects, and leaves.
+        kept = {name: self._buffers.pop(name) for name in self._learned}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            assert tensor is not None
+            with torch.no_grad():
+                tensor.data = fn(tensor.data)
+                tensor.grad = None if tensor.grad is None else fn(tensor.grad)
+            self._buffers[name] = tensor
+        return self
+
+
+class LearnedTensors:
+    """All learned tensors of a chain, in an optimizer of their own: Adam without weight decay."""
+
+    def __init__(self) -> None:
+        self._groups: list[dict[str, Any]] = []
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def add(self, tensors: Iterable[Tensor], learning_rate: float = LEARNING_RATE) -> None:
+        """Lets tensors train from now on; those that train already are passed over."""
+        held = {id(tensor) for group in self._groups for tensor in group["params"]}
+        new = [tensor for tensor in tensors if id(tensor) not in held]
+        if new:
+            self._groups.append({"params": new, "lr": learning_rate})
+            self.reset()
+
+    def reset(self) -> None:
+        """A fresh optimizer over the same tensors."""
+        groups = [dict(group) for group in self._groups]
+        self._optimizer = torch.optim.Adam(groups, weight_decay=0.0) if groups else None
+
+    def reduce_gradients(self) -> None:
+        """Gives every worker the mean of the workers' gradients, as DDP does for Parameters. A collective.
+
+        A tensor that only some workers used counts as having a gradient of zero on the others.
+        """
+        tensors = self._tensors()
+        if not tensors or not is_distributed():
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.grad)
+        for gradients in by_dtype.values():
+            device = communication_device(gradients[0].device)
+            flat = torch.cat([gradient.reshape(-1).to(device) for gradient in gradients])
+            dist.all_reduce(flat)
+            flat /= world_size()
+            parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view(gradient.shape))
+
+    def step(self) -> None:
+        """One optimizer step; the gradients begin anew."""
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state; the tensors are saved where they stand."""
+        return {} if self._optimizer is None else self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`."""
+        if self._optimizer is not None and state:
+            self._optimizer.load_state_dict(dict(state))
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for group in self._groups for tensor in group["params"]]

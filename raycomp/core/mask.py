@@ -1,0 +1,47 @@
+"""The module that masks a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raycomp.core.masks import ApplyMethod, apply_mask
+from raycomp.core.target import AdoptsShapes
+
+
+class Mask(AdoptsShapes):
+    """Applies a mask to its target: `mul` zeroes, `add` adds -1000 where masked (for the inputs of a softmax).
+
+    Args:
+        shape: the target's shape; () for an activation, whose mask has none before the first decision.
+        method: mul, add or bypass.
+        channels_last: whether an activation's channels are its last dimension, and not dimension 1.
+    """
+
+    mask: Tensor
+
+    def __init__(self, shape: tuple[int, ...], method: ApplyMethod = "mul", *, channels_last: bool = False) -> None:
+        super().__init__()
+        self.method: ApplyMethod = method
+        self.channels_last = channels_last
+        self.register_buffer("mask", torch.ones(shape))
+
+    @classmethod
+    def of(cls, mask: Tensor, method: ApplyMethod) -> Mask:
+        """A module that applies a mask whose shape is whole."""
+        made = cls(tuple(mask.shape), method, channels_last=True)
+        made.mask = mask.clone()
+        return made
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The masked value."""
+        if 0 < self.mask.dim() < value.dim() and not self.channels_last:
+            # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
+            self.mask = self.mask.reshape(*self.mask.shape, *[1] * (value.dim() - self.mask.dim()))
+        return apply_mask(value, self.mask, self.method)
+
+    @torch.no_grad()
+    def commit_(self, parameter: Tensor) -> None:
+        """Zeroes the masked elements of a parameter for good."""
+        if self.method == "mul":
+            parameter.mul_(self.mask.to(parameter))

@@ -1,0 +1,42 @@
+"""A whole compression: rounds of training, then a calibration. Driven alike in a plain script and in a job."""
+
+from __future__ import annotations
+
+from raycomp.core.chain import Chain
+from raycomp.core.evaluator import Evaluator
+from raycomp.errors import CompressionError
+
+
+def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+    """Trains `chain`'s compressors through its evaluator, from where they are to the end, and calibrates them.
+
+    A chain that was restored in the midst of a round goes on there; a later round begins with fresh optimizers, and
+    with the first weights where a compressor wants them.
+
+    Args:
+        chain: the fused compressors.
+        rounds: how many; with 0 they decide without training.
+        max_steps, max_epochs: how long a round is.
+
+    Raises:
+        CompressionError: there is no evaluator, and one is needed.
+    """
+    if not rounds and not chain.round:
+        chain.begin()
+        chain.end_round()
+    while chain.round < rounds:
+        evaluator = _evaluator(chain)
+        if chain.round and not chain.steps_in_round:
+            chain.rewind()
+            evaluator.reset()
+        evaluator.train(chain, max_steps, max_epochs)
+    if chain.calibrates and not chain.calibrated:
+        _evaluator(chain).calibrate(chain, chain.calibration_steps)
+
+
+def _evaluator(chain: Chain) -> Evaluator:
+    if chain.evaluator is None:
+        names = [type(each).__name__ for each in chain.compressors if each.rounds or each.calibrates]
+        message = f"{', '.join(names) or 'training'} needs an evaluator"
+        raise CompressionError(message, remedy="pass a TorchEvaluator")
+    return chain.evaluator

@@ -1,0 +1,68 @@
+"""What is gathered of a target's values while the model trains or calibrates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.core.batch_share import is_idle
+from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
+from raycomp.core.watching import is_watched
+
+
+class Watcher(nn.Module, ABC):
+    """Statistics of the values of one target, on this rank; each says how it merges over the ranks.
+
+    Their shape and dtype follow from the value's, so that a rank without samples has them too, with nothing counted in.
+    They are no buffers, because DDP would overwrite those of all ranks with rank 0's at each forward pass.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.gathered: dict[str, Statistic] = {}
+
+    @abstractmethod
+    def fresh(self, value: Tensor) -> dict[str, Statistic]:
+        """Statistics of values like `value` before any was seen."""
+
+    @abstractmethod
+    def update(self, value: Tensor) -> None:
+        """Counts a batch in."""
+
+    @torch.no_grad()
+    def forward(self, value: Tensor) -> None:
+        """Takes a batch into account: that of a training step or a calibration, not the stand-in of an idle rank."""
+        if not is_watched():
+            return
+        if not self.gathered:
+            self.gathered = self.fresh(value.detach())
+        if not is_idle():
+            self.update(value.detach())
+
+    def statistics(self) -> list[Statistic]:
+        """What was gathered, to be merged in place; nothing before the first forward pass."""
+        return list(self.gathered.values())
+
+    def reset(self) -> None:
+        """Forgets what was seen."""
+        self.gathered = {}
+
+    def gathered_state(self) -> dict[str, Any]:
+        """What was gathered, for a checkpoint; the ranks' were merged before."""
+        return statistics_state(self.gathered)
+
+    def load_gathered(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from `gathered_state()`."""
+        self.gathered = restored_statistics(state, device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.gathered = {
+            name: Statistic(fn(item.tensor), item.operation, item.name) for name, item in self.gathered.items()
+        }
+        return self
