@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,16 @@ from raycomp.pipeline.masks_file import load_masks, save_masks
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
-from raycomp.results.summary import UnprunedFigures, VerificationFigures
-from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
+from raycomp.results.summary import Unpruned, Verification
+from raycomp.speedup import (
+    ModelSpeedup,
+    Plan,
+    apply_plan,
+    cut_calibration,
+    remaining_masks,
+    verify,
+    with_value_masks,
+)
 from raycomp.storage import load_tensors, save_tensors
 
 _PLAN, _MODEL, _KEPT = "plan.json", "model.safetensors", "kept_masks.safetensors"
@@ -100,14 +108,6 @@ class StageResult:
     def next_start(self) -> StageStart:
         """Where the next stage starts."""
         return StageStart(self.plan, dict(self.model.state_dict()), self.kept)
-
-    def verification_figures(self) -> VerificationFigures | None:
-        """The verification as the report holds it."""
-        return None if self.verification is None else VerificationFigures(**asdict(self.verification))
-
-    def unpruned_figures(self) -> tuple[UnprunedFigures, ...]:
-        """What stayed, as the report holds it."""
-        return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in self.unpruned)
 
 
 def stage_context(job: JobConfig, index: int, task: Task, device: torch.device | None = None) -> BuildContext:

@@ -22,8 +22,8 @@ from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import RunSummary, VerificationFigures
-from raycomp.speedup import Plan, uncut_mask
+from raycomp.results.summary import RunSummary, Verification
+from raycomp.speedup import Plan, restored_mask
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
     merged = Masks()
     for masks, plan in parts:
         for target_id, mask in masks.by_target():
-            merged.put(target_id, uncut_mask(mask, str(target_id), plan), masks.method(*target_id))
+            merged.put(target_id, restored_mask(mask, str(target_id), plan), masks.method(*target_id))
     return merged
 
 
-def _worst(found: Sequence[VerificationFigures | None]) -> VerificationFigures | None:
+def _worst(found: Sequence[Verification | None]) -> Verification | None:
     return max((item for item in found if item is not None), key=lambda item: item.relative, default=None)

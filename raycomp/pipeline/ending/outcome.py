@@ -13,7 +13,7 @@ from raycomp.pipeline.masks_file import load_masks, save_masks
 from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.results.progress import ProgressEvent
-from raycomp.results.summary import UnprunedFigures, VerificationFigures
+from raycomp.results.summary import Unpruned, Verification
 
 _OUTCOME = "outcome.json"
 
@@ -30,14 +30,14 @@ class StageOutcome:
     """
 
     history: tuple[ProgressEvent, ...]
-    verification: VerificationFigures | None
-    unpruned: tuple[UnprunedFigures, ...]
+    verification: Verification | None
+    unpruned: tuple[Unpruned, ...]
     notes: tuple[str, ...]
 
     @classmethod
     def of(cls, result: StageResult, state: StageState) -> StageOutcome:
         """The outcome of a finished stage."""
-        return cls(state.history, result.verification_figures(), result.unpruned_figures(), result.notes)
+        return cls(state.history, result.verification, result.unpruned, result.notes)
 
 
 _ADAPTER = TypeAdapter(StageOutcome)
