@@ -1,16 +1,7 @@
 """What a job says: frozen strict settings, YAML in, errors with the key's place out. Imports no torch."""
 
 from raycomp.config.base import Settings
-from raycomp.config.compressors import (
-    COMPRESSORS,
-    AGPPrunerConfig,
-    CompressorConfig,
-    DynamicLayerwiseDistillerConfig,
-    L1NormPrunerConfig,
-    LinearPrunerConfig,
-    QATQuantizerConfig,
-    TaylorPrunerConfig,
-)
+from raycomp.config.compressors import CompressorConfig
 from raycomp.config.entries import (
     Align,
     DistillEntry,
@@ -35,6 +26,7 @@ from raycomp.config.job import (
     TaskConfig,
 )
 from raycomp.config.loader import SourceMap, load_job, parse_config_list, parse_job, parse_path, read_job, set_key
+from raycomp.config.registry import COMPRESSORS, CompressorSettings, Need, Registration
 from raycomp.config.schema import job_schema
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides
@@ -42,25 +34,23 @@ from raycomp.config.values import format_path, nearest
 
 __all__ = [
     "COMPRESSORS",
-    "AGPPrunerConfig",
     "Align",
     "ClusterConfig",
     "CompressorConfig",
+    "CompressorSettings",
     "DistillEntry",
     "DistillTarget",
-    "DynamicLayerwiseDistillerConfig",
     "Entry",
     "EvaluationConfig",
     "Granularity",
     "Int8Config",
     "JobConfig",
-    "L1NormPrunerConfig",
-    "LinearPrunerConfig",
+    "Need",
     "PruneEntry",
     "PruneTarget",
-    "QATQuantizerConfig",
     "QuantizeEntry",
     "QuantizeTarget",
+    "Registration",
     "ScalingConfig",
     "SelectionEntry",
     "Settings",
@@ -69,7 +59,6 @@ __all__ = [
     "StageConfig",
     "StorageConfig",
     "TaskConfig",
-    "TaylorPrunerConfig",
     "TrainingConfig",
     "TrainingOverrides",
     "canonical_target",

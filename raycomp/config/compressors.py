@@ -1,38 +1,17 @@
 """The compressors that a stage can name, one small class per algorithm.
 
-A new algorithm is a class here, and its name in the table and the union at the end of the file.
+A new algorithm is a registered class here; those that a schedule may be put around stand above the schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Tag
-
-from raycomp.config.base import Conflict, Given, Settings, by_type
+from raycomp.config.base import Conflict, Given
 from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
+from raycomp.config.registry import CompressorSettings, Kind, Need, OneOf, compressor
 from raycomp.config.values import Count, CountOrZero, NonNegative, SomeItems
-
-Kind = Literal["pruner", "quantizer", "distiller"]
-
-
-def _require_type(schema: dict[str, Any]) -> None:
-    schema["required"] = ["type", *schema.get("required", ())]
-
-
-class CompressorSettings(Settings):
-    """What every compressor's settings share."""
-
-    model_config = ConfigDict(json_schema_extra=_require_type)
-    kind: ClassVar[Kind]
-    type: str
-    """The algorithm: the name of the compressor's class."""
-
-    @property
-    def least_steps(self) -> int:
-        """Optimizer steps without which the algorithm has not done its work."""
-        return 0
 
 
 class PrunerSettings(CompressorSettings):
@@ -43,12 +22,14 @@ class PrunerSettings(CompressorSettings):
     """What to prune, and how much."""
 
 
+@compressor("raycomp.pruning.l1_norm:L1NormPruner", schedulable=True)
 class L1NormPrunerConfig(PrunerSettings):
     """Prunes the blocks with the smallest L1 norm."""
 
     type: Literal["L1NormPruner"] = "L1NormPruner"
 
 
+@compressor("raycomp.pruning.taylor:TaylorPruner", needs={Need.TRAINING}, schedulable=True)
 class TaylorPrunerConfig(PrunerSettings):
     """Prunes the blocks whose removal changes the loss least, to first order."""
 
@@ -65,10 +46,7 @@ class ScheduleSettings(CompressorSettings):
     """A pruner whose goals grow step by step."""
 
     kind: ClassVar[Kind] = "pruner"
-    pruner: Annotated[
-        Annotated[L1NormPrunerConfig, Tag("L1NormPruner")] | Annotated[TaylorPrunerConfig, Tag("TaylorPruner")],
-        by_type("L1NormPruner", "TaylorPruner"),
-    ]
+    pruner: Annotated[PrunerSettings, OneOf(schedulable=True)]
     """The pruner that decides."""
     interval_steps: Count
     """Optimizer steps between two decisions."""
@@ -91,18 +69,21 @@ class ScheduleSettings(CompressorSettings):
             )
 
 
+@compressor("raycomp.pruning.linear:LinearPruner", needs={Need.TRAINING})
 class LinearPrunerConfig(ScheduleSettings):
     """The goals grow evenly."""
 
     type: Literal["LinearPruner"] = "LinearPruner"
 
 
+@compressor("raycomp.pruning.agp:AGPPruner", needs={Need.TRAINING})
 class AGPPrunerConfig(ScheduleSettings):
     """The goals grow quickly at first and slowly at the end (arXiv 1710.01878)."""
 
     type: Literal["AGPPruner"] = "AGPPruner"
 
 
+@compressor("raycomp.quantization.qat:QATQuantizer", needs={Need.TRAINING})
 class QATQuantizerConfig(CompressorSettings):
     """Quantization-aware training (Jacob et al., CVPR 2018)."""
 
@@ -118,6 +99,7 @@ class QATQuantizerConfig(CompressorSettings):
         return self.quant_start_step + 1
 
 
+@compressor("raycomp.distillation.dynamic:DynamicLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
 class DynamicLayerwiseDistillerConfig(CompressorSettings):
     """Holds outputs of layers against the teacher's; of several links the nearest counts."""
 
@@ -129,23 +111,5 @@ class DynamicLayerwiseDistillerConfig(CompressorSettings):
     """The weight of the task's own loss."""
 
 
-COMPRESSORS: Mapping[str, type[CompressorSettings]] = {
-    settings.model_fields["type"].default: settings
-    for settings in (
-        L1NormPrunerConfig,
-        TaylorPrunerConfig,
-        LinearPrunerConfig,
-        AGPPrunerConfig,
-        QATQuantizerConfig,
-        DynamicLayerwiseDistillerConfig,
-    )
-}
-CompressorConfig = Annotated[
-    Annotated[L1NormPrunerConfig, Tag("L1NormPruner")]
-    | Annotated[TaylorPrunerConfig, Tag("TaylorPruner")]
-    | Annotated[LinearPrunerConfig, Tag("LinearPruner")]
-    | Annotated[AGPPrunerConfig, Tag("AGPPruner")]
-    | Annotated[QATQuantizerConfig, Tag("QATQuantizer")]
-    | Annotated[DynamicLayerwiseDistillerConfig, Tag("DynamicLayerwiseDistiller")],
-    by_type(*COMPRESSORS),
-]
+CompressorConfig = Annotated[CompressorSettings, OneOf()]
+"""The settings of any algorithm."""

@@ -11,8 +11,9 @@ import yaml
 from pydantic import Field, JsonValue
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.compressors import COMPRESSORS, CompressorConfig
+from raycomp.config.compressors import CompressorConfig
 from raycomp.config.dialect import JobDumper
+from raycomp.config.registry import COMPRESSORS
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides, accumulation_conflicts
 from raycomp.config.values import Count, Flag, NonNegative, Positive, Slug, SomeItems, Text, expects

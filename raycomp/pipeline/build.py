@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from raycomp import distillation, pruning, quantization
 from raycomp.config import (
     CompressorConfig,
     SelectionEntry,
@@ -17,7 +16,7 @@ from raycomp.config import (
     StageConfig,
     TrainingConfig,
 )
-from raycomp.config.compressors import CompressorSettings, PrunerSettings, ScheduleSettings
+from raycomp.config.compressors import PrunerSettings, ScheduleSettings
 from raycomp.core.chain import Chain
 from raycomp.core.selection import resolve
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
@@ -26,7 +25,6 @@ from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import align_followers, auto_set_dependency_group_ids
 
-_PACKAGES = {"pruner": pruning, "quantizer": quantization, "distiller": distillation}
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 
 
@@ -89,8 +87,8 @@ def build_chain(model: nn.Module, stage: StageConfig, context: BuildContext, whe
     return chain
 
 
-def _build(chain: Chain, settings: CompressorConfig | CompressorSettings, context: BuildContext, where: str) -> Any:
-    kind = getattr(_PACKAGES[settings.kind], settings.type)
+def _build(chain: Chain, settings: CompressorConfig, context: BuildContext, where: str) -> Any:
+    kind = settings.registration.load()
     own = {name: getattr(settings, name) for name in type(settings).model_fields}
     values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
     if isinstance(settings, ScheduleSettings):

@@ -10,23 +10,21 @@ from typing import Any
 import pytest
 
 from raycomp.config import (
-    AGPPrunerConfig,
+    COMPRESSORS,
     Int8Config,
     JobConfig,
-    L1NormPrunerConfig,
     PruneEntry,
-    QATQuantizerConfig,
     QuantizeEntry,
     ScalingConfig,
     StageConfig,
     StorageConfig,
     TaskConfig,
-    TaylorPrunerConfig,
     TrainingConfig,
     TrainingOverrides,
     load_job,
     parse_job,
 )
+from raycomp.config.compressors import AGPPrunerConfig, L1NormPrunerConfig, QATQuantizerConfig, TaylorPrunerConfig
 from raycomp.errors import ConfigError, Problem
 
 PRUNER = {"type": "L1NormPruner", "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]}
@@ -167,22 +165,38 @@ def test_stage_names_are_unique_even_where_stages_are_wrong() -> None:
     ]
 
 
-def test_a_misspelt_compressor_is_still_checked_inside() -> None:
-    compressor = {"type": "AGPPrunner", "interval_steps": 0, "total_times": 2, "pruner": {**PRUNER, "type": "L1Norm"}}
-    found = problems(stages=[{"name": "a", "compressors": [compressor]}])
-    assert [(problem.where, problem.message) for problem in found] == [
-        ("job.stages[0].compressors[0].type", "got 'AGPPrunner'"),
-        ("job.stages[0].compressors[0].pruner.type", "got 'L1Norm'"),
-        ("job.stages[0].compressors[0].interval_steps", "got 0"),
-    ]
-    assert found[0].remedy == "should be 'AGPPruner'"
-
-
-@pytest.mark.parametrize("compressor", [{"type": "Unheard"}, {"type": 3}, {}])
-def test_an_unknown_compressor_lists_the_choices(compressor: dict[str, Any]) -> None:
-    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+@pytest.mark.parametrize("compressor", [{"type": "Unheard"}, {"type": 3}, {"type": ["x"]}, {}])
+def test_an_unknown_compressor_lists_the_choices_and_is_judged_by_none_of_them(compressor: dict[str, Any]) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [{**compressor, "total_times": 0}]}])
     assert problem.where == "job.stages[0].compressors[0].type"
-    assert "QATQuantizer" in problem.remedy
+    assert problem.message == (f"there is no '{compressor['type']}'" if compressor else "the key 'type' is missing")
+    assert problem.remedy.startswith("choose from ")
+    assert all(name in problem.remedy for name in COMPRESSORS)
+
+
+def test_a_misspelt_compressor_names_the_nearest_one() -> None:
+    compressor = {"type": "AGPPrunner", "interval_steps": 0}
+    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+    assert (problem.where, problem.message, problem.remedy) == (
+        "job.stages[0].compressors[0].type",
+        "there is no 'AGPPrunner'",
+        "did you mean 'AGPPruner'?",
+    )
+
+
+@pytest.mark.parametrize("inner", ["AGPPruner", "QATQuantizer"])
+def test_a_schedule_goes_around_schedulable_pruners_alone(inner: str) -> None:
+    schedule = {"type": "LinearPruner", "interval_steps": 2, "total_times": 3, "pruner": {**PRUNER, "type": inner}}
+    (problem,) = problems(stages=[{"name": "a", "compressors": [schedule]}])
+    assert problem.where == "job.stages[0].compressors[0].pruner.type"
+    assert inner not in problem.remedy
+
+
+@pytest.mark.parametrize("compressor", [None, "L1NormPruner", 3])
+def test_a_compressor_is_a_mapping(compressor: object) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+    assert problem.where == "job.stages[0].compressors[0]"
+    assert problem.remedy == "should be a mapping of keys to values"
 
 
 def test_a_pruner_under_a_schedule_has_time_to_gather() -> None:
