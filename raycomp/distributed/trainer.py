@@ -51,11 +51,8 @@ class _Sink:
 
 
 @contextmanager
-def progress_sink(progress: Progress | None) -> Iterator[ActorHandle | None]:
+def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
     """An actor that workers push events to; a thread of this process hands them on to `progress`."""
-    if progress is None:
-        yield None
-        return
     sink = ray.remote(num_cpus=0)(_Sink).remote()
     ended = threading.Event()
 

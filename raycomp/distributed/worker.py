@@ -33,7 +33,7 @@ class WorkerOrder:
         index: the stage's.
         run_store: where the run's files are.
         base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
-        sink: the actor that hears of progress, or None.
+        sink: the actor that hears of progress.
         started: seconds that the run has taken so far.
     """
 
@@ -41,19 +41,18 @@ class WorkerOrder:
     index: int
     run_store: RunStore
     base_dir: str
-    sink: ActorHandle | None
+    sink: ActorHandle
     started: float
 
 
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle | None) -> None:
+    def __init__(self, sink: ActorHandle) -> None:
         self._sink = sink
 
     def progress(self, event: ProgressEvent) -> None:
-        if self._sink is not None:
-            self._sink.push.remote(event)
+        self._sink.push.remote(event)
 
     def checkpoint(self, make: Callable[[], StageState], metrics: dict[str, float]) -> None:
         if ray.train.get_context().get_world_rank() != 0:
