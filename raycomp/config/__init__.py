@@ -1,6 +1,7 @@
-"""What a job says: frozen strict settings, YAML in, errors with the key's place out. Imports no torch."""
+"""What a job says: frozen strict settings, YAML in, errors with the key's path and line out. Imports no torch."""
 
 from raycomp.config.base import Settings
+from raycomp.config.change import set_key
 from raycomp.config.compressors import CompressorConfig
 from raycomp.config.entries import (
     Align,
@@ -25,12 +26,13 @@ from raycomp.config.job import (
     StageConfig,
     TaskConfig,
 )
-from raycomp.config.loader import SourceMap, load_job, parse_config_list, parse_job, parse_path, read_job, set_key
+from raycomp.config.loader import JobFile, load_job, load_job_file, parse_config_list, parse_job, read_job
 from raycomp.config.registry import COMPRESSORS, CompressorSettings, Need, Registration
 from raycomp.config.schema import job_schema
+from raycomp.config.source import SourceMap
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides
-from raycomp.config.values import format_path, nearest
+from raycomp.config.values import format_path, nearest, parse_path
 
 __all__ = [
     "COMPRESSORS",
@@ -45,6 +47,7 @@ __all__ = [
     "Granularity",
     "Int8Config",
     "JobConfig",
+    "JobFile",
     "Need",
     "PruneEntry",
     "PruneTarget",
@@ -65,6 +68,7 @@ __all__ = [
     "format_path",
     "job_schema",
     "load_job",
+    "load_job_file",
     "nearest",
     "parse_config_list",
     "parse_job",

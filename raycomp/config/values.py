@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -46,6 +47,12 @@ def format_path(path: Sequence[str | int], root: str = "") -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
+
+
+def parse_path(text: str) -> KeyPath:
+    """The inverse of `format_path`; also takes `stages.0.name`."""
+    parts = re.findall(r"\[(\d+)\]|([^.\[\]]+)", text)
+    return tuple(int(index or name) if (index or name.isdigit()) else name for index, name in parts)
 
 
 def expects(text: str) -> WrapValidator:

@@ -355,7 +355,7 @@ def test_yaml_round_trip_keeps_the_job_and_what_was_explicit(tmp_path: Any) -> N
     quantizer = again.stages[0].compressors[1]
     assert isinstance(quantizer, QATQuantizerConfig)
     entry = quantizer.config_list[0]
-    assert entry.explicit_keys("weight") == {"granularity", "quant_dtype"}
+    assert entry.settings_for("weight").model_fields_set == {"granularity", "quant_dtype"}
 
 
 def test_the_digest_tells_jobs_apart() -> None:
