@@ -16,6 +16,7 @@ from rich.text import Text
 
 import raycomp
 from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, set_key
+from raycomp.config.dialect import JobLoader
 from raycomp.errors import ConfigError, Problem, RaycompError
 
 _PIPE_WIDTH = 120
@@ -235,7 +236,7 @@ def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
 
 def _value(setting: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=JobLoader)
     except yaml.YAMLError:
         raise ConfigError([Problem(f"--set {setting}", f"'{text}' is not a YAML value", "put it in quotes")]) from None
 

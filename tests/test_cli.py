@@ -103,6 +103,7 @@ def test_the_line_that_submission_looks_for_is_the_one_that_run_prints(job: Path
 def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: type[FakeJob]) -> None:
     overrides = ["training.epochs=null", "training.steps=7", "stages.0.compressors.0.config_list.0.sparse_ratio=0.25"]
     overrides += ["storage.uri=s3://bucket/a=b", "scaling.resources_per_worker={CPU: 0.5}"]
+    overrides += ["speedup.tolerance=1e-3", "task.arguments.kind=no"]
     result = _invoke("run", job, "--resume", *[word for item in overrides for word in ("--set", item)])
     assert result.exit_code == 0, result.output
     config = fake_job.config
@@ -110,6 +111,7 @@ def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: 
     assert config.stages[0].compressors[0].config_list[0].sparse_ratio == 0.25
     assert config.storage.uri == "s3://bucket/a=b"
     assert config.scaling.resources_per_worker == {"CPU": 0.5}
+    assert (config.speedup.tolerance, config.task.arguments) == (1e-3, {"kind": "no"})
     assert fake_job.resume is True
 
 

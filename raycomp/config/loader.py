@@ -50,9 +50,9 @@ def load_job_file(path: str | Path) -> JobFile:
         job = JobConfig.model_validate(raw)
     except ValidationError as error:
         found = sorted([*problems, *problems_of(error, raw, source.locate)], key=_line_of)
-        raise ConfigError(found, where=source.file) from None
+        raise ConfigError(found) from None
     if problems:
-        raise ConfigError(problems, where=source.file)
+        raise ConfigError(problems)
     return JobFile(job, raw, source)
 
 
@@ -69,7 +69,7 @@ def read_job(path: str | Path) -> tuple[dict[str, Any], SourceMap]:
     """
     raw, source, problems = read_yaml(path)
     if problems:
-        raise ConfigError(problems, where=source.file)
+        raise ConfigError(problems)
     return raw, source
 
 
@@ -82,7 +82,7 @@ def parse_job(mapping: Mapping[str, Any], where: str = "job") -> JobConfig:
     try:
         return JobConfig.model_validate(mapping)
     except ValidationError as error:
-        raise ConfigError(problems_of(error, mapping, lambda path: format_path(path, where)), where=where) from None
+        raise ConfigError(problems_of(error, mapping, lambda path: format_path(path, where))) from None
 
 
 def _line_of(problem: Problem) -> int:
@@ -118,4 +118,4 @@ def parse_config_list(
     try:
         return tuple(adapter.validate_python(values))
     except ValidationError as error:
-        raise ConfigError(problems_of(error, values, lambda path: format_path(path, where)), where=where) from None
+        raise ConfigError(problems_of(error, values, lambda path: format_path(path, where))) from None

@@ -19,7 +19,7 @@ from raycomp.core.chain import Calibration, Masks
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
-from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
+from raycomp.distributed.trainer import Progress, Silent, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
 from raycomp.errors import ConfigError
 from raycomp.pipeline.ending.artifact import REPORT
@@ -27,7 +27,6 @@ from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task
-from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
 from raycomp.storage import open_store
 
@@ -116,15 +115,7 @@ class CompressionJob:
         Raises:
             RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
         """
-        return _Run(self, progress or _Silent(), callbacks or []).fit(resume)
-
-
-class _Silent:
-    def message(self, line: str) -> None:
-        """Says nothing."""
-
-    def event(self, event: ProgressEvent) -> None:
-        """Says nothing."""
+        return _Run(self, progress or Silent(), callbacks or []).fit(resume)
 
 
 class _Run:

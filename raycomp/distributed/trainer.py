@@ -36,6 +36,16 @@ class Progress(Protocol):
         """News from training."""
 
 
+class Silent:
+    """Shows nothing."""
+
+    def message(self, line: str) -> None:
+        """Nothing."""
+
+    def event(self, event: ProgressEvent) -> None:
+        """Nothing."""
+
+
 class _Sink:
     """Holds progress events until the driver takes them."""
 
