@@ -69,19 +69,18 @@ def load_sweep(path: str | Path) -> SweepPlan:
     return _Planner(raw, source.locate, Path(path).resolve().parent).plan()
 
 
-def parse_sweep(config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".", where: str = "sweep") -> SweepPlan:
+def parse_sweep(config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".") -> SweepPlan:
     """The sweep that settings or plain values describe.
 
     Args:
         config: the sweep.
         base_dir: what the job file's path, or an inline job's task, is relative to.
-        where: what errors put before a key.
 
     Raises:
         ConfigError: as `load_sweep`.
     """
     raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, SweepConfig) else config
-    return _Planner(raw, lambda path: format_path(path, where), Path(base_dir).resolve()).plan()
+    return _Planner(raw, lambda path: format_path(path, "sweep"), Path(base_dir).resolve()).plan()
 
 
 class _Planner:

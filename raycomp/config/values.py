@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 _T = TypeVar("_T")
+_LONGEST = 80
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:
@@ -33,12 +34,12 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 12) -> str:
     return f"choose from {', '.join(names[:limit])}{rest}"
 
 
-def shown(value: object, *, limit: int = 80) -> str:
+def shown(value: object) -> str:
     """A value as an error quotes it, in one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     text = f"a {type(value).__name__}" if isinstance(value, BaseModel) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def format_path(path: Sequence[str | int], root: str = "") -> str:
