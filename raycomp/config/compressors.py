@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from raycomp.config.base import Conflict, Given
 from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
 from raycomp.config.registry import CompressorSettings, Kind, Need, OneOf, compressor
-from raycomp.config.values import Count, CountOrZero, NonNegative, SomeItems
+from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, SomeItems
 
 
 class PrunerSettings(CompressorSettings):
@@ -42,12 +42,32 @@ class TaylorPrunerConfig(PrunerSettings):
         return self.training_steps
 
 
+@compressor("raycomp.pruning.slim:SlimPruner", needs={Need.TRAINING}, schedulable=True)
+class SlimPrunerConfig(PrunerSettings):
+    """Prunes where learned factors, which an L1 penalty shrinks, have become the smallest (arXiv 1708.06519)."""
+
+    type: Literal["SlimPruner"] = "SlimPruner"
+    training_steps: Count
+    """Optimizer steps under the penalty before a decision."""
+    regular_scale: NonNegative = 1.0
+    """The weight of the penalty."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
+
 class ScheduleSettings(CompressorSettings):
-    """A pruner whose goals grow step by step."""
+    """Goes around a pruner, and says when it decides and for which part of its goals."""
 
     kind: ClassVar[Kind] = "pruner"
     pruner: Annotated[PrunerSettings, OneOf(schedulable=True)]
     """The pruner that decides."""
+
+
+class GrowingSettings(ScheduleSettings):
+    """The goals grow step by step within one training."""
+
     interval_steps: Count
     """Optimizer steps between two decisions."""
     total_times: Count
@@ -70,27 +90,47 @@ class ScheduleSettings(CompressorSettings):
 
 
 @compressor("raycomp.pruning.linear:LinearPruner", needs={Need.TRAINING})
-class LinearPrunerConfig(ScheduleSettings):
+class LinearPrunerConfig(GrowingSettings):
     """The goals grow evenly."""
 
     type: Literal["LinearPruner"] = "LinearPruner"
 
 
 @compressor("raycomp.pruning.agp:AGPPruner", needs={Need.TRAINING})
-class AGPPrunerConfig(ScheduleSettings):
+class AGPPrunerConfig(GrowingSettings):
     """The goals grow quickly at first and slowly at the end (arXiv 1710.01878)."""
 
     type: Literal["AGPPruner"] = "AGPPruner"
 
 
-@compressor("raycomp.quantization.qat:QATQuantizer", needs={Need.TRAINING})
-class QATQuantizerConfig(CompressorSettings):
-    """Quantization-aware training (Jacob et al., CVPR 2018)."""
+@compressor("raycomp.pruning.lottery_ticket:LotteryTicketPruner", needs={Need.TRAINING, Need.ROUNDS})
+class LotteryTicketPrunerConfig(ScheduleSettings):
+    """The goals grow from one training to the next (arXiv 1803.03635)."""
 
-    type: Literal["QATQuantizer"] = "QATQuantizer"
+    type: Literal["LotteryTicketPruner"] = "LotteryTicketPruner"
+    total_iteration: Count
+    """Rounds until the goals of the config list are reached."""
+    reset_weight: Flag = True
+    """Whether each round starts from the weights that the first one started from."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.pruner.least_steps
+
+
+class QuantizerSettings(CompressorSettings):
+    """A quantizer."""
+
     kind: ClassVar[Kind] = "quantizer"
     config_list: SomeItems[QuantizeEntry]
     """What to quantize, and how."""
+
+
+@compressor("raycomp.quantization.qat:QATQuantizer", needs={Need.TRAINING})
+class QATQuantizerConfig(QuantizerSettings):
+    """Quantization-aware training (Jacob et al., CVPR 2018)."""
+
+    type: Literal["QATQuantizer"] = "QATQuantizer"
     quant_start_step: CountOrZero = 0
     """Optimizer steps in which ranges are only observed."""
 
@@ -99,16 +139,37 @@ class QATQuantizerConfig(CompressorSettings):
         return self.quant_start_step + 1
 
 
-@compressor("raycomp.distillation.dynamic:DynamicLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
-class DynamicLayerwiseDistillerConfig(CompressorSettings):
-    """Holds outputs of layers against the teacher's; of several links the nearest counts."""
+@compressor("raycomp.quantization.ptq:PtqQuantizer", needs={Need.CALIBRATION})
+class PtqQuantizerConfig(QuantizerSettings):
+    """Quantization of a trained model, with the ranges that calibration finds."""
 
-    type: Literal["DynamicLayerwiseDistiller"] = "DynamicLayerwiseDistiller"
+    type: Literal["PtqQuantizer"] = "PtqQuantizer"
+    calibration_steps: Count | None = None
+    """Batches of the calibration (null: one pass over the training data)."""
+
+
+class DistillerSettings(CompressorSettings):
+    """A distiller of layers' outputs."""
+
     kind: ClassVar[Kind] = "distiller"
     config_list: SomeItems[DistillEntry]
     """Which layers' outputs are held against the teacher's."""
     origin_loss_lambda: NonNegative = 1.0
     """The weight of the task's own loss."""
+
+
+@compressor("raycomp.distillation.dynamic:DynamicLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
+class DynamicLayerwiseDistillerConfig(DistillerSettings):
+    """Holds outputs of layers against the teacher's; of several links the nearest counts."""
+
+    type: Literal["DynamicLayerwiseDistiller"] = "DynamicLayerwiseDistiller"
+
+
+@compressor("raycomp.distillation.adaptive:Adaptive1dLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
+class Adaptive1dLayerwiseDistillerConfig(DistillerSettings):
+    """Holds outputs of layers against the teacher's through a learned linear layer on the last dimension."""
+
+    type: Literal["Adaptive1dLayerwiseDistiller"] = "Adaptive1dLayerwiseDistiller"
 
 
 CompressorConfig = Annotated[CompressorSettings, OneOf()]

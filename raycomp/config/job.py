@@ -178,4 +178,4 @@ class JobConfig(Settings):
         types = [part.text("type") for stage in given.children("stages") for part in stage.children("compressors")]
         kinds = {COMPRESSORS[name].kind if name in COMPRESSORS else "quantizer" for name in types if name}
         if given.child("int8").values.get("enabled") is True and "quantizer" not in kinds:
-            yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add a QATQuantizer, or set it to 'auto'")
+            yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add one, or set it to 'auto'")

@@ -184,7 +184,7 @@ def test_a_misspelt_compressor_names_the_nearest_one() -> None:
     )
 
 
-@pytest.mark.parametrize("inner", ["AGPPruner", "QATQuantizer"])
+@pytest.mark.parametrize("inner", ["AGPPruner", "LotteryTicketPruner", "QATQuantizer"])
 def test_a_schedule_goes_around_schedulable_pruners_alone(inner: str) -> None:
     schedule = {"type": "LinearPruner", "interval_steps": 2, "total_times": 3, "pruner": {**PRUNER, "type": inner}}
     (problem,) = problems(stages=[{"name": "a", "compressors": [schedule]}])
@@ -208,6 +208,49 @@ def test_a_pruner_under_a_schedule_has_time_to_gather() -> None:
     schedule["interval_steps"] = 30
     parsed = parse_job(job(stages=[{"name": "a", "compressors": [schedule]}]))
     assert parsed.stages[0].compressors[0].kind == "pruner"
+
+
+SLIM = {**PRUNER, "type": "SlimPruner", "training_steps": 30}
+
+
+@pytest.mark.parametrize(
+    ("compressor", "least_steps", "defaults"),
+    [
+        (SLIM, 30, {"regular_scale": 1.0}),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 4}, 30, {"reset_weight": True}),
+        ({"type": "LotteryTicketPruner", "pruner": PRUNER, "total_iteration": 4}, 0, {}),
+        ({"type": "LinearPruner", "pruner": SLIM, "interval_steps": 30, "total_times": 2}, 60, {}),
+        ({**QUANTIZER, "type": "PtqQuantizer"}, 0, {"calibration_steps": None}),
+        (
+            {"type": "Adaptive1dLayerwiseDistiller", "config_list": [{"op_names": ["fc"], "lambda": 0.5}]},
+            0,
+            {"origin_loss_lambda": 1.0},
+        ),
+    ],
+)
+def test_compressors_say_how_long_they_need(
+    compressor: dict[str, Any], least_steps: int, defaults: dict[str, Any]
+) -> None:
+    parsed = parse_job(job(stages=[{"name": "a", "compressors": [compressor]}]))
+    (settings,) = parsed.stages[0].compressors
+    assert (settings.type, settings.least_steps) == (compressor["type"], least_steps)
+    assert {key: getattr(settings, key) for key in defaults} == defaults
+    assert parse_job(parsed.model_dump(mode="json")) == parsed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({**SLIM, "regular_scale": -1.0}, "regular_scale"),
+        ({**SLIM, "training_steps": 0}, "training_steps"),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 0}, "total_iteration"),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 2, "interval_steps": 9}, "interval_steps"),
+        ({**QUANTIZER, "type": "PtqQuantizer", "calibration_steps": 0}, "calibration_steps"),
+    ],
+)
+def test_compressors_refuse(wrong: dict[str, Any], where: str) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [wrong]}])
+    assert problem.where == f"job.stages[0].compressors[0].{where}"
 
 
 @pytest.mark.parametrize("entrypoint", ["task.py", "task:", ":Task", "a b:Task", "pkg.mod:Task()", "task.py:1T", ""])

@@ -27,6 +27,20 @@ def test_a_registration_ties_settings_class_kind_and_needs() -> None:
     assert COMPRESSORS["DynamicLayerwiseDistiller"].needs == {Need.TRAINING, Need.TEACHER}
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("L1NormPruner", set()),
+        ("SlimPruner", {Need.TRAINING}),
+        ("LotteryTicketPruner", {Need.TRAINING, Need.ROUNDS}),
+        ("PtqQuantizer", {Need.CALIBRATION}),
+        ("Adaptive1dLayerwiseDistiller", {Need.TRAINING, Need.TEACHER}),
+    ],
+)
+def test_what_algorithms_need(name: str, needs: set[Need]) -> None:
+    assert COMPRESSORS[name].needs == needs
+
+
 def test_a_name_is_registered_once() -> None:
     class Again(PrunerSettings):
         type: Literal["L1NormPruner"] = "L1NormPruner"
