@@ -35,7 +35,7 @@ class WorkerOrder:
         run_store: where the run's files are.
         resolved: what the stage's config lists mean for the model that it starts from.
         base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
-        sink: the actor that hears of progress, or None.
+        sink: the actor that hears of progress.
         started: seconds that the run has taken so far.
     """
 
@@ -44,19 +44,18 @@ class WorkerOrder:
     run_store: RunStore
     resolved: ResolvedStage
     base_dir: str
-    sink: ActorHandle | None
+    sink: ActorHandle
     started: float
 
 
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle | None) -> None:
+    def __init__(self, sink: ActorHandle) -> None:
         self._sink = sink
 
     def progress(self, event: ProgressEvent) -> None:
-        if self._sink is not None:
-            self._sink.push.remote(event)
+        self._sink.push.remote(event)
 
     def checkpoint(self, make: Callable[[], StageState], metrics: dict[str, float]) -> None:
         if ray.train.get_context().get_world_rank() != 0:

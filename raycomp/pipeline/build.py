@@ -6,7 +6,7 @@ worker builds its compressors from the same frozen description.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raycomp import distillation, pruning, quantization
-from raycomp.config import CompressorConfig, SelectionEntry, SpeedupConfig, StageConfig, TrainingConfig
-from raycomp.config.compressors import CompressorSettings, PrunerSettings, ScheduleSettings
+from raycomp.config import CompressorSettings, Need, SelectionEntry, SpeedupConfig, StageConfig, TrainingConfig
+from raycomp.config.compressors import PrunerSettings, ScheduleSettings
 from raycomp.config.loader import parse_config_list
 from raycomp.core.chain import Chain
 from raycomp.core.kept_masks import KeptMasks
@@ -29,7 +28,6 @@ from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import align_followers, auto_set_dependency_group_ids
 
-_PACKAGES = {"pruner": pruning, "quantizer": quantization, "distiller": distillation}
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 
 
@@ -163,15 +161,13 @@ def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], context: Bu
     return dicts
 
 
-def _build(
-    chain: Chain, settings: CompressorConfig | CompressorSettings, selection: Selection, context: BuildContext
-) -> Any:
-    kind: Callable[..., Any] = getattr(_PACKAGES[settings.kind], settings.type)
+def _build(chain: Chain, settings: CompressorSettings, selection: Selection, context: BuildContext) -> Any:
+    kind = settings.registration.load()
     own = {name: getattr(settings, name) for name in type(settings).model_fields}
     values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
     if isinstance(settings, ScheduleSettings):
         return kind(_build(chain, settings.pruner, selection, context), **values)
-    if settings.kind == "distiller":
+    if Need.TEACHER in settings.registration.needs:
         if context.teacher is None:
             raise ConfigError([Problem("type", "the task has no teacher", "define teacher(self) in the task")])
         values |= {"teacher_model": context.teacher, "teacher_predict": context.task.teacher_predict}
