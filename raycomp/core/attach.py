@@ -6,6 +6,7 @@ tied modules hold; inputs and outputs get forward (pre-)hooks. Nothing is cloned
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -219,6 +220,15 @@ def original_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if parametrize.is_parametrized(module, name):
         return module.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
     return module._parameters[name]  # type: ignore[return-value]
+
+
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A copy of a model under compression whose targets don't round: what its masks and folds alone compute."""
+    result = copy.deepcopy(model)
+    for module in result.modules():
+        if isinstance(module, Target):
+            module.quantizer = None
+    return result
 
 
 def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = ()) -> None:

@@ -1,9 +1,6 @@
 """Pruners: masks on the targets of a model, made while it trains."""
 
-from raycomp.pruning.agp import AGPPruner
-from raycomp.pruning.l1_norm import L1NormPruner
-from raycomp.pruning.linear import LinearPruner
-from raycomp.pruning.pruner import Pruner
-from raycomp.pruning.taylor import TaylorPruner
+from raycomp.config.registry import export_algorithms
+from raycomp.pruning.pruner import Pruner as Pruner
 
-__all__ = ["AGPPruner", "L1NormPruner", "LinearPruner", "Pruner", "TaylorPruner"]
+__all__, __getattr__, __dir__ = export_algorithms(__name__, "pruner", Pruner)

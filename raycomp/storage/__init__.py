@@ -3,7 +3,7 @@
 from raycomp.storage.artifact import Artifact, ArtifactRef, open_artifact, publish
 from raycomp.storage.filesystem import Store, open_store
 from raycomp.storage.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest
-from raycomp.storage.tensors import join_state, load_tensors, save_tensors, split_state
+from raycomp.storage.tensors import join_state, load_metadata, load_tensors, save_tensors, split_state
 
 __all__ = [
     "FORMAT_VERSION",
@@ -14,6 +14,7 @@ __all__ = [
     "Manifest",
     "Store",
     "join_state",
+    "load_metadata",
     "load_tensors",
     "open_artifact",
     "open_store",

@@ -18,7 +18,7 @@ Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 _ODD_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors of any device and layout to a safetensors file, which appears once it is whole."""
     from safetensors.torch import save_file
 
@@ -28,7 +28,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            save_file(plain, temporary, metadata={"format": "pt"})
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -47,6 +47,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with explained(str(path)):
             return load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"it is not a safetensors file: {error}", where=str(path)) from None
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """What `save_tensors` was given beside the tensors; errors as in `load_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with explained(str(path)), safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
     except SafetensorError as error:
         raise ArtifactError(f"it is not a safetensors file: {error}", where=str(path)) from None
 
