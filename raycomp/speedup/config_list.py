@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
 from raycomp.core.layout import layout_of
-from raycomp.core.selection import default_targets, select, type_name
+from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
 from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
 from raycomp.speedup.graph.example import Example
@@ -65,6 +65,7 @@ def _selected(
     model: nn.Module, config_list: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[PruneEntry, ...], list[list[str]]]:
     entries = parse_config_list("pruner", config_list)
+    resolve(model, "pruner", entries, "config_list")
     return entries, [select(model, entry, f"config_list[{index}]") for index, entry in enumerate(entries)]
 
 
