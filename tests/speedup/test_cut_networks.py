@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Iterable
 from typing import Any
@@ -632,3 +633,23 @@ def test_attention_whose_heads_are_viewed_beside_a_pruned_layer() -> None:
 
     model, _ = speed_up(Net, torch.randn(2, 5, 8).double(), rows({"a": [0, 3, 4, 5, 6, 9, 10, 15]}))
     assert shapes(model, "a", "b") == [(8, 8), (8, 8)]
+
+
+def test_what_an_auxiliary_head_reads_in_training_stays() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+            self.norm, self.f, self.aux = nn.BatchNorm2d(8), nn.Linear(8, 4), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            x = functional.relu(self.a(x))
+            y = self.f(functional.relu(self.norm(self.b(x))).mean((2, 3)))
+            return (y, self.aux(x.mean((2, 3)))) if self.training else y
+
+    model, speedup = speed_up(Net, IMAGES, rows({"a": range(8), "b": range(4), "norm": range(4)}))
+    assert shapes(model, "a", "b", "f", "aux") == [(16, 3, 3, 3), (4, 16, 3, 3), (4, 4), (4, 16)]
+    assert {(u.module, u.count) for u in speedup.unpruned} == {("a", 8)}
+    assert "'aux', which runs in training alone" in speedup.unpruned[0].reason
+    expected, got = copy.deepcopy(speedup.simulated).train()(IMAGES), model.train()(IMAGES)
+    assert all(torch.allclose(g, e, atol=1e-10) for g, e in zip(got, expected, strict=True))
