@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raycomp.errors import SpeedupError
+from raycomp.errors import ConfigError, SpeedupError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import (
@@ -185,14 +185,24 @@ def test_different_ratios_in_one_group_are_warned_of() -> None:
     assert [entry.get("dependency_group_id") for entry in entries] == [None, None]
 
 
+def test_a_layer_in_two_entries_is_refused() -> None:
+    config: list[dict[str, Any]] = [
+        {"op_names": ["stem"], "sparse_ratio": 0.5},
+        {"op_types": ["Conv2d"], "sparse_ratio": 0.25},
+    ]
+    for complete in (auto_set_dependency_group_ids, align_followers):
+        with pytest.raises(ConfigError, match=r"stem.weight is set already by config_list\[0\]"):
+            complete(MobileBlocks(), config, IMAGES)
+
+
 def test_followers_in_the_config_list() -> None:
     config: list[dict[str, Any]] = [
         {"op_names": ["expand"], "sparse_ratio": 0.5},
         {"op_names": ["bn1"], "sparse_ratio": 0.25, "target_names": ["bias"]},
         {"op_names": ["grouped"], "sparse_ratio": 0.5, "target_names": ["weight"]},
     ]
-    follow = {"module_name": "expand", "target_name": "weight", "dims": [0]}
-    after = {"module_name": "grouped", "target_name": "weight", "dims": [0]}
+    follow = {"module_name": "expand", "target_name": "weight"}
+    after = {"module_name": "grouped", "target_name": "weight"}
     assert align_followers(MobileBlocks(), config, IMAGES) == [
         *config,
         {"op_names": ["bn1"], "target_names": ["weight"], "align": follow},

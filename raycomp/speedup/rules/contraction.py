@@ -174,9 +174,9 @@ class ContractionRule(Rule):
         if c is None:
             return
         inputs, outputs = sizes(c.value, c.dim), sizes(c.output, c.dim)
-        for name in ("in_channels", "in_features"):
+        for name in ("in_channels", "in_features", "nx"):
             yield NewAttribute(call.owner, name, c.num_inputs, inputs)
-        for name in ("out_channels", "out_features"):
+        for name in ("out_channels", "out_features", "nf"):
             yield NewAttribute(call.owner, name, c.num_outputs, outputs)
         if c.is_depthwise:
             yield NewAttribute(call.owner, "groups", c.groups, inputs)
@@ -213,6 +213,9 @@ class Convolution(ContractionRule):
         arguments = call.arguments
         value, weight = arguments["input"], arguments["weight"]
         kernel = weight.shape[2:]
+        if weight.kind == "result" and arguments["groups"] not in (1, value.shape[value.ndim - len(kernel) - 1]):
+            # Groups are cut block by block from a parameter, and this weight is computed from one.
+            return None
         if self._transposed:
             pointwise = set(kernel) == {1} and set(arguments["stride"]) == {1}
             uniform = pointwise and not any(arguments["padding"]) and not any(arguments["output_padding"])
