@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
+from raycomp.config.entries import Granularity
 from raycomp.core.layout import layout_of
 from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
@@ -27,8 +28,8 @@ def auto_set_dependency_group_ids(
 
     Layers whose output channels are added, or run through a depthwise convolution, get one group; what feeds or is a
     grouped convolution loses equally many channels in each of its groups; what a GroupNorm normalises goes in its
-    groups. Entries that say otherwise themselves, entries that align to others, and entries without a weight among
-    their targets stay as they are.
+    groups. Entries that say otherwise themselves, entries that align to others, that prune other blocks than channels,
+    and entries without a weight among their targets stay as they are.
 
     Args:
         model: the model.
@@ -78,7 +79,13 @@ def _is_grouped_here(entry: PruneEntry) -> bool:
     if entry.target_names is not None and "weight" not in entry.target_names:
         return False
     settings = entry.settings_for("weight")
-    return settings.dependency_group_id is None and settings.align is None
+    whole = settings.granularity in ("default", "out_channel") or _is_of_whole_channels(settings.granularity)
+    return settings.dependency_group_id is None and settings.align is None and whole
+
+
+def _is_of_whole_channels(granularity: Granularity) -> bool:
+    """Whether blocks are runs of channels, with all that is in them: only such masks can be shared."""
+    return not isinstance(granularity, str) and len(granularity) > 1 and all(size == -1 for size in granularity[1:])
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:

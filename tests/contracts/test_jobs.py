@@ -12,7 +12,7 @@ from raycomp.config import COMPRESSORS, parse_job
 from raycomp.deploy.int8 import lower_int8
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
-from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs, resolve_start
+from raycomp.pipeline.stage import StageResult, StageStart, real_inputs, resolve_start
 from raycomp.pipeline.training.checkpoint import StageState
 from tests.contracts.job_rows import ROWS, fused, job
 from tests.contracts.training import (
@@ -23,6 +23,7 @@ from tests.contracts.training import (
     assert_same,
     difference,
     differing,
+    finish,
     train_on,
     trained,
 )
@@ -136,8 +137,7 @@ def finished(raw: Job, folder: Path) -> StageResult:
     task = build_task(config.task)
     assert check_stages(config, task) == resolve_start(config, 0, task, StageStart())
     trained(raw, Keeper(folder))
-    resolved = resolve_start(config, 0, task, StageStart())
-    return finish_stage(config, 0, task, StageStart(), resolved, StageState.load(folder))
+    return finish(raw, folder)
 
 
 @every_algorithm
