@@ -26,7 +26,7 @@ from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
-from raycomp.speedup import align_followers, auto_set_dependency_group_ids
+from raycomp.speedup import complete_config_list
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 
@@ -167,18 +167,12 @@ def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildCont
     entries: Sequence[SelectionEntry] = settings.config_list  # type: ignore[attr-defined]
     resolve(model, settings.kind, entries, "config_list")
     if isinstance(settings, PrunerSettings):
-        entries = parse_config_list("pruner", _from_graph(model, entries, context))
+        # With what the graph adds: channels that go together, norms and biases that follow.
+        given = [entry.model_dump(by_alias=True) for entry in entries]
+        groups, align = context.speedup.dependency_groups, context.speedup.align
+        completed = complete_config_list(model, given, context.example, groups=groups, align=align)
+        entries = parse_config_list("pruner", completed)
     return resolve(model, settings.kind, entries, "config_list", context.example)
-
-
-def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], context: BuildContext) -> list[dict[str, Any]]:
-    """The entries with what the graph adds: channels that go together, norms and biases that follow."""
-    dicts = [entry.model_dump(by_alias=True) for entry in entries]
-    if context.speedup.dependency_groups:
-        dicts = auto_set_dependency_group_ids(model, dicts, context.example)
-    if context.speedup.align:
-        dicts = align_followers(model, dicts, context.example)
-    return dicts
 
 
 def _build(chain: Chain, settings: CompressorSettings, selection: Selection, context: BuildContext) -> Any:

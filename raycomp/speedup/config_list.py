@@ -13,7 +13,7 @@ from raycomp.config.entries import Granularity
 from raycomp.core.layout import layout_of
 from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
-from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
+from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
 from raycomp.speedup.graph.example import Example
 
 ConfigList = list[dict[str, Any]]
@@ -43,12 +43,36 @@ def auto_set_dependency_group_ids(
         ConfigError: the config list is wrong.
         SpeedupError: the model can't be traced.
     """
+    return _with_groups(TracedModel.of(model, dummy_input), config_list)
+
+
+def complete_config_list(
+    model: nn.Module,
+    config_list: Sequence[Mapping[str, Any]],
+    dummy_input: Example,
+    *,
+    groups: bool = True,
+    align: bool = True,
+) -> ConfigList:
+    """The config list under `auto_set_dependency_group_ids` and `align_followers`, of which each can be left out; the
+    model is traced once. Errors as theirs."""
+    result = [dict(entry) for entry in config_list]
+    if not groups and not align:
+        return result
+    traced = TracedModel.of(model, dummy_input)
+    if groups:
+        result = _with_groups(traced, result)
+    return _with_followers(traced, result) if align else result
+
+
+def _with_groups(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
+    model = traced.model
     entries, selected = _selected(model, config_list)
     names = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
     names = [name for name in names if _has_channels(model, name)]
     if not names:
         return [dict(entry) for entry in config_list]
-    found = dependencies(model, dummy_input, names, obstacles=False)
+    found = dependencies(traced, names, obstacles=False)
     settings = {
         n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
     }
@@ -169,6 +193,11 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
         ConfigError: the config list is wrong.
         SpeedupError: the model can't be traced.
     """
+    return _with_followers(TracedModel.of(model, dummy_input), config_list)
+
+
+def _with_followers(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
+    model = traced.model
     entries, selected = _selected(model, config_list)
     result = [dict(entry) for entry in config_list]
     taken: set[tuple[str, str]] = set()
@@ -187,7 +216,7 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
         for entry, own in zip(entries, selected, strict=True)
         for name in own
     }
-    found = dependencies(model, dummy_input, names, groups, obstacles=False)
+    found = dependencies(traced, names, groups, obstacles=False)
     for name, parameters in found.followers.items():
         by_module: dict[str, list[str]] = {}
         for parameter in parameters:
