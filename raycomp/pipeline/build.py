@@ -143,9 +143,9 @@ def _selections(
     """What each compressor's config list means; those that are wrong are left out."""
     found = {}
     for index, settings in enumerate(stage.compressors):
-        place = f"{where}.compressors[{index}]"
+        path = f"{where}.compressors[{index}]"
         ranking = settings.pruner if isinstance(settings, ScheduleSettings) else settings
-        with _below(place if ranking is settings else f"{place}.pruner", problems):
+        with _below(path if ranking is settings else f"{path}.pruner", problems):
             found[index] = _resolved(model, ranking, context)
     return found
 
@@ -189,12 +189,12 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
 
 
 @contextmanager
-def _below(place: str, problems: list[Problem]) -> Iterator[None]:
-    """Gathers what is wrong within the block, as problems of that place."""
+def _below(path: str, problems: list[Problem]) -> Iterator[None]:
+    """Gathers what is wrong within the block, as problems at that key path."""
     try:
         yield
     except ConfigError as error:
-        problems += [Problem(f"{place}.{found.where}", found.message, found.remedy) for found in error.problems]
+        problems += [Problem(f"{path}.{found.where}", found.message, found.remedy) for found in error.problems]
     except CompressionError as error:
         message = f"{error.where}: {error.message}" if error.where else error.message
-        problems.append(Problem(place, message, error.remedy or ""))
+        problems.append(Problem(path, message, error.remedy or ""))

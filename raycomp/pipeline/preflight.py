@@ -118,23 +118,23 @@ def selection_problems(raw: Mapping[str, Any], base_dir: Path) -> list[Problem]:
             model = dense_model(task, 0)
     except (RaycompError, KeyError, TypeError):
         return []
-    return [problem for place, kind, entry in _raw_entries(raw) for problem in _unselected(model, place, kind, entry)]
+    return [problem for path, kind, entry in _raw_entries(raw) for problem in _unselected(model, path, kind, entry)]
 
 
 def _raw_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Each config-list entry with its place and kind, as far as the file has the form of a job."""
+    """Each config-list entry with its key path and kind, as far as the file has the form of a job."""
     for index, stage in enumerate(_sequence(raw, "stages")):
         for position, settings in enumerate(_sequence(stage, "compressors")):
-            place = f"stages[{index}].compressors[{position}]"
+            path = f"stages[{index}].compressors[{position}]"
             nested = settings.get("pruner") if isinstance(settings, Mapping) else None
             if isinstance(nested, Mapping):
-                settings, place = nested, f"{place}.pruner"
+                settings, path = nested, f"{path}.pruner"
             known = COMPRESSORS.get(str(settings.get("type"))) if isinstance(settings, Mapping) else None
             for number, entry in enumerate(_sequence(settings, "config_list") if known else ()):
-                yield f"{place}.config_list[{number}]", known.kind if known else None, entry
+                yield f"{path}.config_list[{number}]", known.kind if known else None, entry
 
 
-def _unselected(model: nn.Module, place: str, kind: Any, entry: Any) -> list[Problem]:
+def _unselected(model: nn.Module, path: str, kind: Any, entry: Any) -> list[Problem]:
     try:
         entries = parse_config_list(kind, [entry])
     except ConfigError:
@@ -143,7 +143,7 @@ def _unselected(model: nn.Module, place: str, kind: Any, entry: Any) -> list[Pro
         resolve(model, kind, entries, "config_list")
     except ConfigError as error:
         return [
-            Problem(place + item.where.removeprefix("config_list[0]"), item.message, item.remedy)
+            Problem(path + item.where.removeprefix("config_list[0]"), item.message, item.remedy)
             for item in error.problems
         ]
     return []

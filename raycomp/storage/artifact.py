@@ -133,27 +133,27 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
     if not names:
         raise ArtifactError("there are no files to publish", where=str(local_dir))
     _manifest(artifact_id, {}, manifest_fields)
-    place = store.join(artifact_id)
+    destination = store.join(artifact_id)
     attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
-    alone = place.create_bytes(_CLAIM, attempt.encode())
+    alone = destination.create_bytes(_CLAIM, attempt.encode())
     paths = {name: name if alone else f"{attempt}/{name}" for name in names}
     # Looked at behind the claim: a winner takes its claim away only when its manifest is there.
-    if place.exists(MANIFEST):
-        _withdraw(place, attempt, [_CLAIM] if alone else [])
-        raise _taken(place)
+    if destination.exists(MANIFEST):
+        _withdraw(destination, attempt, [_CLAIM] if alone else [])
+        raise _taken(destination)
     try:
-        files = {name: _upload(local_dir / name, place, path) for name, path in paths.items()}
+        files = {name: _upload(local_dir / name, destination, path) for name, path in paths.items()}
     except StorageError:
-        _withdraw(place, attempt, paths.values())
+        _withdraw(destination, attempt, paths.values())
         # A winner tidies up what others are still writing.
-        if place.exists(MANIFEST):
-            raise _taken(place) from None
+        if destination.exists(MANIFEST):
+            raise _taken(destination) from None
         raise
-    if not _seal(place, _manifest(artifact_id, files, manifest_fields).to_json()):
-        _withdraw(place, attempt, paths.values())
-        raise _taken(place)
-    _tidy(place, {MANIFEST, *paths.values()})
-    return ArtifactRef(artifact_id, place.uri)
+    if not _seal(destination, _manifest(artifact_id, files, manifest_fields).to_json()):
+        _withdraw(destination, attempt, paths.values())
+        raise _taken(destination)
+    _tidy(destination, {MANIFEST, *paths.values()})
+    return ArtifactRef(artifact_id, destination.uri)
 
 
 def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping[str, Any]) -> Manifest:
@@ -164,7 +164,7 @@ def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping
         raise ArtifactError(f"the manifest would not be right: {error}") from None
 
 
-def _upload(file: Path, place: Store, path: str) -> FileRecord:
+def _upload(file: Path, destination: Store, path: str) -> FileRecord:
     digest, size = hashlib.sha256(), 0
 
     def pieces() -> Iterator[bytes]:
@@ -175,47 +175,47 @@ def _upload(file: Path, place: Store, path: str) -> FileRecord:
                 size += len(chunk)
                 yield chunk
 
-    place.write_chunks(path, pieces())
-    stored = place.size(path)
+    destination.write_chunks(path, pieces())
+    stored = destination.size(path)
     if stored != size:
-        raise StorageError(f"{stored} of {size} bytes arrived", where=place.join(path).uri)
+        raise StorageError(f"{stored} of {size} bytes arrived", where=destination.join(path).uri)
     return FileRecord(bytes=size, sha256=digest.hexdigest(), path=path)
 
 
-def _seal(place: Store, manifest: bytes) -> bool:
+def _seal(destination: Store, manifest: bytes) -> bool:
     """Writes the manifest unless there is one; whether it is ours that is there."""
     try:
-        return place.create_bytes(MANIFEST, manifest)
+        return destination.create_bytes(MANIFEST, manifest)
     except StorageError:
         # The files stay where they are: a write in doubt may yet arrive.
-        if not place.exists(MANIFEST):
+        if not destination.exists(MANIFEST):
             raise
-        return place.read_bytes(MANIFEST) == manifest
+        return destination.read_bytes(MANIFEST) == manifest
 
 
-def _withdraw(place: Store, attempt: str, paths: Iterable[str]) -> None:
+def _withdraw(destination: Store, attempt: str, paths: Iterable[str]) -> None:
     """Deletes what this publication wrote, and nothing of others. It costs room alone, so that failing is no error."""
     for path in paths:
         with contextlib.suppress(StorageError):
-            place.delete(path)
+            destination.delete(path)
     with contextlib.suppress(StorageError):
-        place.delete_dir(attempt)
+        destination.delete_dir(attempt)
 
 
-def _tidy(place: Store, kept: set[str]) -> None:
+def _tidy(destination: Store, kept: set[str]) -> None:
     """Deletes what others wrote, who can't win any more. It costs room alone, so that failing is no error."""
     with contextlib.suppress(StorageError):
-        for path in sorted({*place.files()} - kept):
+        for path in sorted({*destination.files()} - kept):
             with contextlib.suppress(StorageError):
-                place.delete(path)
-        for folder in place.folders():
+                destination.delete(path)
+        for folder in destination.folders():
             if folder.startswith(_ATTEMPT) and not any(path.startswith(f"{folder}/") for path in kept):
-                place.delete_dir(folder)
+                destination.delete_dir(folder)
 
 
-def _taken(place: Store) -> ArtifactError:
+def _taken(destination: Store) -> ArtifactError:
     return ArtifactError(
         "an artifact of this id is already there, and is never overwritten",
-        where=place.uri,
+        where=destination.uri,
         remedy="publish under another id",
     )

@@ -94,8 +94,8 @@ class _Fetcher(Dataset[Any]):
 
     def __getitem__(self, indices: Tensor) -> Any:
         if self._by_batch:
-            places = indices if self._origin is None else self._origin[indices]
-            return [tensor[places] for tensor in self._dataset.tensors]
+            positions = indices if self._origin is None else self._origin[indices]
+            return [tensor[positions] for tensor in self._dataset.tensors]
         try:
             return self._collated(indices.tolist())
         except TaskError as error:
@@ -111,9 +111,9 @@ class _Fetcher(Dataset[Any]):
     def _sample(self, index: int, name: str) -> Any:
         seed = sample_seed(self._seed, self._epoch, index)
         _seed_global_generators(seed)
-        place = index if self._origin is None else int(self._origin[index])
+        position = index if self._origin is None else int(self._origin[index])
         with user_code(f"sample {index} of {name}'s data"):
-            sample = self._dataset[place]
+            sample = self._dataset[position]
         if not self._augments:
             return sample
         with user_code(f"{name}.augment()"):
