@@ -34,15 +34,15 @@ class Watcher(nn.Module, ABC):
     def update(self, value: Tensor) -> None:
         """Counts a batch in."""
 
-    @torch.no_grad()
     def forward(self, value: Tensor) -> None:
         """Takes a batch into account: that of a training step or a calibration, not the stand-in of an idle rank."""
         if not is_watched():
             return
-        if not self.gathered:
-            self.gathered = self.fresh(value.detach())
-        if not is_idle():
-            self.update(value.detach())
+        with torch.no_grad():
+            if not self.gathered:
+                self.gathered = self.fresh(value.detach())
+            if not is_idle():
+                self.update(value.detach())
 
     def statistics(self) -> list[Statistic]:
         """What was gathered, to be merged in place; nothing before the first forward pass."""

@@ -106,7 +106,7 @@ class _Unit:
         """The number of steps to prune by threshold or ratio, clamped."""
         threshold, ratio = self.settings.sparse_threshold, self.settings.sparse_ratio
         if threshold is not None:
-            count = int((self.values < threshold * self.fraction).sum())
+            count = int((self.values.double() < threshold * self.fraction).sum())
         else:
             count = _part(len(self.values), (ratio or 0.0) * self.fraction)
         least, most = self.clamps()

@@ -93,7 +93,7 @@ class SlimPruner(Pruner):
 
     def loss_term(self, batch: Any) -> Tensor | None:
         """The penalty."""
-        if not self.schedule.gathers(self.chain.step + 1, self.chain.step + 1):
+        if self.schedule.is_over(self.chain.step, self.chain.round):
             return None
         norms = [factor.factor.abs().sum() for factor in self.factors.values()]
         return self.regular_scale * torch.stack(norms).sum() / len(norms)

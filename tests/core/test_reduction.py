@@ -37,10 +37,10 @@ def merged_on_a_rank(own: int, world: int) -> tuple[list[list[float]], int]:
     return [tensor.flatten().tolist() for tensor in tensors], calls
 
 
-def test_every_rank_holds_the_merged_values_of_three_all_reduces() -> None:
-    # Sums in float32, minima with maxima in float32, sums in float64.
+def test_every_rank_holds_the_merged_values_of_four_all_reduces() -> None:
+    # What is reduced, sums in float32, minima with maxima in float32, sums in float64.
     expected = [[3.0, 6.0], [1.0], [4.0, float("inf")], [3.0], [10.0]]
-    assert on_ranks(2, merged_on_a_rank) == [(expected, 3)] * 2
+    assert on_ranks(2, merged_on_a_rank) == [(expected, 4)] * 2
 
 
 def test_alone_nothing_changes() -> None:
