@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 import raycomp
-from raycomp.config import JobConfig, job_schema, parse_job, read_job, set_key
+from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, set_key
+from raycomp.config.dialect import JobLoader
 from raycomp.errors import ConfigError, Problem, RaycompError
 
 _PIPE_WIDTH = 120
@@ -47,13 +47,13 @@ class _Commands(click.Group):
 
 
 def tell(error: RaycompError, console: Console) -> None:
-    """Prints an error: its place, its cause, and on a line of its own what would be right."""
+    """Prints an error: where it is, its cause, and on a line of its own what would be right."""
     problems = error.problems if isinstance(error, ConfigError) else (_problem(error),)
     if len(problems) > 1:
         console.print(Text(f"{len(problems)} problems", style="bold"))
     for problem in problems:
-        place = f"{problem.where}: " if problem.where else ""
-        console.print(Text.assemble(("error ", "bold red"), place, problem.message), soft_wrap=True)
+        where = f"{problem.where}: " if problem.where else ""
+        console.print(Text.assemble(("error ", "bold red"), where, problem.message), soft_wrap=True)
         if problem.remedy:
             console.print(Text(f"      {problem.remedy}"), soft_wrap=True)
 
@@ -77,9 +77,9 @@ def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
     from raycomp.distributed.job import CompressionJob
     from raycomp.report import ProgressPrinter, print_result
 
-    config = _job(job, settings)
-    with _placed(job), ProgressPrinter() as progress:
-        result = CompressionJob(config, base_dir=job.resolve().parent).fit(resume=resume, progress=progress)
+    config, source = _job(job, settings)
+    with ProgressPrinter() as progress:
+        result = CompressionJob(config, job.resolve().parent, source).fit(resume=resume, progress=progress)
     print_result(_console(), result.summary, result.artifact_uri, result.report_path)
 
 
@@ -93,9 +93,8 @@ def validate(job: Path, settings: tuple[str, ...]) -> None:
     """
     from raycomp.distributed.job import CompressionJob
 
-    config = _job(job, settings)
-    with _placed(job):
-        CompressionJob(config, base_dir=job.resolve().parent).validate()
+    config, source = _job(job, settings)
+    CompressionJob(config, job.resolve().parent, source).validate()
     compressors = [f"{stage.name}: {' + '.join(item.type for item in stage.compressors)}" for stage in config.stages]
     click.echo(f"{job} is right: {'; '.join(compressors)}")
 
@@ -132,9 +131,8 @@ def submit(
     """
     from raycomp import submit as jobs
 
-    plan = jobs.plan_submission(
-        _job(job, settings), job, working_dir, settings=settings, resume=resume, ship_raycomp=ship_raycomp
-    )
+    config, _ = _job(job, settings)
+    plan = jobs.plan_submission(config, job, working_dir, settings=settings, resume=resume, ship_raycomp=ship_raycomp)
     with jobs.jobs_client(address) as client:
         submission = jobs.send(client, plan)
         click.echo(f"submitted {submission} to {address}", err=True)
@@ -215,8 +213,12 @@ def schema() -> None:
     click.echo(json.dumps(job_schema(), indent=2))
 
 
-def _job(path: Path, settings: Sequence[str]) -> JobConfig:
-    """The job that a file and overrides describe; every problem with its line, those of its config lists among them."""
+def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
+    """The job that a file and overrides describe, and where its keys are.
+
+    Raises:
+        ConfigError: every problem with its line, those of its config lists among them.
+    """
     raw, source = read_job(path)
     for setting in settings:
         key, separator, value = setting.partition("=")
@@ -224,28 +226,19 @@ def _job(path: Path, settings: Sequence[str]) -> JobConfig:
             raise ConfigError([Problem(f"--set {setting}", "it has no '='", "should be such as training.epochs=3")])
         raw = set_key(raw, key, _value(setting, value))
     try:
-        return parse_job(raw, where="")
+        return parse_job(raw, where=""), source
     except ConfigError as error:
         from raycomp.pipeline.preflight import selection_problems
 
         found = selection_problems(raw, path.resolve().parent)
-        raise source.place(ConfigError([*error.problems, *found])) from None
+        raise source.located(ConfigError([*error.problems, *found])) from None
 
 
 def _value(setting: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=JobLoader)
     except yaml.YAMLError:
         raise ConfigError([Problem(f"--set {setting}", f"'{text}' is not a YAML value", "put it in quotes")]) from None
-
-
-@contextmanager
-def _placed(job: Path) -> Iterator[None]:
-    """Names file and line of what a job's checks against its model find wrong."""
-    try:
-        yield
-    except ConfigError as error:
-        raise read_job(job)[1].place(error) from error
 
 
 def _console() -> Console:

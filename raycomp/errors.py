@@ -61,10 +61,10 @@ class Problem:
 class ConfigError(RaycompError):
     """A configuration that can't be run; `problems` lists everything that is wrong with it."""
 
-    def __init__(self, problems: Iterable[Problem], *, where: str | None = None) -> None:
+    def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
         count = len(self.problems)
-        super().__init__(f"{count} problem{'s' if count != 1 else ''}", where=where)
+        super().__init__(f"{count} problem{'s' if count != 1 else ''}")
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.problems)

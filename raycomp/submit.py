@@ -120,7 +120,7 @@ def plan_submission(
         ConfigError: the job can't run there as it is.
     """
     root, file = working_dir.resolve(), job_file.resolve()
-    problems = [*_place_problems(job, file, root), *_storage_problems(job, job_file)]
+    problems = [*_folder_problems(job, file, root), *_storage_problems(job, job_file)]
     if problems:
         raise ConfigError(problems)
     command = ["python", "-m", "raycomp", "run", file.relative_to(root).as_posix()]
@@ -273,7 +273,7 @@ async def _tail(client: JobsClient, submission_id: str, log: _Log) -> None:
         raise ConnectionError(str(error) or type(error).__name__) from error
 
 
-def _place_problems(job: JobConfig, file: Path, root: Path) -> Iterator[Problem]:
+def _folder_problems(job: JobConfig, file: Path, root: Path) -> Iterator[Problem]:
     if not root.is_dir():
         yield Problem("--working-dir", f"there is no folder '{root}'")
         return

@@ -19,8 +19,9 @@ from rich.text import Text
 
 from raycomp import submit as jobs
 from raycomp.cli import main
-from raycomp.config import JobConfig
-from raycomp.errors import ArtifactError, ClusterError, ConfigError, Problem, TaskError
+from raycomp.config import JobConfig, SourceMap
+from raycomp.distributed.job import CompressionJob
+from raycomp.errors import ArtifactError, ClusterError, ConfigError, TaskError
 from raycomp.storage import open_store, publish
 from tests.report.summaries import summary
 
@@ -52,11 +53,12 @@ class FakeJob:
 
     config: JobConfig
     base_dir: Path
+    source: SourceMap
     resume: bool
     error: Exception | None = None
 
-    def __init__(self, config: JobConfig, base_dir: Path) -> None:
-        FakeJob.config, FakeJob.base_dir = config, base_dir
+    def __init__(self, config: JobConfig, base_dir: Path, source: SourceMap) -> None:
+        FakeJob.config, FakeJob.base_dir, FakeJob.source = config, base_dir, source
 
     def validate(self) -> None:
         if FakeJob.error is not None:
@@ -84,6 +86,7 @@ def test_run_hands_on_the_job_and_prints_how_it_ends(job: Path, fake_job: type[F
     result = _invoke("run", job)
     assert result.exit_code == 0, result.output
     assert fake_job.config.name == "small" and fake_job.base_dir == job.parent and fake_job.resume is False
+    assert fake_job.source.locate(("training", "epochs")) == f"{job}:12 training.epochs"
     assert "run 1 on local Ray" in result.stderr
     lines = result.stdout.splitlines()
     assert "artifact  /store/small/artifacts/1" in lines
@@ -100,6 +103,7 @@ def test_the_line_that_submission_looks_for_is_the_one_that_run_prints(job: Path
 def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: type[FakeJob]) -> None:
     overrides = ["training.epochs=null", "training.steps=7", "stages.0.compressors.0.config_list.0.sparse_ratio=0.25"]
     overrides += ["storage.uri=s3://bucket/a=b", "scaling.resources_per_worker={CPU: 0.5}"]
+    overrides += ["speedup.tolerance=1e-3", "task.arguments.kind=no"]
     result = _invoke("run", job, "--resume", *[word for item in overrides for word in ("--set", item)])
     assert result.exit_code == 0, result.output
     config = fake_job.config
@@ -107,6 +111,7 @@ def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: 
     assert config.stages[0].compressors[0].config_list[0].sparse_ratio == 0.25
     assert config.storage.uri == "s3://bucket/a=b"
     assert config.scaling.resources_per_worker == {"CPU": 0.5}
+    assert (config.speedup.tolerance, config.task.arguments) == (1e-3, {"kind": "no"})
     assert fake_job.resume is True
 
 
@@ -136,14 +141,18 @@ def test_everything_wrong_with_a_file_comes_at_once_with_its_lines(tmp_path: Pat
     assert "Traceback" not in result.output and result.stdout == ""
 
 
-def test_what_the_model_lacks_is_placed_in_the_file(job: Path, fake_job: type[FakeJob]) -> None:
+def test_what_the_model_lacks_is_told_with_its_line(job: Path, tmp_path: Path) -> None:
+    text = JOB.replace("task.py:Task", "tests.contracts.tiny:Tiny").replace("[conv]", "[convv]")
+    job.write_text(f"{text}storage: {{uri: '{tmp_path}'}}\n")
     where = "stages[0].compressors[0].config_list[0].op_names"
-    fake_job.error = ConfigError([Problem(where, "the model has no 'conv'", "did you mean 'conv1'?")])
     for command in ("validate", "run"):
         result = _invoke(command, job)
         assert result.exit_code == 2
-        assert f"job.yaml:9 {where}: the model has no 'conv'" in result.stderr
-        assert "      did you mean 'conv1'?" in result.stderr.splitlines()
+        assert f"job.yaml:9 {where}" in result.stderr and "'convv'" in result.stderr
+        assert "      did you mean 'conv'?" in result.stderr.splitlines()
+    with pytest.raises(ConfigError) as caught:
+        CompressionJob(job).validate()
+    assert caught.value.problems[0].where.startswith(f"{job}:9 {where}")
 
 
 def test_validate_says_what_is_right(job: Path, fake_job: type[FakeJob]) -> None:

@@ -1,16 +1,8 @@
-"""What a job says: frozen strict settings, YAML in, errors with the key's place out. Imports no torch."""
+"""What a job says: frozen strict settings, YAML in, errors with the key's path and line out. Imports no torch."""
 
 from raycomp.config.base import Settings
-from raycomp.config.compressors import (
-    COMPRESSORS,
-    AGPPrunerConfig,
-    CompressorConfig,
-    DynamicLayerwiseDistillerConfig,
-    L1NormPrunerConfig,
-    LinearPrunerConfig,
-    QATQuantizerConfig,
-    TaylorPrunerConfig,
-)
+from raycomp.config.change import set_key
+from raycomp.config.compressors import CompressorConfig
 from raycomp.config.entries import (
     Align,
     DistillEntry,
@@ -34,33 +26,34 @@ from raycomp.config.job import (
     StageConfig,
     TaskConfig,
 )
-from raycomp.config.loader import SourceMap, load_job, parse_config_list, parse_job, parse_path, read_job, set_key
+from raycomp.config.loader import JobFile, load_job, load_job_file, parse_config_list, parse_job, read_job
+from raycomp.config.registry import COMPRESSORS, CompressorSettings, Need, Registration
 from raycomp.config.schema import job_schema
+from raycomp.config.source import SourceMap
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides
-from raycomp.config.values import format_path, nearest
+from raycomp.config.values import format_path, nearest, parse_path
 
 __all__ = [
     "COMPRESSORS",
-    "AGPPrunerConfig",
     "Align",
     "ClusterConfig",
     "CompressorConfig",
+    "CompressorSettings",
     "DistillEntry",
     "DistillTarget",
-    "DynamicLayerwiseDistillerConfig",
     "Entry",
     "EvaluationConfig",
     "Granularity",
     "Int8Config",
     "JobConfig",
-    "L1NormPrunerConfig",
-    "LinearPrunerConfig",
+    "JobFile",
+    "Need",
     "PruneEntry",
     "PruneTarget",
-    "QATQuantizerConfig",
     "QuantizeEntry",
     "QuantizeTarget",
+    "Registration",
     "ScalingConfig",
     "SelectionEntry",
     "Settings",
@@ -69,13 +62,13 @@ __all__ = [
     "StageConfig",
     "StorageConfig",
     "TaskConfig",
-    "TaylorPrunerConfig",
     "TrainingConfig",
     "TrainingOverrides",
     "canonical_target",
     "format_path",
     "job_schema",
     "load_job",
+    "load_job_file",
     "nearest",
     "parse_config_list",
     "parse_job",

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from raycomp.config.values import KeyPath, closest, format_path, nearest, shown
+from raycomp.config.values import KeyPath, format_path, nearest, shown
 from raycomp.errors import ConfigError, Problem
 
 UNKNOWN_KEY = "unknown_key"
+UNKNOWN_TYPE = "unknown_type"
 _CONFLICT = "conflict"
-
-
-def by_type(*choices: str) -> Discriminator:
-    """Chooses among settings classes by their key `type`; a misspelt one by what was probably meant, so that the other
-    keys are checked as well."""
-
-    def chosen(value: object) -> str | None:
-        given = getattr(value, "type", None) if isinstance(value, Settings) else Given(value).values.get("type")
-        if given is None or given in choices:
-            return given
-        return closest(str(given), choices) or str(given)
-
-    return Discriminator(chosen)
 
 
 @dataclass(frozen=True)
@@ -166,13 +154,6 @@ def _key_path(loc: Sequence[str | int], raw: object, *, keep_last: bool) -> KeyP
     return tuple(path)
 
 
-def _tags(annotation: object) -> list[str]:
-    """The types of the settings classes that an annotation allows."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation.model_fields["type"].default]
-    return [tag for part in get_args(annotation) for tag in _tags(part)]
-
-
 def _line(loc: KeyPath, kind: str, message: str, remedy: str, value: object) -> InitErrorDetails:
     custom = PydanticCustomError(kind, "{message}", {"message": message, "remedy": remedy})
     return InitErrorDetails(type=custom, loc=loc, input=value)
@@ -193,10 +174,10 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
     if kind == "missing":
         field = next(f for n, f in cls.model_fields.items() if loc[-1] in (n, f.alias))
         return _line(loc, kind, f"the key '{loc[-1]}' is missing", (field.description or "").partition("\n")[0], value)
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        tags = _tags(cls.model_fields[str(loc[0])].annotation)
-        message = f"there is no '{context['tag']}'" if "tag" in context else "the key 'type' is missing"
-        return _line((*loc, "type"), kind, message, nearest(context.get("tag", ""), tags), value)
+    if kind == UNKNOWN_TYPE:
+        name, choices = Given(value).values.get("type"), context["choices"].split()
+        message = "the key 'type' is missing" if name is None else f"there is no '{name}'"
+        return _line((*loc, "type"), kind, message, nearest(str(name or ""), choices, limit=len(choices)), value)
     if kind == "too_short":
         return _line(loc, kind, "it is empty", f"at least {context['min_length']} needed", value)
     if kind == "literal_error":

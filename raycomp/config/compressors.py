@@ -1,38 +1,17 @@
 """The compressors that a stage can name, one small class per algorithm.
 
-A new algorithm is a class here, and its name in the table and the union at the end of the file.
+A new algorithm is a registered class here; those that a schedule may be put around stand above the schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Tag
-
-from raycomp.config.base import Conflict, Given, Settings, by_type
+from raycomp.config.base import Conflict, Given
 from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
-from raycomp.config.values import Count, CountOrZero, NonNegative, SomeItems
-
-Kind = Literal["pruner", "quantizer", "distiller"]
-
-
-def _require_type(schema: dict[str, Any]) -> None:
-    schema["required"] = ["type", *schema.get("required", ())]
-
-
-class CompressorSettings(Settings):
-    """What every compressor's settings share."""
-
-    model_config = ConfigDict(json_schema_extra=_require_type)
-    kind: ClassVar[Kind]
-    type: str
-    """The algorithm: the name of the compressor's class."""
-
-    @property
-    def least_steps(self) -> int:
-        """Optimizer steps without which the algorithm has not done its work."""
-        return 0
+from raycomp.config.registry import CompressorSettings, Kind, Need, OneOf, compressor
+from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, SomeItems
 
 
 class PrunerSettings(CompressorSettings):
@@ -43,12 +22,14 @@ class PrunerSettings(CompressorSettings):
     """What to prune, and how much."""
 
 
+@compressor("raycomp.pruning.l1_norm:L1NormPruner", schedulable=True)
 class L1NormPrunerConfig(PrunerSettings):
     """Prunes the blocks with the smallest L1 norm."""
 
     type: Literal["L1NormPruner"] = "L1NormPruner"
 
 
+@compressor("raycomp.pruning.taylor:TaylorPruner", needs={Need.TRAINING}, schedulable=True)
 class TaylorPrunerConfig(PrunerSettings):
     """Prunes the blocks whose removal changes the loss least, to first order."""
 
@@ -61,15 +42,32 @@ class TaylorPrunerConfig(PrunerSettings):
         return self.training_steps
 
 
+@compressor("raycomp.pruning.slim:SlimPruner", needs={Need.TRAINING}, schedulable=True)
+class SlimPrunerConfig(PrunerSettings):
+    """Prunes where learned factors, which an L1 penalty shrinks, have become the smallest (arXiv 1708.06519)."""
+
+    type: Literal["SlimPruner"] = "SlimPruner"
+    training_steps: Count
+    """Optimizer steps under the penalty before a decision."""
+    regular_scale: NonNegative = 1.0
+    """The weight of the penalty."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
+
 class ScheduleSettings(CompressorSettings):
-    """A pruner whose goals grow step by step."""
+    """Goes around a pruner, and says when it decides and for which part of its goals."""
 
     kind: ClassVar[Kind] = "pruner"
-    pruner: Annotated[
-        Annotated[L1NormPrunerConfig, Tag("L1NormPruner")] | Annotated[TaylorPrunerConfig, Tag("TaylorPruner")],
-        by_type("L1NormPruner", "TaylorPruner"),
-    ]
+    pruner: Annotated[PrunerSettings, OneOf(schedulable=True)]
     """The pruner that decides."""
+
+
+class GrowingSettings(ScheduleSettings):
+    """The goals grow step by step within one training."""
+
     interval_steps: Count
     """Optimizer steps between two decisions."""
     total_times: Count
@@ -91,25 +89,48 @@ class ScheduleSettings(CompressorSettings):
             )
 
 
-class LinearPrunerConfig(ScheduleSettings):
+@compressor("raycomp.pruning.linear:LinearPruner", needs={Need.TRAINING})
+class LinearPrunerConfig(GrowingSettings):
     """The goals grow evenly."""
 
     type: Literal["LinearPruner"] = "LinearPruner"
 
 
-class AGPPrunerConfig(ScheduleSettings):
+@compressor("raycomp.pruning.agp:AGPPruner", needs={Need.TRAINING})
+class AGPPrunerConfig(GrowingSettings):
     """The goals grow quickly at first and slowly at the end (arXiv 1710.01878)."""
 
     type: Literal["AGPPruner"] = "AGPPruner"
 
 
-class QATQuantizerConfig(CompressorSettings):
-    """Quantization-aware training (Jacob et al., CVPR 2018)."""
+@compressor("raycomp.pruning.lottery_ticket:LotteryTicketPruner", needs={Need.TRAINING, Need.ROUNDS})
+class LotteryTicketPrunerConfig(ScheduleSettings):
+    """The goals grow from one training to the next (arXiv 1803.03635)."""
 
-    type: Literal["QATQuantizer"] = "QATQuantizer"
+    type: Literal["LotteryTicketPruner"] = "LotteryTicketPruner"
+    total_iteration: Count
+    """Rounds until the goals of the config list are reached."""
+    reset_weight: Flag = True
+    """Whether each round starts from the weights that the first one started from."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.pruner.least_steps
+
+
+class QuantizerSettings(CompressorSettings):
+    """A quantizer."""
+
     kind: ClassVar[Kind] = "quantizer"
     config_list: SomeItems[QuantizeEntry]
     """What to quantize, and how."""
+
+
+@compressor("raycomp.quantization.qat:QATQuantizer", needs={Need.TRAINING})
+class QATQuantizerConfig(QuantizerSettings):
+    """Quantization-aware training (Jacob et al., CVPR 2018)."""
+
+    type: Literal["QATQuantizer"] = "QATQuantizer"
     quant_start_step: CountOrZero = 0
     """Optimizer steps in which ranges are only observed."""
 
@@ -118,10 +139,18 @@ class QATQuantizerConfig(CompressorSettings):
         return self.quant_start_step + 1
 
 
-class DynamicLayerwiseDistillerConfig(CompressorSettings):
-    """Holds outputs of layers against the teacher's; of several links the nearest counts."""
+@compressor("raycomp.quantization.ptq:PtqQuantizer", needs={Need.CALIBRATION})
+class PtqQuantizerConfig(QuantizerSettings):
+    """Quantization of a trained model, with the ranges that calibration finds."""
 
-    type: Literal["DynamicLayerwiseDistiller"] = "DynamicLayerwiseDistiller"
+    type: Literal["PtqQuantizer"] = "PtqQuantizer"
+    calibration_steps: Count | None = None
+    """Batches of the calibration (null: one pass over the training data)."""
+
+
+class DistillerSettings(CompressorSettings):
+    """A distiller of layers' outputs."""
+
     kind: ClassVar[Kind] = "distiller"
     config_list: SomeItems[DistillEntry]
     """Which layers' outputs are held against the teacher's."""
@@ -129,23 +158,19 @@ class DynamicLayerwiseDistillerConfig(CompressorSettings):
     """The weight of the task's own loss."""
 
 
-COMPRESSORS: Mapping[str, type[CompressorSettings]] = {
-    settings.model_fields["type"].default: settings
-    for settings in (
-        L1NormPrunerConfig,
-        TaylorPrunerConfig,
-        LinearPrunerConfig,
-        AGPPrunerConfig,
-        QATQuantizerConfig,
-        DynamicLayerwiseDistillerConfig,
-    )
-}
-CompressorConfig = Annotated[
-    Annotated[L1NormPrunerConfig, Tag("L1NormPruner")]
-    | Annotated[TaylorPrunerConfig, Tag("TaylorPruner")]
-    | Annotated[LinearPrunerConfig, Tag("LinearPruner")]
-    | Annotated[AGPPrunerConfig, Tag("AGPPruner")]
-    | Annotated[QATQuantizerConfig, Tag("QATQuantizer")]
-    | Annotated[DynamicLayerwiseDistillerConfig, Tag("DynamicLayerwiseDistiller")],
-    by_type(*COMPRESSORS),
-]
+@compressor("raycomp.distillation.dynamic:DynamicLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
+class DynamicLayerwiseDistillerConfig(DistillerSettings):
+    """Holds outputs of layers against the teacher's; of several links the nearest counts."""
+
+    type: Literal["DynamicLayerwiseDistiller"] = "DynamicLayerwiseDistiller"
+
+
+@compressor("raycomp.distillation.adaptive:Adaptive1dLayerwiseDistiller", needs={Need.TRAINING, Need.TEACHER})
+class Adaptive1dLayerwiseDistillerConfig(DistillerSettings):
+    """Holds outputs of layers against the teacher's through a learned linear layer on the last dimension."""
+
+    type: Literal["Adaptive1dLayerwiseDistiller"] = "Adaptive1dLayerwiseDistiller"
+
+
+CompressorConfig = Annotated[CompressorSettings, OneOf()]
+"""The settings of any algorithm."""

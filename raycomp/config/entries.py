@@ -177,10 +177,6 @@ class SelectionEntry(_SaysWhatWasGiven):
     target_names: SomeItems[_TargetName] | None = None
     """The targets to take (null: all that the module's class has by default)."""
 
-    def explicit_keys(self, target_name: str) -> set[str]:
-        """The settings of a target that this entry gives, at its top level or for the target alone."""
-        return set(self._given_for(target_name))
-
     def _given_for(self, target_name: str) -> dict[str, Any]:
         shortcuts = self.model_fields_set & self.target_class.model_fields.keys()
         given = {key: getattr(self, key) for key in shortcuts}
@@ -205,17 +201,17 @@ def _target_conflicts(target_class: type[Settings], given: Given) -> Iterator[Co
     alone = list(target_class.conflicts(Given(shortcuts)))
     seen = set()
     for name, own in given.child("target_settings").values.items():
-        place: KeyPath = ("target_settings", name)
+        where: KeyPath = ("target_settings", name)
         target = canonical_target(str(name))
         if target in seen:
-            yield Conflict(place, f"'{target}' has settings twice", "merge them")
+            yield Conflict(where, f"'{target}' has settings twice", "merge them")
         seen.add(target)
         if chosen and target not in chosen:
-            yield Conflict(place, f"'{name}' is not among target_names", "add it there, or leave its settings out")
+            yield Conflict(where, f"'{name}' is not among target_names", "add it there, or leave its settings out")
         known = alone + list(target_class.conflicts(Given(own)))
         for conflict in target_class.conflicts(Given(shortcuts | dict(Given(own).values))):
             if conflict not in known:
-                yield Conflict(place, f"with the entry's other keys, {conflict.message}", conflict.remedy)
+                yield Conflict(where, f"with the entry's other keys, {conflict.message}", conflict.remedy)
 
 
 class PruneEntry(PruneTarget, SelectionEntry):
@@ -235,10 +231,10 @@ class PruneEntry(PruneTarget, SelectionEntry):
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
-        places = [given, *map(Given, given.child("target_settings").values.values())]
+        levels = [given, *map(Given, given.child("target_settings").values.values())]
         goals = ("sparse_ratio", "sparse_threshold", "align", "min_sparse_ratio")
-        bypassed = all(place.text("apply_method") == "bypass" for place in places)
-        if not bypassed and not any(place.has(goal) for place in places for goal in goals):
+        bypassed = all(level.text("apply_method") == "bypass" for level in levels)
+        if not bypassed and not any(level.has(goal) for level in levels for goal in goals):
             yield Conflict((), "it does not say how much to prune", "add sparse_ratio, sparse_threshold or align")
 
 

@@ -11,8 +11,9 @@ import yaml
 from pydantic import Field, JsonValue
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.compressors import COMPRESSORS, CompressorConfig
+from raycomp.config.compressors import CompressorConfig
 from raycomp.config.dialect import JobDumper
+from raycomp.config.registry import COMPRESSORS
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides, accumulation_conflicts
 from raycomp.config.values import Count, Flag, NonNegative, Positive, Slug, SomeItems, Text, expects
@@ -177,4 +178,4 @@ class JobConfig(Settings):
         types = [part.text("type") for stage in given.children("stages") for part in stage.children("compressors")]
         kinds = {COMPRESSORS[name].kind if name in COMPRESSORS else "quantizer" for name in types if name}
         if given.child("int8").values.get("enabled") is True and "quantizer" not in kinds:
-            yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add a QATQuantizer, or set it to 'auto'")
+            yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add one, or set it to 'auto'")

@@ -17,7 +17,7 @@ _S3_OPTIONS = ("endpoint_override", "scheme", "region")
 
 
 def _storage_uri(uri: str) -> str:
-    """Refuses what can't be a place, and secrets, which an error must not quote."""
+    """Refuses what names no storage, and secrets, which an error must not quote."""
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return uri

@@ -10,13 +10,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.loader import parse_path
-from raycomp.config.values import Count, CountOrZero, KeyPath, SomeItems, Text, expects
+from raycomp.config.values import Count, CountOrZero, KeyPath, SomeItems, Text, expects, parse_path
 
 _T = TypeVar("_T", int, float)
 _Json = Annotated[JsonValue, expects("plain data: texts, numbers, true, false, null, lists and mappings of these")]
 _KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
-# A sweep gives each trial a name and a place of its own, and runs all of them on one cluster.
+# A sweep gives each trial a name and a folder of its own, and runs all of them on one cluster.
 _NOT_SEARCHED = ("name", "storage", "cluster")
 
 
@@ -93,7 +92,7 @@ class SearchConfig(Settings):
         return generator.randrange(*self.randint)
 
     def probes(self) -> Iterator[tuple[KeyPath, JsonValue]]:
-        """The values to check, each with its place: all of a list, the least and the greatest of a range."""
+        """The values to check, each with its key path: all of a list, the least and the greatest of a range."""
         for kind in ("grid", "choice"):
             for index, value in enumerate(getattr(self, kind) or ()):
                 yield (kind, index), value

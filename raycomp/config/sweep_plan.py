@@ -14,10 +14,11 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from raycomp.config.base import problems_of
+from raycomp.config.change import set_key
 from raycomp.config.job import JobConfig
-from raycomp.config.loader import load_job, parse_job, parse_path, read_job, set_key
+from raycomp.config.loader import load_job_file, parse_job, read_job
 from raycomp.config.sweep import SweepConfig
-from raycomp.config.values import format_path
+from raycomp.config.values import format_path, parse_path
 from raycomp.errors import ConfigError, Problem
 
 
@@ -68,19 +69,18 @@ def load_sweep(path: str | Path) -> SweepPlan:
     return _Planner(raw, source.locate, Path(path).resolve().parent).plan()
 
 
-def parse_sweep(config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".", where: str = "sweep") -> SweepPlan:
+def parse_sweep(config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".") -> SweepPlan:
     """The sweep that settings or plain values describe.
 
     Args:
         config: the sweep.
         base_dir: what the job file's path, or an inline job's task, is relative to.
-        where: what errors put before a key.
 
     Raises:
         ConfigError: as `load_sweep`.
     """
     raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, SweepConfig) else config
-    return _Planner(raw, lambda path: format_path(path, where), Path(base_dir).resolve()).plan()
+    return _Planner(raw, lambda path: format_path(path, "sweep"), Path(base_dir).resolve()).plan()
 
 
 class _Planner:
@@ -118,8 +118,7 @@ class _Planner:
         try:
             if isinstance(job, str) and job:
                 path = self.folder / job
-                load_job(path)
-                return read_job(path)[0], path.resolve().parent
+                return load_job_file(path).raw, path.resolve().parent
             if isinstance(job, Mapping):
                 parse_job(job, where="")
                 return job, self.folder
@@ -136,16 +135,16 @@ class _Planner:
     def _check_values(self, config: SweepConfig, base: Mapping[str, Any]) -> None:
         """Each value of each key, with the job's own values for all other keys."""
         for key, search in config.search.items():
-            for place, value in search.probes():
+            for where, value in search.probes():
                 try:
                     values = set_key(base, key, value)
                 except ConfigError as error:
-                    where = self.locate(("search", key))
-                    self.problems += [Problem(where, item.message, item.remedy) for item in error.problems]
+                    located = self.locate(("search", key))
+                    self.problems += [Problem(located, item.message, item.remedy) for item in error.problems]
                     break
-                where = self.locate(("search", key, *place))
+                located = self.locate(("search", key, *where))
                 self.problems += [
-                    Problem(where, _message(problem, key), problem.remedy) for problem in _problems(values)
+                    Problem(located, _message(problem, key), problem.remedy) for problem in _problems(values)
                 ]
 
     def _trials(self, config: SweepConfig, base: Mapping[str, Any]) -> Iterator[Trial]:
@@ -194,5 +193,5 @@ def _problems(values: Mapping[str, Any]) -> tuple[Problem, ...]:
 
 
 def _message(problem: Problem, key: str) -> str:
-    """The problem's message, with its place where that isn't the searched key itself."""
+    """The problem's message, with its key path where that isn't the searched one."""
     return problem.message if parse_path(problem.where) == parse_path(key) else f"{problem.where}: {problem.message}"

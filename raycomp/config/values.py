@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
 _T = TypeVar("_T")
+_LONGEST = 80
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:
@@ -32,12 +34,12 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 12) -> str:
     return f"choose from {', '.join(names[:limit])}{rest}"
 
 
-def shown(value: object, *, limit: int = 80) -> str:
+def shown(value: object) -> str:
     """A value as an error quotes it, in one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     text = f"a {type(value).__name__}" if isinstance(value, BaseModel) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def format_path(path: Sequence[str | int], root: str = "") -> str:
@@ -46,6 +48,12 @@ def format_path(path: Sequence[str | int], root: str = "") -> str:
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
+
+
+def parse_path(text: str) -> KeyPath:
+    """The inverse of `format_path`; also takes `stages.0.name`."""
+    parts = re.findall(r"\[(\d+)\]|([^.\[\]]+)", text)
+    return tuple(int(index or name) if (index or name.isdigit()) else name for index, name in parts)
 
 
 def expects(text: str) -> WrapValidator:

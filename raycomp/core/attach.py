@@ -6,9 +6,10 @@ tied modules hold; inputs and outputs get forward (pre-)hooks. Nothing is cloned
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from raycomp.core.parts import replace_input, replace_output
 from raycomp.core.target import Target, TargetId
 from raycomp.errors import CompressionError
 
@@ -40,50 +42,23 @@ class HookedTargets(nn.Module):
 
     def on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The pre-hook: passes each targeted argument, positional or by keyword, through its target."""
-        positional, named = list(args), dict(kwargs)
         for name, target in self._of_kind("input"):
-            index, keyword = self._argument(name)
-            if index is not None and index < len(positional):
-                positional[index] = target(positional[index])
-            elif keyword in named:
-                named[keyword] = target(named[keyword])
-        return tuple(positional), named
+            args, kwargs = replace_input(args, kwargs, name.removeprefix("_input_"), self.signature, target)
+        return args, kwargs
 
     def on_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The hook: passes each targeted part of the output through its target."""
         for name, target in self._of_kind("output"):
-            output = replace_part(output, name.removeprefix("_output_"), target)
+            output = replace_output(output, name.removeprefix("_output_"), target)
         return output
 
     def _of_kind(self, kind: str) -> list[tuple[str, Target]]:
         found = [(name, target) for name, target in self.targets.items() if isinstance(target, Target)]
         return [(name, target) for name, target in found if target.kind == kind]
 
-    def _argument(self, name: str) -> tuple[int | None, str | None]:
-        key = name.removeprefix("_input_")
-        if key.isdigit():
-            index = int(key)
-            return index, self.signature[index] if index < len(self.signature) else None
-        return (self.signature.index(key) if key in self.signature else None), key
 
-
-def replace_part(output: Any, key: str, target: Callable[[Any], Any]) -> Any:
-    """`output` with the part that `key` (an index, a field or a mapping's key) names passed through `target`."""
-    if isinstance(output, Mapping):
-        names = list(output)
-        name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
-        if name in output:
-            # In place, which keeps the user's output class.
-            output[name] = target(output[name])  # type: ignore[index]
-        return output
-    if isinstance(output, tuple | list):
-        if not key.isdigit() and key in getattr(output, "_fields", ()):
-            key = str(output._fields.index(key))  # type: ignore[union-attr]
-        if not key.isdigit() or int(key) >= len(output):
-            return output
-        parts = [target(part) if index == int(key) else part for index, part in enumerate(output)]
-        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    return target(output) if key == "0" else output
+replace_part = replace_output
+"""The distillers' name for it."""
 
 
 class TargetSpace:
@@ -182,7 +157,7 @@ class TargetSpace:
         for holder, own_name in list(_holders(self.model, parameter)):
             order = self._parameter_order.setdefault(holder, list(holder._parameters))
             parametrize.register_parametrization(holder, own_name, target, unsafe=True)
-            self.on_detach(partial(_remove_parametrization, holder, own_name, order))
+            self.on_detach(partial(remove_parametrization, holder, own_name, order))
         return target
 
     def _attach_hooks(self, module: nn.Module, target: Target) -> None:
@@ -247,7 +222,17 @@ def original_parameter(module: nn.Module, name: str) -> nn.Parameter:
     return module._parameters[name]  # type: ignore[return-value]
 
 
-def _remove_parametrization(module: nn.Module, name: str, order: list[str]) -> None:
+def without_quantizers(model: nn.Module) -> nn.Module:
+    """A copy of a model under compression whose targets don't round: what its masks and folds alone compute."""
+    result = copy.deepcopy(model)
+    for module in result.modules():
+        if isinstance(module, Target):
+            module.quantizer = None
+    return result
+
+
+def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = ()) -> None:
+    """Takes the parametrization off a parameter, which keeps its place among those that `order` names."""
     # torch's remove_parametrizations deletes the property from the class, which a deepcopy of the module shares.
     original = original_parameter(module, name)
     parametrizations: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]

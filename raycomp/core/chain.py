@@ -99,6 +99,11 @@ class Chain:
         return max((compressor.rounds for compressor in self.compressors), default=0)
 
     @property
+    def wants_training(self) -> bool:
+        """Whether a stage with these compressors trains; one that only calibrates doesn't."""
+        return any(compressor.wants_training for compressor in self.compressors)
+
+    @property
     def calibrates(self) -> bool:
         """Whether a calibration has to follow the training."""
         return any(compressor.calibrates for compressor in self.compressors)
@@ -232,6 +237,15 @@ class Chain:
             reduce_([statistic for compressor in deciding for statistic in compressor.statistics()])
             for compressor in deciding:
                 compressor.decide(moment)
+
+    def rehearse(self) -> None:
+        """Makes every compressor's first decision from made-up statistics, turn by turn, on a chain to be thrown away.
+
+        Raises:
+            ConfigError, CompressionError: what the decision itself would raise.
+        """
+        for compressor in sorted(self.compressors, key=lambda each: each.turn):
+            compressor.rehearse()
 
     # What they have to give.
 

@@ -8,36 +8,34 @@ from types import MethodType
 from torch import nn
 from torch.nn.utils import parametrize
 
-from raycomp.core.attach import HookedTargets
+from raycomp.core.attach import HookedTargets, remove_parametrization
 from raycomp.core.target import Target
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def detached_copy(model: nn.Module) -> nn.Module:
     """A deep copy of the user's model with its dense weights: no masks, no fake quantization, no folded norms."""
-    plain = copy.deepcopy(model)
-    for module in list(plain.modules()):
-        while type(module).__dict__.get("raycomp_swapped"):
-            module.__class__ = type(module).__bases__[1]
+    detached = copy.deepcopy(model)
+    for module in list(detached.modules()):
+        _restore_class(module)
         module.__dict__.pop("raycomp_fold", None)
         _remove_parametrizations(module)
-        while type(module).__dict__.get("raycomp_swapped"):
-            module.__class__ = type(module).__bases__[1]
+        _restore_class(module)
         _remove_hooks(module)
-    return plain
+    return detached
+
+
+def _restore_class(module: nn.Module) -> None:
+    while type(module).__dict__.get("raycomp_swapped"):
+        module.__class__ = type(module).__bases__[1]
 
 
 def _remove_parametrizations(module: nn.Module) -> None:
-    # Not torch's remove_parametrizations: it deletes the property from a class that the original model shares.
     if not parametrize.is_parametrized(module):
         return
     chains: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
     for name, chain in list(chains.items()):
         if isinstance(chain, parametrize.ParametrizationList) and all(isinstance(each, Target) for each in chain):
-            del chains[name]
-            module._parameters[name] = chain.original  # type: ignore[assignment]
-    if len(chains) == 0:
-        del module.parametrizations
-        module.__class__ = type(module).__bases__[0]
+            remove_parametrization(module, name)
 
 
 def _remove_hooks(module: nn.Module) -> None:

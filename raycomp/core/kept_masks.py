@@ -25,6 +25,10 @@ class KeptMasks(Moments):
         }
         chain.register(self)
 
+    @property
+    def wants_training(self) -> bool:
+        return False
+
     def attach(self) -> None:
         for target_id, mask in self.masks.items():
             self.chain.space.target(target_id).add("masks", mask)

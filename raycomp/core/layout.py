@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from raycomp.core.attach import original_parameter, replace_part, user_class
+from raycomp.core.attach import forward_arguments, original_parameter, user_class
 from raycomp.core.evaluation_mode import evaluation_mode
+from raycomp.core.parts import replace_input, replace_output
 from raycomp.core.target import TargetId, target_kind
 
 _LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm, nn.MultiheadAttention)
@@ -106,7 +107,7 @@ def traced_shapes(model: nn.Module, target_ids: Iterable[TargetId], example: Any
             handles.append(module.register_forward_hook(lambda m, a, out, key=key, note=note: _look(out, key, note)))
         else:
             key = target_id.target.removeprefix("_input_")
-            look = lambda m, args, kwargs, key=key, note=note: _look_at_input(args, kwargs, key, note)  # noqa: E731
+            look = lambda m, args, kwargs, key=key, note=note: _look_at_input(m, args, kwargs, key, note)  # noqa: E731
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     args, kwargs = as_call(example)
     try:
@@ -128,14 +129,11 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _look(output: Any, key: str, note: Any) -> None:
-    replace_part(output, key, note)
+    replace_output(output, key, note)
 
 
-def _look_at_input(args: tuple[Any, ...], kwargs: dict[str, Any], key: str, note: Any) -> None:
-    if key.isdigit() and int(key) < len(args):
-        note(args[int(key)])
-    elif key in kwargs:
-        note(kwargs[key])
+def _look_at_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: str, note: Any) -> None:
+    replace_input(args, kwargs, key, forward_arguments(module)[0], note)
 
 
 def _value_channel_dim(module: nn.Module) -> int | None:

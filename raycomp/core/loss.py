@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from raycomp.core.attach import replace_part
+from raycomp.core.parts import replace_output
 from raycomp.errors import CompressionError
 
 
@@ -24,7 +24,7 @@ def with_loss(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
         found = isinstance(loss, Tensor)
         return change(loss) if found else loss
 
-    output = replace_part(output, "loss" if isinstance(output, Mapping) else "0", changed)
+    output = replace_output(output, "loss" if isinstance(output, Mapping) else "0", changed)
     if not found:
         raise CompressionError(
             f"training_step returned {type(output).__name__} without a loss",

@@ -11,6 +11,23 @@ from raycomp.core.target import TargetId
 
 ApplyMethod = Literal["mul", "add", "bypass"]
 
+SOFTMAX_ZERO = -1000.0
+"""What `add` adds where masked: exp of it is 0 (NNI's value)."""
+
+
+def apply_mask(value: Tensor, mask: Tensor, method: ApplyMethod) -> Tensor:
+    """The masked value: `mul` zeroes, `add` adds `SOFTMAX_ZERO` where masked, `bypass` leaves all as it is.
+
+    Args:
+        value: floating-point, of a shape that the mask broadcasts to.
+        mask: 1 = keep.
+        method: how it is applied.
+    """
+    if method == "bypass":
+        return value
+    mask = mask.to(value.dtype)
+    return value * mask if method == "mul" else value + (1 - mask) * SOFTMAX_ZERO
+
 
 class Masks(dict[str, dict[str, Tensor]]):
     """{module: {target: mask}}, 1 = keep, in each target's full shape (or one that broadcasts to it).
@@ -50,16 +67,3 @@ class Masks(dict[str, dict[str, Tensor]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.methods)
-
-
-SOFTMAX_ZERO = -1000.0
-"""What `add` adds where masked: exp of it is 0 (NNI's value)."""
-
-
-def apply_mask(value: Tensor, mask: Tensor, method: ApplyMethod) -> Tensor:
-    """The value under a mask that broadcasts to it."""
-    if method == "mul":
-        return value * mask.to(value.dtype)
-    if method == "add":
-        return value + (1 - mask.to(value.dtype)) * SOFTMAX_ZERO
-    return value

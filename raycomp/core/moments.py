@@ -86,6 +86,11 @@ class Moments:
         return False
 
     @property
+    def wants_training(self) -> bool:
+        """Whether a stage that it stands in trains: also one that decides at once wants its model fine-tuned."""
+        return not self.calibrates
+
+    @property
     def calibration_steps(self) -> int | None:
         """Batches of its calibration; None for one pass over the training data."""
         return None
@@ -130,6 +135,9 @@ class Moments:
         """A training run ends, also by an error."""
 
     # What it has to give.
+
+    def rehearse(self) -> None:
+        """Makes a decision as it will come, from made-up statistics: what can't be decided is told before training."""
 
     def running_statistics(self) -> list[Statistic]:
         """What this rank has gathered for a decision to come; a checkpoint holds it merged over the ranks."""

@@ -123,9 +123,9 @@ def _tensor_names(tree: Tree, prefix: str = "") -> list[str]:
 def _tidy_(model: ir.Model, signature: OnnxSignature) -> None:
     """The names that the user's model gives, and no traces of the machine that exported."""
     for name, value in list(model.graph.initializers.items()):
-        plain = name.removeprefix("model.").replace("parametrizations.", "").removesuffix(".original")
-        if plain != name and plain not in model.graph.initializers:
-            value.name = plain
+        own = name.removeprefix("model.").replace("parametrizations.", "").removesuffix(".original")
+        if own != name and own not in model.graph.initializers:
+            value.name = own
     for node in model.graph:
         node.metadata_props.clear()
         node.doc_string = None

@@ -28,7 +28,6 @@ _TORCH_DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
-_INTEGER_OPERATORS = ("QLinear", "QGemm", "MatMulInteger")
 
 
 class OnnxModule(nn.Module):
@@ -137,11 +136,6 @@ class Execution:
 
     operators: dict[str, int]
     dequantized: tuple[str, ...]
-
-    @property
-    def integer_operators(self) -> int:
-        """How many operators compute with 8-bit integers."""
-        return sum(count for name, count in self.operators.items() if name.startswith(_INTEGER_OPERATORS))
 
 
 def execution(model: bytes) -> Execution:

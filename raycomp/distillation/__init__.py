@@ -1,7 +1,6 @@
 """Distillers: a teacher's outputs in the student's loss."""
 
-from raycomp.distillation.adaptive import Adaptive1dLayerwiseDistiller
-from raycomp.distillation.distiller import LayerwiseDistiller
-from raycomp.distillation.dynamic import DynamicLayerwiseDistiller
+from raycomp.config.registry import export_algorithms
+from raycomp.distillation.distiller import LayerwiseDistiller as LayerwiseDistiller
 
-__all__ = ["Adaptive1dLayerwiseDistiller", "DynamicLayerwiseDistiller", "LayerwiseDistiller"]
+__all__, __getattr__, __dir__ = export_algorithms(__name__, "distiller", LayerwiseDistiller)

@@ -14,11 +14,12 @@ from raycomp.config import JobConfig
 from raycomp.distributed.cluster import head_node_options, on_head_node
 from raycomp.distributed.run_store import RunStore, here
 from raycomp.errors import RaycompError
+from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.stage import finish_stage
+from raycomp.pipeline.stage import finish_stage, resolve_start
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.storage import MANIFEST, open_artifact, publish
@@ -34,12 +35,14 @@ class HeadOrder:
         job: the job.
         base_dir: what the task's path is relative to.
         run_store: where the run's files are.
+        resolved: what the stage's config lists mean for the model that it starts from.
         checkpoint: the path of the stage's committed checkpoint, within the storage's filesystem.
     """
 
     job: JobConfig
     base_dir: str
     run_store: RunStore
+    resolved: ResolvedStage
     checkpoint: str
 
     def task(self) -> Task:
@@ -67,10 +70,17 @@ def on_head(function: Callable[..., Result], *args: Any) -> Result:
         raise
 
 
+def resolve_next(job: JobConfig, base_dir: str, run_store: RunStore, index: int) -> ResolvedStage:
+    """What a later stage's config lists mean for the model that the stages before it left."""
+    task = build_task(job.task, here(base_dir), run_store.fetch_prepared())
+    return resolve_start(job, index, task, run_store.fetch_start(index))
+
+
 def end_stage(order: HeadOrder, index: int) -> None:
     """Finishes a stage that isn't the last, and stores where the next one starts."""
     state = order.state()
-    result = finish_stage(order.job, index, order.task(), order.run_store.fetch_start(index), state)
+    start = order.run_store.fetch_start(index)
+    result = finish_stage(order.job, index, order.task(), start, order.resolved, state)
     with TemporaryDirectory() as folder:
         save_outcome(Path(folder), StageOutcome.of(result, state), result)
         order.run_store.upload(f"stages/{index}", Path(folder))
@@ -90,7 +100,9 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
     ]
     with TemporaryDirectory() as folder:
         files = Path(folder)
-        conclusion = conclude(job, order.task(), run_store.fetch_start(last), order.state(), earlier, facts, files)
+        conclusion = conclude(
+            job, order.task(), run_store.fetch_start(last), order.resolved, order.state(), earlier, facts, files
+        )
         summary = conclusion.summary
         fields = {
             "job": job.name,

@@ -14,21 +14,21 @@ from uuid import uuid4
 
 import ray
 
-from raycomp.config import JobConfig, SourceMap, load_job, parse_job, read_job
+from raycomp.config import JobConfig, SourceMap, load_job_file, parse_job
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.distributed.cluster import connect
-from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run
+from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
-from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
+from raycomp.distributed.trainer import Progress, Silent, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
 from raycomp.errors import ConfigError
+from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task
-from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
 from raycomp.storage import open_store
 
@@ -63,19 +63,25 @@ class CompressionJob:
     Args:
         config: a `JobConfig`, a mapping of the same keys, or the path of a job file.
         base_dir: what the task's path is relative to; default the job file's folder, else the current one.
+        source: where the keys of a job that was read from a file are, so that errors name its lines.
 
     Raises:
         ConfigError: with everything that is wrong in the settings.
     """
 
-    def __init__(self, config: JobConfig | Mapping[str, Any] | str | Path, base_dir: Path | str | None = None) -> None:
-        self._source: SourceMap | None = None
+    def __init__(
+        self,
+        config: JobConfig | Mapping[str, Any] | str | Path,
+        base_dir: Path | str | None = None,
+        source: SourceMap | None = None,
+    ) -> None:
         if isinstance(config, str | Path):
             base_dir = base_dir or Path(config).resolve().parent
-            self._source = read_job(Path(config))[1]
-            config = load_job(Path(config))
+            file = load_job_file(config)
+            config, source = file.job, file.source
         self.config = config if isinstance(config, JobConfig) else parse_job(config)
         self.base_dir = Path(base_dir or ".").resolve()
+        self._source = source
 
     def validate(self) -> None:
         """Checks all that can be checked without a cluster: the task, its model, every selection, the storage.
@@ -84,19 +90,19 @@ class CompressionJob:
             ConfigError, TaskError, StorageError: before anything has been started.
         """
         with TemporaryDirectory() as folder:
-            self.prepared_task(Path(folder))
+            self.checked(Path(folder))
 
-    def prepared_task(self, folder: Path) -> Task:
-        """The task, prepared in `folder` and found to fit the job; errors as in `validate`."""
+    def checked(self, folder: Path) -> tuple[Task, ResolvedStage]:
+        """The task, prepared in `folder` and found to fit the job, and what the first stage's config lists mean for its
+        model; errors as in `validate`."""
         job = self.config
         open_store(job.storage.uri, job.storage.endpoint, job.storage.region).check()
-        task = build_task(job.task, self.base_dir)
-        prepare_task(task, folder)
         try:
-            check_stages(job, task)
+            task = build_task(job.task, self.base_dir)
+            prepare_task(task, folder)
+            return task, check_stages(job, task)
         except ConfigError as error:
-            raise error if self._source is None else self._source.place(error) from None
-        return task
+            raise error if self._source is None else self._source.located(error) from None
 
     def fit(
         self, *, resume: bool = False, progress: Progress | None = None, callbacks: list[Any] | None = None
@@ -111,15 +117,7 @@ class CompressionJob:
         Raises:
             RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
         """
-        return _Run(self, progress or _Silent(), callbacks or []).fit(resume)
-
-
-class _Silent:
-    def message(self, line: str) -> None:
-        """Says nothing."""
-
-    def event(self, event: ProgressEvent) -> None:
-        """Says nothing."""
+        return _Run(self, progress or Silent(), callbacks or []).fit(resume)
 
 
 class _Run:
@@ -136,15 +134,18 @@ class _Run:
             prepared = Path(stack.enter_context(TemporaryDirectory()))
             with self.watch.part("validate and prepare"):
                 self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
-                self.datasets = ray_datasets(self.job.prepared_task(prepared))
+                task, resolved = self.job.checked(prepared)
+                self.datasets = ray_datasets(task)
             with self.watch.part("start Ray"):
                 self.cluster = stack.enter_context(connect(self.config))
             self._begin(resume, prepared)
             self.progress.message(f"run {self.run_store.run} on {self.cluster.description}")
             sink = stack.enter_context(progress_sink(self.progress))
             for index in range(self.record.stages_done, len(self.config.stages)):
-                checkpoint = self._train(index, sink)
-                order = HeadOrder(self.config, str(self.job.base_dir), self.run_store, checkpoint)
+                if index:
+                    resolved = on_head(resolve_next, self.config, str(self.job.base_dir), self.run_store, index)
+                checkpoint = self._train(index, resolved, sink)
+                order = HeadOrder(self.config, str(self.job.base_dir), self.run_store, resolved, checkpoint)
                 if index < len(self.config.stages) - 1:
                     self._end_stage(order, index)
             return self._publish(order)
@@ -179,12 +180,12 @@ class _Run:
         self.record = record
         self.run_store.write_record(record)
 
-    def _train(self, index: int, sink: Any) -> str:
+    def _train(self, index: int, resolved: ResolvedStage, sink: Any) -> str:
         stage = self.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
         self.progress.message(f"stage {stage.name}: {names} on {self.config.scaling.num_workers} workers")
         elapsed = time.monotonic() - self.started
-        order = WorkerOrder(self.config, index, self.run_store, str(self.job.base_dir), sink, elapsed)
+        order = WorkerOrder(self.config, index, self.run_store, resolved, str(self.job.base_dir), sink, elapsed)
         with self.watch.part("train"):
             return train_stage(order, self.cluster, self.datasets, self.callbacks)
 

@@ -36,6 +36,16 @@ class Progress(Protocol):
         """News from training."""
 
 
+class Silent:
+    """Shows nothing."""
+
+    def message(self, line: str) -> None:
+        """Nothing."""
+
+    def event(self, event: ProgressEvent) -> None:
+        """Nothing."""
+
+
 class _Sink:
     """Holds progress events until the driver takes them."""
 
@@ -51,11 +61,8 @@ class _Sink:
 
 
 @contextmanager
-def progress_sink(progress: Progress | None) -> Iterator[ActorHandle | None]:
+def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
     """An actor that workers push events to; a thread of this process hands them on to `progress`."""
-    if progress is None:
-        yield None
-        return
     sink = ray.remote(num_cpus=0)(_Sink).remote()
     ended = threading.Event()
 

@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
 from raycomp.distributed.run_store import RunStore, here
+from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_chain
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
@@ -32,28 +33,29 @@ class WorkerOrder:
         job: the job.
         index: the stage's.
         run_store: where the run's files are.
+        resolved: what the stage's config lists mean for the model that it starts from.
         base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
-        sink: the actor that hears of progress, or None.
+        sink: the actor that hears of progress.
         started: seconds that the run has taken so far.
     """
 
     job: JobConfig
     index: int
     run_store: RunStore
+    resolved: ResolvedStage
     base_dir: str
-    sink: ActorHandle | None
+    sink: ActorHandle
     started: float
 
 
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle | None) -> None:
+    def __init__(self, sink: ActorHandle) -> None:
         self._sink = sink
 
     def progress(self, event: ProgressEvent) -> None:
-        if self._sink is not None:
-            self._sink.push.remote(event)
+        self._sink.push.remote(event)
 
     def checkpoint(self, make: Callable[[], StageState], metrics: dict[str, float]) -> None:
         if ray.train.get_context().get_world_rank() != 0:
@@ -78,7 +80,8 @@ def train_loop(config: Mapping[str, Any]) -> None:
     device = ray.train.torch.get_device()
     task = build_task(job.task, here(order.base_dir), order.run_store.fetch_prepared())
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
-    chain = stage_chain(job, order.index, task, order.run_store.fetch_start(order.index), device, prepare)
+    start = order.run_store.fetch_start(order.index)
+    chain = stage_chain(job, order.index, task, start, order.resolved, device, prepare)
     state = _last_checkpoint()
     StageTraining(
         name=stage.name,
@@ -86,7 +89,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
         chain=chain,
         training=training,
         evaluation=job.evaluation,
-        observer=_RayListener(order.sink),
+        listener=_RayListener(order.sink),
         device=device,
         data=_shards(),
         started=time.monotonic() - order.started,

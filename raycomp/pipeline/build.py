@@ -1,33 +1,45 @@
-"""From a stage's settings to compressors on a model."""
+"""From a stage's settings to compressors on a model.
+
+What a config list means for a model (selection, groups, align) is resolved once, on the driver or the head node; every
+worker builds its compressors from the same frozen description.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from raycomp import distillation, pruning, quantization
-from raycomp.config import (
-    CompressorConfig,
-    SelectionEntry,
-    SpeedupConfig,
-    StageConfig,
-    TrainingConfig,
-)
-from raycomp.config.compressors import CompressorSettings, PrunerSettings, ScheduleSettings
+from raycomp.config import CompressorSettings, Need, SelectionEntry, SpeedupConfig, StageConfig, TrainingConfig
+from raycomp.config.compressors import PrunerSettings, ScheduleSettings
+from raycomp.config.loader import parse_config_list
 from raycomp.core.chain import Chain
-from raycomp.core.selection import resolve
+from raycomp.core.kept_masks import KeptMasks
+from raycomp.core.masks import Masks
+from raycomp.core.selection import Selection, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import align_followers, auto_set_dependency_group_ids
 
-_PACKAGES = {"pruner": pruning, "quantizer": quantization, "distiller": distillation}
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage's config lists, resolved against the model that it starts from.
+
+    Args:
+        selections: one for each compressor, in their order; that of its pruner for a schedule.
+    """
+
+    selections: tuple[Selection, ...]
 
 
 @dataclass(frozen=True)
@@ -39,18 +51,28 @@ class BuildContext:
         speedup: whether masks align and depend on each other as the graph says.
         dtype: of the model's and the teacher's weights.
         device: where the example runs.
+        seed: of what compressors draw.
     """
 
     task: Task
     speedup: SpeedupConfig
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
 
+    @cached_property
     def example(self) -> Any:
         """The task's example input, on the device and in the dtype of the model."""
         with user_code(f"{type(self.task).__name__}.example_input()"):
             example = self.task.example_input()
         return move_batch(example, self.device, self.dtype)
+
+    @cached_property
+    def teacher(self) -> nn.Module | None:
+        """The task's teacher, the same one for all distillers."""
+        with user_code(f"{type(self.task).__name__}.teacher()"):
+            teacher = self.task.teacher()
+        return None if teacher is None else teacher.to(device=self.device, dtype=self.dtype)
 
 
 def weight_dtype(training: TrainingConfig) -> torch.dtype:
@@ -68,62 +90,96 @@ def dense_model(task: Task, seed: int) -> nn.Module:
     return model
 
 
-def build_chain(model: nn.Module, stage: StageConfig, context: BuildContext, where: str) -> Chain:
-    """Fuses a stage's compressors on `model`, the first innermost.
+def resolve_stage(model: nn.Module, stage: StageConfig, context: BuildContext, where: str) -> ResolvedStage:
+    """What a stage's config lists mean for the model that it starts from.
+
+    Raises:
+        ConfigError: all that is wrong with any of them, each problem placed below `where`.
+        SpeedupError: the model can't be traced.
+    """
+    problems: list[Problem] = []
+    selections = []
+    for place, settings in _ranking(stage, where):
+        with _below(place, problems):
+            selections.append(_resolved(model, settings, context))
+    if problems:
+        raise ConfigError(problems)
+    return ResolvedStage(tuple(selections))
+
+
+def build_chain(
+    model: nn.Module,
+    stage: StageConfig,
+    resolved: ResolvedStage,
+    context: BuildContext,
+    where: str,
+    kept: Masks | None = None,
+) -> Chain:
+    """Fuses a stage's compressors on `model`, the first innermost, behind the masks that it brings along.
 
     Raises:
         ConfigError: all that is wrong with any of them, each problem placed below `where`.
     """
-    chain = Chain(model)
+    chain = Chain(model, context.example, context.seed)
+    if kept:
+        KeptMasks(chain, kept)
     problems: list[Problem] = []
     for index, settings in enumerate(stage.compressors):
         place = f"{where}.compressors[{index}]"
-        try:
-            _build(chain, settings, context, place)
-        except ConfigError as error:
-            problems += error.problems
-        except CompressionError as error:
-            problems.append(Problem(place, f"{error.where}: {error.message}", error.remedy or ""))
+        with _below(place, problems):
+            _build(chain, settings, resolved.selections[index], context)
     if problems:
         raise ConfigError(problems)
     return chain
 
 
-def _build(chain: Chain, settings: CompressorConfig | CompressorSettings, context: BuildContext, where: str) -> Any:
-    kind = getattr(_PACKAGES[settings.kind], settings.type)
-    own = {name: getattr(settings, name) for name in type(settings).model_fields}
-    values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
-    if isinstance(settings, ScheduleSettings):
-        return kind(_build(chain, settings.pruner, context, f"{where}.pruner"), **values)
-    entries: Sequence[SelectionEntry] = own["config_list"]
-    if settings.kind == "distiller":
-        values |= {"teacher_model": _teacher(context, where), "teacher_predict": context.task.teacher_predict}
-    try:
-        resolve(chain.model, settings.kind, entries, "config_list")
-        if isinstance(settings, PrunerSettings):
-            return kind(chain, _from_graph(chain.model, entries, context), **values)
-        return kind(chain, entries, **values)
-    except ConfigError as error:
-        raise ConfigError(_placed(problem, where) for problem in error.problems) from None
+def _ranking(stage: StageConfig, where: str) -> Iterator[tuple[str, CompressorSettings]]:
+    """The place of each config list, and the settings that hold it."""
+    for index, settings in enumerate(stage.compressors):
+        place = f"{where}.compressors[{index}]"
+        if isinstance(settings, ScheduleSettings):
+            yield f"{place}.pruner", settings.pruner
+        else:
+            yield place, settings
 
 
-def _placed(problem: Problem, where: str) -> Problem:
-    return Problem(f"{where}.{problem.where}", problem.message, problem.remedy)
-
-
-def _teacher(context: BuildContext, where: str) -> nn.Module:
-    with user_code(f"{type(context.task).__name__}.teacher()"):
-        teacher = context.task.teacher()
-    if teacher is None:
-        raise ConfigError([Problem(where, "the task has no teacher", "define teacher(self) in the task")])
-    return teacher.to(device=context.device, dtype=context.dtype)
+def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildContext) -> Selection:
+    entries: Sequence[SelectionEntry] = settings.config_list  # type: ignore[attr-defined]
+    resolve(model, settings.kind, entries, "config_list")
+    if isinstance(settings, PrunerSettings):
+        entries = parse_config_list("pruner", _from_graph(model, entries, context))
+    return resolve(model, settings.kind, entries, "config_list", context.example)
 
 
 def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], context: BuildContext) -> list[dict[str, Any]]:
     """The entries with what the graph adds: channels that go together, norms and biases that follow."""
     dicts = [entry.model_dump(by_alias=True) for entry in entries]
     if context.speedup.dependency_groups:
-        dicts = auto_set_dependency_group_ids(model, dicts, context.example())
+        dicts = auto_set_dependency_group_ids(model, dicts, context.example)
     if context.speedup.align:
-        dicts = align_followers(model, dicts, context.example())
+        dicts = align_followers(model, dicts, context.example)
     return dicts
+
+
+def _build(chain: Chain, settings: CompressorSettings, selection: Selection, context: BuildContext) -> Any:
+    kind = settings.registration.load()
+    own = {name: getattr(settings, name) for name in type(settings).model_fields}
+    values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
+    if isinstance(settings, ScheduleSettings):
+        return kind(_build(chain, settings.pruner, selection, context), **values)
+    if Need.TEACHER in settings.registration.needs:
+        if context.teacher is None:
+            raise ConfigError([Problem("type", "the task has no teacher", "define teacher(self) in the task")])
+        values |= {"teacher_model": context.teacher, "teacher_predict": context.task.teacher_predict}
+    return kind(chain, selection, **values)
+
+
+@contextmanager
+def _below(place: str, problems: list[Problem]) -> Iterator[None]:
+    """Gathers what is wrong within the block, as problems of that place."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += [Problem(f"{place}.{found.where}", found.message, found.remedy) for found in error.problems]
+    except CompressionError as error:
+        problems.append(Problem(place, f"{error.where}: {error.message}", error.remedy or ""))

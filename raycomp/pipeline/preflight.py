@@ -7,39 +7,42 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
 from raycomp.core.chain import Chain
+from raycomp.core.layout import traced_shapes
 from raycomp.core.selection import resolve
-from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import BuildContext, build_chain, dense_model
+from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.user_code import user_code
-from raycomp.speedup.graph.example import as_call
 
 
-def check_stages(job: JobConfig, task: Task) -> None:
-    """Builds every stage's compressors on the task's model and throws them away.
+def check_stages(job: JobConfig, task: Task) -> ResolvedStage:
+    """Builds every stage's compressors on the task's model, lets them decide once, and throws them away.
 
     A later stage's names are looked up in the dense model: speedup keeps modules and their names.
+
+    Returns:
+        What the first stage's config lists mean for the model.
 
     Raises:
         ConfigError: everything that is wrong, each with its key's path.
         TaskError: the task's own code raised.
     """
     problems = list(_order_problems(job.stages))
+    resolved = []
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
-        model = dense_model(task, job.training_for(stage).seed)
-        context = BuildContext(task, job.speedup)
         try:
-            chain = build_chain(model, stage, context, f"stages[{index}]")
-            problems += _unseen_problems(chain, context.example(), index)
+            resolved.append(resolve_start(job, index, task, StageStart()))
+            chain = stage_chain(job, index, task, StageStart(), resolved[-1])
+            problems += _unseen_problems(chain, index)
+            chain.rehearse()
         except ConfigError as error:
             problems += error.problems
         except SpeedupError as error:
@@ -52,6 +55,7 @@ def check_stages(job: JobConfig, task: Task) -> None:
             )
     if problems:
         raise ConfigError(problems)
+    return resolved[0]
 
 
 def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:
@@ -66,16 +70,11 @@ def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:
     return problems
 
 
-def _unseen_problems(chain: Chain, example: Any, index: int) -> list[Problem]:
+def _unseen_problems(chain: Chain, index: int) -> list[Problem]:
     """Inputs and outputs that the model's modules don't have: nothing would happen there, and nobody would be told."""
-    seen: set[TargetId] = set()
-    waiting = {key: target for key, target in chain.space.targets.items() if target.kind != "parameter"}
-    for key, target in waiting.items():
-        target.register_forward_hook(lambda module, args, output, key=key: seen.add(key))
-    args, kwargs = as_call(example)
-    chain.model.eval()
-    with torch.no_grad(), user_code("the model's forward on Task.example_input()"):
-        chain.model(*args, **kwargs)
+    waiting = [key for key, target in chain.space.targets.items() if target.kind != "parameter"]
+    with user_code("the model's forward on Task.example_input()"):
+        seen = traced_shapes(chain.model, waiting, chain.example)
     message = "a forward pass of the example input doesn't reach this target"
     remedy = "name an input or output that the module has, of a module that runs"
     return [Problem(f"stages[{index}]", f"{key}: {message}", remedy) for key in waiting if key not in seen]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,31 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import JobConfig
+from raycomp.core.attach import without_quantizers
 from raycomp.core.chain import Chain
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.errors import SpeedupError
-from raycomp.pipeline.build import BuildContext, build_chain, dense_model, weight_dtype
+from raycomp.pipeline.build import BuildContext, ResolvedStage, build_chain, dense_model, resolve_stage, weight_dtype
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.data.structure import move_batch
+from raycomp.pipeline.masks_file import load_masks, save_masks
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
-from raycomp.results.summary import UnprunedFigures, VerificationFigures
-from raycomp.speedup import ModelSpeedup, Plan, Unpruned, Verification, apply_plan, cut_calibration, verify
+from raycomp.results.summary import Unpruned, Verification
+from raycomp.speedup import (
+    ModelSpeedup,
+    Plan,
+    apply_plan,
+    cut_calibration,
+    remaining_masks,
+    verify,
+    with_value_masks,
+)
 from raycomp.storage import load_tensors, save_tensors
 
-_PLAN, _MODEL = "plan.json", "model.safetensors"
+_PLAN, _MODEL, _KEPT = "plan.json", "model.safetensors", "kept_masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,12 @@ class StageStart:
     Args:
         plan: all surgery of the stages before it.
         weights: the state dict that they left; None for the task's dense model.
+        kept: masks of theirs that were not cut, in the coordinates of the model.
     """
 
     plan: Plan = field(default_factory=Plan)
     weights: Mapping[str, Tensor] | None = None
+    kept: Masks = field(default_factory=Masks)
 
     def model(self, task: Task, seed: int) -> nn.Module:
         """The model, of the user's own class, in the dtype of the weights."""
@@ -50,15 +62,17 @@ class StageStart:
         return model
 
     def save(self, folder: Path) -> None:
-        """Writes plan and weights; weights must be there."""
+        """Writes plan, weights and masks; weights must be there."""
         assert self.weights is not None
         save_tensors(folder / _MODEL, self.weights)
+        save_masks(folder / _KEPT, self.kept)
         (folder / _PLAN).write_text(self.plan.to_json())
 
     @classmethod
     def load(cls, folder: Path) -> StageStart:
         """Reads what `save` wrote."""
-        return cls(Plan.from_json((folder / _PLAN).read_text()), load_tensors(folder / _MODEL))
+        plan = Plan.from_json((folder / _PLAN).read_text())
+        return cls(plan, load_tensors(folder / _MODEL), load_masks(folder / _KEPT))
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,8 @@ class StageResult:
         simulated: the model under masks and fake quantization, in eval mode.
         masked: the plain model with its masks committed, before speedup.
         model: the plain model after speedup, in eval mode; the masked one where nothing was cut.
-        masks: of the model before speedup.
+        masks: of the model before speedup, those that it brought along included.
+        kept: those of them that hold for `model`.
         calibration: of the model after it.
         folds: the module groups that the quantizer ran as one operator.
         plan: all surgery from the dense model to `model`.
@@ -82,6 +97,7 @@ class StageResult:
     masked: nn.Module
     model: nn.Module
     masks: Masks
+    kept: Masks
     calibration: Calibration
     folds: list[tuple[str, ...]]
     plan: Plan
@@ -91,15 +107,20 @@ class StageResult:
 
     def next_start(self) -> StageStart:
         """Where the next stage starts."""
-        return StageStart(self.plan, dict(self.model.state_dict()))
+        return StageStart(self.plan, dict(self.model.state_dict()), self.kept)
 
-    def verification_figures(self) -> VerificationFigures | None:
-        """The verification as the report holds it."""
-        return None if self.verification is None else VerificationFigures(**asdict(self.verification))
 
-    def unpruned_figures(self) -> tuple[UnprunedFigures, ...]:
-        """What stayed, as the report holds it."""
-        return tuple(UnprunedFigures(item.module, item.dim, item.count, item.reason) for item in self.unpruned)
+def stage_context(job: JobConfig, index: int, task: Task, device: torch.device | None = None) -> BuildContext:
+    """What a stage's compressors are built with."""
+    training = job.training_for(job.stages[index])
+    return BuildContext(task, job.speedup, weight_dtype(training), device or torch.device("cpu"), training.seed)
+
+
+def resolve_start(job: JobConfig, index: int, task: Task, start: StageStart) -> ResolvedStage:
+    """What a stage's config lists mean for the model that it starts from; errors as in `resolve_stage`."""
+    context = stage_context(job, index, task)
+    model = start.model(task, context.seed).to(dtype=context.dtype)
+    return resolve_stage(model, job.stages[index], context, f"stages[{index}]")
 
 
 def stage_chain(
@@ -107,6 +128,7 @@ def stage_chain(
     index: int,
     task: Task,
     start: StageStart,
+    resolved: ResolvedStage,
     device: torch.device | None = None,
     prepare: Callable[[nn.Module], object] | None = None,
 ) -> Chain:
@@ -117,56 +139,68 @@ def stage_chain(
         index: the stage's.
         task: the user's.
         start: what the stages before left.
+        resolved: what the stage's config lists mean for that model.
         device: where to put the model; default the CPU.
         prepare: changes the model in place before the compressors are attached.
     """
-    stage = job.stages[index]
-    training = job.training_for(stage)
-    device = device or torch.device("cpu")
-    model = start.model(task, training.seed).to(device=device, dtype=weight_dtype(training))
+    context = stage_context(job, index, task, device)
+    model = start.model(task, context.seed).to(device=context.device, dtype=context.dtype)
     if prepare is not None:
         prepare(model)
-    context = BuildContext(task, job.speedup, weight_dtype(training), device)
-    return build_chain(model, stage, context, f"stages[{index}]")
+    return build_chain(model, job.stages[index], resolved, context, f"stages[{index}]", start.kept)
 
 
-def finish_stage(job: JobConfig, index: int, task: Task, start: StageStart, state: StageState) -> StageResult:
+def finish_stage(
+    job: JobConfig, index: int, task: Task, start: StageStart, resolved: ResolvedStage, state: StageState
+) -> StageResult:
     """Rebuilds the trained model from its checkpoint, collects masks and calibration, and cuts what is masked.
 
-    A sped-up model that fails its verification is dropped for the masked one, and the notes say so.
+    A sped-up model that fails its verification is dropped for the masked one, and the notes say so. Masks that are not
+    cut go on into the next stage; those on inputs and outputs stay on the last stage's model.
     """
-    chain = stage_chain(job, index, task, start)
+    chain = stage_chain(job, index, task, start, resolved)
     chain.model.load_state_dict(state.model)
     chain.load_state_dict(state.training["chain"])
     chain.model.eval()
     masks, calibration, folds = chain.masks(), chain.calibration(), chain.folds()
-    simulated = copy.deepcopy(chain.model)
+    simulated, under_masks = copy.deepcopy(chain.model), without_quantizers(chain.model)
     chain.unwrap()
     masked = chain.model
-    uncut = StageResult(simulated, masked, masked, masks, calibration, folds, start.plan, None, (), state.notes)
+    uncut = StageResult(simulated, masked, masked, masks, masks, calibration, folds, start.plan, None, (), state.notes)
+    if index == len(job.stages) - 1:
+        uncut = _with_masks_on(uncut)
     if not (masks and job.speedup.enabled and job.stages[index].speedup):
         return uncut
-    dtype = weight_dtype(job.training_for(job.stages[index]))
+    example = stage_context(job, index, task).example
+    name = f"stage {job.stages[index].name}"
     try:
-        speedup = ModelSpeedup(masked, BuildContext(task, job.speedup, dtype).example(), masks, exact=job.speedup.exact)
+        speedup = ModelSpeedup(masked, example, masks, exact=job.speedup.exact)
         smaller = speedup.speedup_model().eval()
     except SpeedupError as error:
         # A training is not lost to a model that can't be traced: the masked one is published.
-        return replace(uncut, notes=(*state.notes, f"stage {job.stages[index].name}: nothing was cut: {error}"))
-    verification = verify(speedup.simulated, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
+        return replace(uncut, notes=(*state.notes, f"{name}: nothing was cut: {error}"))
+    dtype = weight_dtype(job.training_for(job.stages[index]))
+    verification = verify(under_masks, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (
-            f"stage {job.stages[index].name}: the sped-up model differed from the simulated one by "
+            f"{name}: the sped-up model differed from the simulated one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
         )
         return replace(tried, notes=(*state.notes, note))
     return replace(
         tried,
         model=smaller,
+        kept=remaining_masks(masks, speedup.plan),
         calibration=cut_calibration(calibration, speedup.plan),
         plan=start.plan.then(speedup.plan),
     )
+
+
+def _with_masks_on(uncut: StageResult) -> StageResult:
+    """The result whose model masks its inputs and outputs by itself, as the simulation did."""
+    model, plan = with_value_masks(uncut.masked, uncut.masks)
+    return replace(uncut, model=model.eval(), plan=uncut.plan.then(plan))
 
 
 def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:

@@ -151,6 +151,12 @@ class Pruner(Compressor):
             keep = made[target_id].view(self.grid(target_id)).to(torch.float32)
             self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))
 
+    def rehearse(self) -> None:
+        """Sets the masks of made-up saliencies."""
+        made_up = {target_id: torch.Size(self.grid(target_id)) for target_id in self.goals}
+        self.set_masks({key: torch.arange(grid.numel()).float().view(grid) for key, grid in made_up.items()}, 1.0)
+        self._follow()
+
     def commit(self) -> None:
         """Zeroes the masked elements of the parameters for good."""
         for target_id, mask in self.masks.items():

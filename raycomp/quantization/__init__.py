@@ -1,7 +1,6 @@
 """Quantizers: fake quantization on the targets of a model while it trains."""
 
-from raycomp.quantization.ptq import PtqQuantizer
-from raycomp.quantization.qat import QATQuantizer
-from raycomp.quantization.quantizer import Quantizer
+from raycomp.config.registry import export_algorithms
+from raycomp.quantization.quantizer import Quantizer as Quantizer
 
-__all__ = ["PtqQuantizer", "QATQuantizer", "Quantizer"]
+__all__, __getattr__, __dir__ = export_algorithms(__name__, "quantizer", Quantizer)

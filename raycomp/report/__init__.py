@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raycomp.report.html import render_report, render_sweep, write_report, write_sweep
+from raycomp.report.html import render_report, render_sweep, write_report
 from raycomp.report.progress import ProgressPrinter
 from raycomp.report.table import files_table, print_result, result_table, sweep_table
 
@@ -15,5 +15,4 @@ __all__ = [
     "result_table",
     "sweep_table",
     "write_report",
-    "write_sweep",
 ]

@@ -83,8 +83,3 @@ def render_sweep(name: str, trials: Sequence[TrialFigures], metric: str, mode: L
             )
         ),
     )
-
-
-def write_sweep(name: str, trials: Sequence[TrialFigures], metric: str, path: Path) -> None:
-    """Writes `render_sweep(…)` to `path`."""
-    path.write_text(render_sweep(name, trials, metric), encoding="utf-8")

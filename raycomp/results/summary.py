@@ -35,16 +35,17 @@ class ModelFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerificationFigures:
-    """The sped-up model's outputs against the simulated one's.
+class Verification:
+    """How far the sped-up model's outputs are from the simulated one's.
 
     Args:
         max_abs_diff: the greatest absolute difference of any output element.
-        output_range: greatest minus least output of the simulated model.
-        relative: `max_abs_diff / output_range`.
-        tolerance: the greatest `relative` that passes.
+        output_range: greatest minus least element, over all inputs, of the output tensor where the relative difference
+            is greatest (the greatest magnitude, where all its elements are equal).
+        relative: the greatest difference of an output tensor, divided by the range of that tensor.
+        tolerance: what `relative` may be.
         batch_sizes: the batch sizes that were tried.
-        passed: whether the sped-up model counts as the same function.
+        passed: whether `relative` is at most `tolerance`.
     """
 
     max_abs_diff: float
@@ -89,8 +90,15 @@ class LayerFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class UnprunedFigures:
-    """`count` masked coordinates of dimension `dim` of a module that speedup had to leave in place, and why."""
+class Unpruned:
+    """Coordinates that a mask names and speedup left in the model.
+
+    Args:
+        module: the module's name.
+        dim: the dimension of the masked tensor.
+        count: how many coordinates.
+        reason: why.
+    """
 
     module: str
     dim: int
@@ -117,10 +125,10 @@ class RunSummary:
     run: str
     created: str
     models: tuple[ModelFigures, ...]
-    verification: VerificationFigures | None = None
+    verification: Verification | None = None
     int8: Int8Figures | None = None
     layers: tuple[LayerFigures, ...] = ()
-    unpruned: tuple[UnprunedFigures, ...] = ()
+    unpruned: tuple[Unpruned, ...] = ()
     history: tuple[ProgressEvent, ...] = ()
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)

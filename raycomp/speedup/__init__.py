@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies, dependency_groups, followers
-from raycomp.speedup.analysis.unpruned import Unpruned
+from raycomp.results.summary import Unpruned, Verification
+from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
 from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
 from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
+from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
 from raycomp.speedup.surgery.plan import Plan
-from raycomp.speedup.surgery.restore_mask import uncut_mask
-from raycomp.speedup.verify import Verification, verify
+from raycomp.speedup.verify import verify
 
 __all__ = [
     "RULES",
@@ -28,8 +28,8 @@ __all__ = [
     "auto_set_dependency_group_ids",
     "cut_calibration",
     "dependencies",
-    "dependency_groups",
-    "followers",
-    "uncut_mask",
+    "remaining_masks",
+    "restored_mask",
     "verify",
+    "with_value_masks",
 ]

@@ -11,17 +11,27 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from raycomp.core.masks import Masks
 from raycomp.errors import SpeedupError
+from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
 from raycomp.speedup.analysis.propagate import run
-from raycomp.speedup.analysis.unpruned import Unpruned, unpruned
+from raycomp.speedup.analysis.unpruned import unpruned
 from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
-from raycomp.speedup.graph.value_masks import Masks, ValueMask, buffer_name, masked_copy, remove_value_mask, value_masks
+from raycomp.speedup.graph.value_masks import (
+    buffer_name,
+    canonical_masks,
+    full_name,
+    masked_copy,
+    new_value_masks,
+    settle_value_masks,
+    value_masks,
+)
 from raycomp.speedup.rules import RULES
 from raycomp.speedup.rules.base import Kept, Rule
 from raycomp.speedup.surgery.apply import cut
-from raycomp.speedup.surgery.build import build, take_up_constants
+from raycomp.speedup.surgery.build import absorb_constants, build
 from raycomp.speedup.surgery.graph_code import CannotRewriteError
 from raycomp.speedup.surgery.plan import Plan, Surgery
 from raycomp.speedup.surgery.rewrite import rewrite
@@ -34,7 +44,7 @@ _ROUGH_TOLERANCE = 2e-2
 class ModelSpeedup:
     """Cuts what masks made removable out of a model.
 
-    The result gives the masked model's outputs: what is constant is folded into the next bias where that is exact,
+    The result gives the masked model's outputs: the next bias absorbs what is constant where that is exact,
     what no output depends on goes, and everything else stays and is named in `unpruned`. The user's classes and
     hierarchy stay, too, unless the forward states sizes as constants; then the result is a graph module, over the same
     layers under the same names. The model that was given is left as it is.
@@ -43,8 +53,9 @@ class ModelSpeedup:
         model: a model without compressors on it.
         dummy_input: an example input: a tensor, a tuple of arguments, or a dict of keyword arguments.
         masks: masks by module and target, 1 = keep; masks of inputs (`_input_0`) and outputs (`_output_0`) count, too.
-        exact: False cuts every coordinate that the masks made constant, also where that changes the outputs;
-            `inexact_difference` says by how much.
+            `Masks` say how each was applied in training, others were multiplied.
+        exact: False cuts every coordinate that the masks made constant, also where that changes the outputs, and where
+            training bypassed the mask; `inexact_difference` says by how much.
         customized_rules: rules for further operators, by their names (`my_library.my_operator`).
         graph_module: a graph module with the same parameters, traced in place of a model that can't be exported.
 
@@ -59,7 +70,7 @@ class ModelSpeedup:
         self,
         model: nn.Module,
         dummy_input: Example,
-        masks: Masks,
+        masks: Mapping[str, Mapping[str, Tensor]],
         *,
         exact: bool = True,
         customized_rules: Mapping[str, Rule] | None = None,
@@ -68,14 +79,17 @@ class ModelSpeedup:
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
-        self.simulated = masked_copy(model, masks)
+        trained = canonical_masks(masks)
+        self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
-        self._masks = masks
         self._exact = exact
+        self._masks = trained if exact else _never_bypassed(trained)
+        self._masked = self.simulated if exact else masked_copy(model, self._masks)
         self._rules = RULES.extended(customized_rules or {})
-        self._traced = masked_copy(graph_module, masks) if graph_module is not None else self.simulated
+        self._traced = masked_copy(graph_module, self._masks) if graph_module is not None else self._masked
         self._old_value_masks = set(value_masks(model))
+        self._new_value_masks = new_value_masks(self._masked, model)
 
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model."""
@@ -91,13 +105,13 @@ class ModelSpeedup:
                 return self._finish(model, surgery)
         analysis.decision.keep_all("the cut model's outputs differed from the masked model's, so nothing was cut")
         self.unpruned = unpruned(analysis, self._traced, self._masks)
-        return self._finish(copy.deepcopy(self.simulated), Surgery())
+        return self._finish(copy.deepcopy(self._masked), Surgery())
 
     def _operate(self, analysis: Analysis, allow_rewrite: bool) -> tuple[nn.Module, Surgery] | None:
         """The cut model: live, or behind a rewritten forward; None where neither gives the right outputs."""
         surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
-        live = copy.deepcopy(self.simulated)
-        take_up_constants(live, analysis.decision)
+        live = copy.deepcopy(self._masked)
+        absorb_constants(live, analysis.decision)
         cut(live, surgery)
         if self._exact and self._agrees(self.simulated, live):
             return live, surgery
@@ -122,9 +136,10 @@ class ModelSpeedup:
             return None
 
     def _finish(self, model: nn.Module, surgery: Surgery) -> nn.Module:
-        surgery = replace(surgery, value_masks=self._settle_value_masks(model))
-        added = {f"{m}.{buffer_name(t)}" for m, t in value_masks(self.simulated) if (m, t) not in self._old_value_masks}
-        surgery = replace(surgery, cuts=tuple(c for c in surgery.cuts if c.tensor not in added))
+        stay = settle_value_masks(model, self._new_value_masks, self._old_value_masks)
+        restored = {full_name(name, buffer_name(target)) for name, target in self._new_value_masks}
+        cuts = tuple(cut for cut in surgery.cuts if cut.tensor not in restored)
+        surgery = replace(surgery, value_masks=stay, cuts=cuts)
         self.plan = Plan(() if surgery.is_empty else (surgery,))
         if not self._exact:
             self.inexact_difference = verify(self.simulated, model, [self._example], batch_sizes=[2]).relative
@@ -132,19 +147,6 @@ class ModelSpeedup:
             for name, module in each.named_modules():
                 module.training = self._modes.get(name, self._modes[""])
         return model
-
-    def _settle_value_masks(self, model: nn.Module) -> tuple[ValueMask, ...]:
-        """Takes off the masks on inputs and outputs that have nothing left to mask."""
-        stay = []
-        called = {node.target for node in model.graph.nodes} if isinstance(model, fx.GraphModule) else set()
-        for (name, target), mask in value_masks(model).items():
-            if (name, target) in self._old_value_masks:
-                continue
-            if bool((mask == 1).all()) and f"{name}.{buffer_name(target)}".removeprefix(".") not in called:
-                remove_value_mask(model.get_submodule(name), target)
-            else:
-                stay.append(ValueMask(name, target, tuple(mask.shape)))
-        return tuple(stay)
 
     def _agrees(self, expected: nn.Module, model: nn.Module) -> bool:
         """Whether two models give the same outputs, for one sample and more, on the example and beside it."""
@@ -164,6 +166,10 @@ class ModelSpeedup:
                 except Exception:  # whatever the user's forward raises when it meets other sizes than it states
                     return False
         return bool(pairs) and summarise(pairs, tolerance, sizes).passed
+
+
+def _never_bypassed(masks: Masks) -> Masks:
+    return Masks(masks, {key: method for key, method in masks.methods.items() if method != "bypass"})
 
 
 def _jittered(example: Example) -> Example:

@@ -10,31 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.errors import SpeedupError
+from raycomp.results.summary import Verification
 from raycomp.speedup.graph.example import Example, as_call, with_batch_size
 
 BATCH_SIZES = (1, 8)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How far the sped-up model is from the simulated one.
-
-    Args:
-        max_abs_diff: the greatest absolute difference of any output element.
-        output_range: greatest minus least element, over all inputs, of the output tensor where the relative difference
-            is greatest (the greatest magnitude, where all its elements are equal).
-        relative: the greatest difference of an output tensor, divided by the range of that tensor.
-        tolerance: what `relative` may be.
-        batch_sizes: the batch sizes that were tried.
-        passed: whether `relative` is at most `tolerance`.
-    """
-
-    max_abs_diff: float
-    output_range: float
-    relative: float
-    tolerance: float
-    batch_sizes: tuple[int, ...]
-    passed: bool
 
 
 def verify(

@@ -15,6 +15,7 @@ from pyarrow import fs
 from raycomp.errors import StorageError
 
 _CONNECT_TIMEOUT_S = 3
+_PUT_TIMEOUT_S = 10
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _OTHER_CREDENTIALS = (
     "AWS_PROFILE",
@@ -117,7 +118,7 @@ class InDoubtError(ConnectionError):
     """A write of which it is not known whether it happened."""
 
 
-def put_if_absent(location: S3Location, path: str, data: bytes, *, timeout_s: float = 10) -> bool:
+def put_if_absent(location: S3Location, path: str, data: bytes) -> bool:
     """Creates an object unless it exists: a PUT with If-None-Match, which pyarrow does not offer.
 
     Args:
@@ -134,7 +135,7 @@ def put_if_absent(location: S3Location, path: str, data: bytes, *, timeout_s: fl
     target = "/" + quote(path, safe="/-_.~")
     headers = {"If-None-Match": "*", **_signature(host, location.region or "us-east-1", target, data)}
     kind = http.client.HTTPSConnection if location.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, timeout=timeout_s)
+    connection = kind(host, timeout=_PUT_TIMEOUT_S)
     try:
         connection.request("PUT", target, body=data, headers=headers)
         response = connection.getresponse()

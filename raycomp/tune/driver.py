@@ -21,7 +21,7 @@ from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
 from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.job import CompressionJob
-from raycomp.distributed.trainer import Progress
+from raycomp.distributed.trainer import Progress, Silent
 from raycomp.errors import ClusterError
 from raycomp.report import render_sweep, sweep_table
 from raycomp.results.summary import RunSummary, TrialFigures
@@ -96,13 +96,13 @@ def sweep(
     """
     plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
     CompressionJob(plan.trials[0].job, plan.base_dir).validate()
-    return _Sweep(plan, progress).run(resume)
+    return _Sweep(plan, progress or Silent()).run(resume)
 
 
 class _Sweep:
     """One sweep, on the driver."""
 
-    def __init__(self, plan: SweepPlan, progress: Progress | None) -> None:
+    def __init__(self, plan: SweepPlan, progress: Progress) -> None:
         self.plan, self.progress = plan, progress
 
     def run(self, resume: bool) -> SweepResult:
@@ -130,7 +130,7 @@ class _Sweep:
             record = found.read_record()
             assert record is not None
             self.sweep_store, self.record = found, record
-            self._say(f"resuming sweep {record.sweep}")
+            self.progress.message(f"resuming sweep {record.sweep}")
             return
         now = datetime.now(UTC)
         sweep_id = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
@@ -148,7 +148,7 @@ class _Sweep:
         fitting = trials_at_once(jobs, resources, use_gpu=cluster.use_gpu)
         at_once = min(self.plan.config.max_concurrent_trials or fitting, len(orders))
         count = f"{len(orders)} trial{'s' * (len(orders) != 1)}, {at_once} at once"
-        self._say(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
+        self.progress.message(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
         events = TrialEvents(self.progress)
         points = [{"id": name, "settings": order.settings} for name, order in orders.items()]
         tuner = tune.Tuner(
@@ -209,10 +209,6 @@ class _Sweep:
                 )
                 return next(iter(found.models[-1].metrics))
         return "metric"
-
-    def _say(self, line: str) -> None:
-        if self.progress is not None:
-            self.progress.message(line)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from raycomp.distributed.trainer import Progress
+from raycomp.distributed.trainer import Progress, Silent
 from raycomp.report import text
 from raycomp.report.table import short_keys
 from raycomp.tune.trial import FAILED
@@ -21,16 +21,16 @@ class TrialEvents(Callback):
     """Tells `progress` when trials begin and end, and keeps the causes of those that Ray Tune lost.
 
     Args:
-        progress: who shows it, or None.
+        progress: who shows it.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.lost: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune stores its settings with the sweep; a terminal is no part of them.
-        return {"_progress": None, "lost": self.lost}
+        return {"_progress": Silent(), "lost": self.lost}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         settings = trial.config["trial"]["settings"]
@@ -51,8 +51,7 @@ class TrialEvents(Callback):
         self._say(trial, f"is lost: {cause}")
 
     def _say(self, trial: Trial, line: str) -> None:
-        if self._progress is not None:
-            self._progress.message(f"trial {trial.config['trial']['id']} {line}")
+        self._progress.message(f"trial {trial.config['trial']['id']} {line}")
 
 
 def last_error(text: str) -> str:

@@ -32,8 +32,8 @@ def test_top_level_keys_are_shortcuts_that_target_settings_override() -> None:
     assert entry.settings_for("weight") == PruneTarget(sparse_ratio=0.5, max_sparse_ratio=0.8)
     bias = entry.settings_for("bias")
     assert (bias.sparse_ratio, bias.max_sparse_ratio, bias.align and bias.align.dims) == (0.25, 0.8, (0,))
-    assert entry.explicit_keys("weight") == {"sparse_ratio", "max_sparse_ratio"}
-    assert entry.explicit_keys("bias") == {"sparse_ratio", "max_sparse_ratio", "align"}
+    assert entry.settings_for("weight").model_fields_set == {"sparse_ratio", "max_sparse_ratio"}
+    assert entry.settings_for("bias").model_fields_set == {"sparse_ratio", "max_sparse_ratio", "align"}
 
 
 def test_a_target_setting_of_null_takes_a_shortcut_back() -> None:
@@ -65,7 +65,7 @@ def test_defaults_are_those_of_the_semantics() -> None:
     assert (prune.granularity, prune.apply_method, prune.align) == ("default", "mul", None)
     assert (quantize.quant_dtype, quantize.quant_scheme, quantize.apply_method) == ("int8", "symmetric", "clamp_round")
     assert (distill.lambda_, distill.link, distill.apply_method) == (1.0, "auto", "mse")
-    assert distill.explicit_keys("_output_0") == set()
+    assert distill.settings_for("_output_0").model_fields_set == set()
 
 
 def test_lambda_keeps_its_name_in_files() -> None:
@@ -73,7 +73,7 @@ def test_lambda_keeps_its_name_in_files() -> None:
     assert entry.lambda_ == 2.0
     assert entry.link == ("a", "b")
     assert entry.model_dump(mode="json") == {"op_names": ["fc"], "lambda": 2.0, "link": ["a", "b"]}
-    assert entry.explicit_keys("_output_0") == {"lambda_", "link"}
+    assert entry.settings_for("_output_0").model_fields_set == {"lambda_", "link"}
 
 
 @pytest.mark.parametrize(

@@ -10,23 +10,21 @@ from typing import Any
 import pytest
 
 from raycomp.config import (
-    AGPPrunerConfig,
+    COMPRESSORS,
     Int8Config,
     JobConfig,
-    L1NormPrunerConfig,
     PruneEntry,
-    QATQuantizerConfig,
     QuantizeEntry,
     ScalingConfig,
     StageConfig,
     StorageConfig,
     TaskConfig,
-    TaylorPrunerConfig,
     TrainingConfig,
     TrainingOverrides,
     load_job,
     parse_job,
 )
+from raycomp.config.compressors import AGPPrunerConfig, L1NormPrunerConfig, QATQuantizerConfig, TaylorPrunerConfig
 from raycomp.errors import ConfigError, Problem
 
 PRUNER = {"type": "L1NormPruner", "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]}
@@ -167,22 +165,38 @@ def test_stage_names_are_unique_even_where_stages_are_wrong() -> None:
     ]
 
 
-def test_a_misspelt_compressor_is_still_checked_inside() -> None:
-    compressor = {"type": "AGPPrunner", "interval_steps": 0, "total_times": 2, "pruner": {**PRUNER, "type": "L1Norm"}}
-    found = problems(stages=[{"name": "a", "compressors": [compressor]}])
-    assert [(problem.where, problem.message) for problem in found] == [
-        ("job.stages[0].compressors[0].type", "got 'AGPPrunner'"),
-        ("job.stages[0].compressors[0].pruner.type", "got 'L1Norm'"),
-        ("job.stages[0].compressors[0].interval_steps", "got 0"),
-    ]
-    assert found[0].remedy == "should be 'AGPPruner'"
-
-
-@pytest.mark.parametrize("compressor", [{"type": "Unheard"}, {"type": 3}, {}])
-def test_an_unknown_compressor_lists_the_choices(compressor: dict[str, Any]) -> None:
-    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+@pytest.mark.parametrize("compressor", [{"type": "Unheard"}, {"type": 3}, {"type": ["x"]}, {}])
+def test_an_unknown_compressor_lists_the_choices_and_is_judged_by_none_of_them(compressor: dict[str, Any]) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [{**compressor, "total_times": 0}]}])
     assert problem.where == "job.stages[0].compressors[0].type"
-    assert "QATQuantizer" in problem.remedy
+    assert problem.message == (f"there is no '{compressor['type']}'" if compressor else "the key 'type' is missing")
+    assert problem.remedy.startswith("choose from ")
+    assert all(name in problem.remedy for name in COMPRESSORS)
+
+
+def test_a_misspelt_compressor_names_the_nearest_one() -> None:
+    compressor = {"type": "AGPPrunner", "interval_steps": 0}
+    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+    assert (problem.where, problem.message, problem.remedy) == (
+        "job.stages[0].compressors[0].type",
+        "there is no 'AGPPrunner'",
+        "did you mean 'AGPPruner'?",
+    )
+
+
+@pytest.mark.parametrize("inner", ["AGPPruner", "LotteryTicketPruner", "QATQuantizer"])
+def test_a_schedule_goes_around_schedulable_pruners_alone(inner: str) -> None:
+    schedule = {"type": "LinearPruner", "interval_steps": 2, "total_times": 3, "pruner": {**PRUNER, "type": inner}}
+    (problem,) = problems(stages=[{"name": "a", "compressors": [schedule]}])
+    assert problem.where == "job.stages[0].compressors[0].pruner.type"
+    assert inner not in problem.remedy
+
+
+@pytest.mark.parametrize("compressor", [None, "L1NormPruner", 3])
+def test_a_compressor_is_a_mapping(compressor: object) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [compressor]}])
+    assert problem.where == "job.stages[0].compressors[0]"
+    assert problem.remedy == "should be a mapping of keys to values"
 
 
 def test_a_pruner_under_a_schedule_has_time_to_gather() -> None:
@@ -194,6 +208,49 @@ def test_a_pruner_under_a_schedule_has_time_to_gather() -> None:
     schedule["interval_steps"] = 30
     parsed = parse_job(job(stages=[{"name": "a", "compressors": [schedule]}]))
     assert parsed.stages[0].compressors[0].kind == "pruner"
+
+
+SLIM = {**PRUNER, "type": "SlimPruner", "training_steps": 30}
+
+
+@pytest.mark.parametrize(
+    ("compressor", "least_steps", "defaults"),
+    [
+        (SLIM, 30, {"regular_scale": 1.0}),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 4}, 30, {"reset_weight": True}),
+        ({"type": "LotteryTicketPruner", "pruner": PRUNER, "total_iteration": 4}, 0, {}),
+        ({"type": "LinearPruner", "pruner": SLIM, "interval_steps": 30, "total_times": 2}, 60, {}),
+        ({**QUANTIZER, "type": "PtqQuantizer"}, 0, {"calibration_steps": None}),
+        (
+            {"type": "Adaptive1dLayerwiseDistiller", "config_list": [{"op_names": ["fc"], "lambda": 0.5}]},
+            0,
+            {"origin_loss_lambda": 1.0},
+        ),
+    ],
+)
+def test_compressors_say_how_long_they_need(
+    compressor: dict[str, Any], least_steps: int, defaults: dict[str, Any]
+) -> None:
+    parsed = parse_job(job(stages=[{"name": "a", "compressors": [compressor]}]))
+    (settings,) = parsed.stages[0].compressors
+    assert (settings.type, settings.least_steps) == (compressor["type"], least_steps)
+    assert {key: getattr(settings, key) for key in defaults} == defaults
+    assert parse_job(parsed.model_dump(mode="json")) == parsed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({**SLIM, "regular_scale": -1.0}, "regular_scale"),
+        ({**SLIM, "training_steps": 0}, "training_steps"),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 0}, "total_iteration"),
+        ({"type": "LotteryTicketPruner", "pruner": SLIM, "total_iteration": 2, "interval_steps": 9}, "interval_steps"),
+        ({**QUANTIZER, "type": "PtqQuantizer", "calibration_steps": 0}, "calibration_steps"),
+    ],
+)
+def test_compressors_refuse(wrong: dict[str, Any], where: str) -> None:
+    (problem,) = problems(stages=[{"name": "a", "compressors": [wrong]}])
+    assert problem.where == f"job.stages[0].compressors[0].{where}"
 
 
 @pytest.mark.parametrize("entrypoint", ["task.py", "task:", ":Task", "a b:Task", "pkg.mod:Task()", "task.py:1T", ""])
@@ -341,7 +398,7 @@ def test_yaml_round_trip_keeps_the_job_and_what_was_explicit(tmp_path: Any) -> N
     quantizer = again.stages[0].compressors[1]
     assert isinstance(quantizer, QATQuantizerConfig)
     entry = quantizer.config_list[0]
-    assert entry.explicit_keys("weight") == {"granularity", "quant_dtype"}
+    assert entry.settings_for("weight").model_fields_set == {"granularity", "quant_dtype"}
 
 
 def test_the_digest_tells_jobs_apart() -> None:

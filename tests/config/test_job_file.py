@@ -143,8 +143,8 @@ def test_the_error_prints_one_line_per_problem(file: Path) -> None:
     ],
 )
 def test_files_that_are_no_job(file: Path, text: str | bytes, where: str, message: str) -> None:
-    ((place, told, _),) = problems(file, text)
-    assert place == (where or str(file))
+    ((found, told, _),) = problems(file, text)
+    assert found == (where or str(file))
     assert told.startswith(message)
     assert "\n" not in told
 
@@ -213,14 +213,14 @@ def test_locations(file: Path) -> None:
     assert source.locate(()) == f"{file}:1"
 
 
-def test_problems_found_later_get_their_place(file: Path) -> None:
+def test_problems_found_later_are_located(file: Path) -> None:
     file.write_text(GOOD)
     _, source = read_job(file)
     op_types = "stages[0].compressors[0].pruner.config_list[0].op_types[0]"
     error = ConfigError(
         [Problem(op_types, "no module is a 'Conv2d'", "did you mean 'Linear'?"), Problem("elsewhere", "x")]
     )
-    first, second = source.place(error).problems
+    first, second = source.located(error).problems
     assert first == Problem(f"{file}:15 {op_types}", "no module is a 'Conv2d'", "did you mean 'Linear'?")
     assert second.where == "elsewhere"
 

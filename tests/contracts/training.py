@@ -19,7 +19,7 @@ from raycomp.core.chain import Chain
 from raycomp.core.reduction import rank
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.stage import StageStart, stage_chain
+from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.stage_training import StageTraining
@@ -56,7 +56,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Keeper:
-    """An observer that keeps rank 0's last checkpoint in a folder, and ends the training after an epoch."""
+    """An listener that keeps rank 0's last checkpoint in a folder, and ends the training after an epoch."""
 
     folder: Path | None = None
     end_after: int | None = None
@@ -86,14 +86,16 @@ def train(
     training = config.training_for(config.stages[index])
     task = build_task(config.task)
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
-    chain = stage_chain(config, index, task, start or StageStart(), prepare=prepare)
+    start = start or StageStart()
+    resolved = resolve_start(config, index, task, start)
+    chain = stage_chain(config, index, task, start, resolved, prepare=prepare)
     stage = StageTraining(
         name=config.stages[index].name,
         task=task,
         chain=chain,
         training=training,
         evaluation=config.evaluation,
-        observer=keeper or Keeper(),
+        listener=keeper or Keeper(),
         device=torch.device("cpu"),
     )
     with suppress(Interrupted):

@@ -11,8 +11,8 @@ from raycomp.results.summary import (
     ModelFigures,
     RunSummary,
     TrialFigures,
-    UnprunedFigures,
-    VerificationFigures,
+    Unpruned,
+    Verification,
 )
 
 JOB = """\
@@ -59,7 +59,7 @@ def summary() -> RunSummary:
             ModelFigures("sped-up", {"accuracy": 0.985}, 20_000, 1_000_000, 100_000, {"1": 0.0004, "32": 0.004}),
             ModelFigures("int8", {"accuracy": 0.984}, 20_000, 1_000_000, 32_000, {"1": 0.0002, "32": 0.002}),
         ),
-        verification=VerificationFigures(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True),
+        verification=Verification(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True),
         int8=Int8Figures(38.25, -0.001, 20_000, 80_000, False, True),
         layers=(
             LayerFigures("stem.conv", "Conv2d", (16, 1, 3, 3), (8, 1, 3, 3), 0.5, "int8"),
@@ -67,7 +67,7 @@ def summary() -> RunSummary:
             LayerFigures("up", "ConvTranspose2d", (32, 24, 2, 2), (15, 12, 2, 2), 0.5),
             LayerFigures("head", "Linear", (10, 64), (10, 32), 0.0),
         ),
-        unpruned=(UnprunedFigures("block2.norm", 0, 3, "a padded convolution reads its constant <0.25>"),),
+        unpruned=(Unpruned("block2.norm", 0, 3, "a padded convolution reads its constant <0.25>"),),
         history=history(),
         timings={"start Ray": 8.1, "build the task": 2.25, "train": 63.0, "speedup": 1.9, "publish": 0.75},
         environment={"Python": "3.11.7", "torch": "2.13.0", "Ray": "2.60.0", "processor": "a & b <c>, 2 threads"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from raycomp.report import render_report, render_sweep
 from raycomp.report import write_report as write
 from raycomp.report.sections import outcome, timeline
-from raycomp.results.summary import Int8Figures, ModelFigures, RunSummary, VerificationFigures
+from raycomp.results.summary import Int8Figures, ModelFigures, RunSummary, Verification
 from tests.report.summaries import summary, trials
 
 _VOID = {"meta", "br", "wbr"}
@@ -119,7 +119,7 @@ def test_vnni_and_failed_verification_read_otherwise() -> None:
     other = replace(
         summary(),
         int8=Int8Figures(40.0, 0.0, 1, 4, True, False),
-        verification=VerificationFigures(0.5, 2.0, 0.25, 1e-4, (1, 8), False),
+        verification=Verification(0.5, 2.0, 0.25, 1e-4, (1, 8), False),
     )
     sections = _sections(other)
     assert "has VNNI" in sections["Integer arithmetic"] and "7 bits" not in sections["Integer arithmetic"]

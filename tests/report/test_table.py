@@ -8,7 +8,7 @@ from rich.console import Console
 from raycomp.report import files_table, print_result, result_table, sweep_table
 from raycomp.report.comparison import comparison
 from raycomp.report.table import ARTIFACT_LABEL, short_keys
-from raycomp.results.summary import ModelFigures, VerificationFigures
+from raycomp.results.summary import ModelFigures, Verification
 from tests.report.summaries import summary, trials
 
 
@@ -72,7 +72,7 @@ def test_a_run_ends_with_its_artifact_report_and_load_line_whole() -> None:
 
 
 def test_a_failed_verification_is_said() -> None:
-    failed = replace(summary(), verification=VerificationFigures(0.5, 2.0, 0.25, 1e-4, (1, 8), False))
+    failed = replace(summary(), verification=Verification(0.5, 2.0, 0.25, 1e-4, (1, 8), False))
     console = Console(file=io.StringIO(), width=80)
     print_result(console, failed, "a", "b")
     assert "NOT within" in console.file.getvalue()  # type: ignore[attr-defined]

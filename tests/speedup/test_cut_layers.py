@@ -134,7 +134,7 @@ def test_whole_groups_of_a_grouped_convolution_go() -> None:
     assert model[1].groups == 2
 
 
-def test_linear_layers_take_up_constants() -> None:
+def test_linear_layers_absorb_constants() -> None:
     def factory() -> nn.Module:
         return nn.Sequential(
             nn.Linear(5, 16),

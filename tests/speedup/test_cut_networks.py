@@ -32,7 +32,7 @@ def rows(gone: dict[str, Iterable[int]], biases: bool = True) -> Any:
     return lambda model: row_masks(model, gone, biases=biases)
 
 
-def test_norm_bias_that_a_padded_convolution_cannot_take_up_stays() -> None:
+def test_norm_bias_that_a_padded_convolution_cannot_absorb_stays() -> None:
     """NNI's fault of 0.39: the channel goes although its norm's bias isn't zero."""
     model, speedup = speed_up(Residual, IMAGES, rows({"b1.conv1": [0, 3], "b2.conv1": [1, 2, 7]}))
     assert shapes(model, "b1.conv1", "b2.conv1") == [(8, 8, 3, 3), (8, 8, 3, 3)]

@@ -18,8 +18,6 @@ from raycomp.speedup import (
     align_followers,
     auto_set_dependency_group_ids,
     dependencies,
-    dependency_groups,
-    followers,
 )
 from tests.speedup.cutting import Custom, Masks, Residual, randomize_
 
@@ -28,20 +26,21 @@ IMAGES = torch.randn(1, 3, 8, 8)
 
 def test_layers_that_are_added_form_one_group() -> None:
     names = ["stem", "b1.conv1", "b1.conv2", "b2.conv1", "b2.conv2", "fc"]
-    assert dependency_groups(Residual(), IMAGES, names) == [
-        ["stem", "b1.conv2", "b2.conv2"],
-        ["b1.conv1"],
-        ["b2.conv1"],
-        ["fc"],
-    ]
     found = dependencies(Residual(), IMAGES, names)
+    assert [group.modules for group in found.groups] == [
+        ("stem", "b1.conv2", "b2.conv2"),
+        ("b1.conv1",),
+        ("b2.conv1",),
+        ("fc",),
+    ]
     assert [group.obstacle for group in found.groups] == [None, None, None, "it reaches the model's output"]
 
 
 def test_a_group_that_not_all_of_its_layers_prune_can_never_go() -> None:
     found = dependencies(Residual(), IMAGES, ["b1.conv1", "b1.conv2", "b2.conv2"])
-    assert found.group_of("b1.conv1").obstacle is None
-    assert "still uses it" in str(found.group_of("b1.conv2").obstacle)
+    alone, added = found.groups
+    assert alone.modules == ("b1.conv1",) and alone.obstacle is None
+    assert added.modules == ("b1.conv2", "b2.conv2") and "still uses it" in str(added.obstacle)
 
 
 class MobileBlocks(nn.Module):
@@ -77,18 +76,18 @@ def test_depthwise_goes_with_the_layer_before_it_and_groups_lose_equally() -> No
 
 
 def test_followers_are_the_norms_and_biases_behind_a_layer() -> None:
-    assert followers(MobileBlocks(), IMAGES, MOBILE) == {
-        "stem": ["stem.bias", "bn0.weight", "bn0.bias"],
-        "expand": ["expand.bias", "bn1.weight", "bn1.bias"],
-        "depth": ["depth.bias", "bn2.weight", "bn2.bias"],
-        "project": ["project.bias", "bn3.weight", "bn3.bias"],
-        "grouped": ["grouped.bias", "bn4.weight", "bn4.bias"],
+    assert dependencies(MobileBlocks(), IMAGES, MOBILE).followers == {
+        "stem": ("stem.bias", "bn0.weight", "bn0.bias"),
+        "expand": ("expand.bias", "bn1.weight", "bn1.bias"),
+        "depth": ("depth.bias", "bn2.weight", "bn2.bias"),
+        "project": ("project.bias", "bn3.weight", "bn3.bias"),
+        "grouped": ("grouped.bias", "bn4.weight", "bn4.bias"),
     }
 
 
 def test_a_depthwise_layer_that_is_not_asked_for_follows() -> None:
-    found = followers(MobileBlocks(), IMAGES, ["expand"])
-    expected = ["expand.bias", "bn1.weight", "bn1.bias", "depth.weight", "depth.bias", "bn2.weight", "bn2.bias"]
+    found = dependencies(MobileBlocks(), IMAGES, ["expand"]).followers
+    expected = ("expand.bias", "bn1.weight", "bn1.bias", "depth.weight", "depth.bias", "bn2.weight", "bn2.bias")
     assert found == {"expand": expected}
 
 
@@ -141,9 +140,9 @@ def test_what_can_never_go_is_told_apart(model: nn.Module, name: str, obstacle: 
 
 def test_modules_without_channels_are_refused() -> None:
     with pytest.raises(SpeedupError, match="no weight with channels"):
-        dependency_groups(Residual(), IMAGES, ["bn"])
+        dependencies(Residual(), IMAGES, ["bn"])
     with pytest.raises(SpeedupError, match="no module 'nowhere'"):
-        dependency_groups(Residual(), IMAGES, ["nowhere"])
+        dependencies(Residual(), IMAGES, ["nowhere"])
 
 
 def test_config_list_with_groups_and_blocks() -> None:

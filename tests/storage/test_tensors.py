@@ -13,7 +13,7 @@ import torch
 
 import raycomp.storage
 from raycomp.errors import ArtifactError, StorageError
-from raycomp.storage import join_state, load_metadata, load_tensors, save_tensors, split_state
+from raycomp.storage import join_state, load_tensors, save_tensors, split_state
 
 
 def test_tensors_come_back_bitwise(tmp_path: Path) -> None:
@@ -31,14 +31,13 @@ def test_tensors_come_back_bitwise(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "images": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
-    save_tensors(tmp_path / "sub" / "t.safetensors", tensors, {"made_by": "1"})
+    save_tensors(tmp_path / "sub" / "t.safetensors", tensors)
     loaded = load_tensors(tmp_path / "sub" / "t.safetensors")
     assert set(loaded) == set(tensors)
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name].nan_to_num(7), tensor.detach().nan_to_num(7)), name
     assert math.copysign(1, loaded["f32"][1].item()) == -1
-    assert load_metadata(tmp_path / "sub" / "t.safetensors") == {"format": "pt", "made_by": "1"}
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["t.safetensors"]
 
 
@@ -49,9 +48,8 @@ def test_a_file_that_is_not_safetensors_is_never_unpickled(tmp_path: Path) -> No
 
     for content in (pickle.dumps(Harm()), b"", b"\xff" * 100):
         (tmp_path / "t.safetensors").write_bytes(content)
-        for load in (load_tensors, load_metadata):
-            with pytest.raises(ArtifactError, match="it is not a safetensors file"):
-                load(tmp_path / "t.safetensors")
+        with pytest.raises(ArtifactError, match="it is not a safetensors file"):
+            load_tensors(tmp_path / "t.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "t.safetensors")
     with pytest.raises(ArtifactError):
         load_tensors(tmp_path / "t.safetensors")

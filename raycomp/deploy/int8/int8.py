@@ -81,7 +81,7 @@ def lower_int8(
     below 8 bits are stored in 8, with their own range; 9 to 16 bits in 16.
 
     Args:
-        model: a plain float model, in any dtype and on any device; it is left alone.
+        model: a float model without compressors, in any dtype and on any device; it is left alone.
         calibration: scales and zero points of each module's targets.
         folds: which modules (batch norms, activations) the first of each tuple hosts.
         example: an input to trace with.

@@ -82,7 +82,7 @@ def simulate_int8(
     """A copy of the model that computes in float32 what the int8 model computes in integers.
 
     Args:
-        model: a plain float model of the user's classes, in any dtype and on any device; it is left alone.
+        model: a float model of the user's classes alone, in any dtype and on any device; it is left alone.
         calibration: scales and zero points of each module's targets.
         folds: which modules the first of each tuple hosts.
         reduce_range: 8-bit weights on 7-bit grids of twice the scale, as without VNNI.

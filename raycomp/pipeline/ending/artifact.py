@@ -18,6 +18,7 @@ from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.pt2 import export_pt2
 from raycomp.errors import SpeedupError
+from raycomp.pipeline.masks_file import save_masks
 from raycomp.pipeline.stage import StageResult
 from raycomp.report.html import write_report
 from raycomp.results.summary import RunSummary
@@ -53,23 +54,9 @@ def write_models(folder: Path, result: StageResult, int8: Int8Model | None, exam
 
 def write_statistics(folder: Path, masks: Masks, final: StageResult) -> None:
     """Writes the masks of all stages and the final calibration."""
-    save_tensors(folder / MASKS, flat_masks(masks))
+    save_masks(folder / MASKS, masks)
     content = {"folds": final.folds, "targets": _plain(final.calibration)}
     (folder / CALIBRATION).write_text(json.dumps(content, indent=1))
-
-
-def flat_masks(masks: Masks) -> dict[str, Tensor]:
-    """Masks by `module.target`, as files hold them."""
-    return {f"{module}.{target}": mask for module, targets in masks.items() for target, mask in targets.items()}
-
-
-def nested_masks(flat: Mapping[str, Tensor]) -> Masks:
-    """The inverse of `flat_masks`: a target's name has no dot."""
-    masks = Masks()
-    for name, mask in flat.items():
-        module, _, target = name.rpartition(".")
-        masks.setdefault(module, {})[target] = mask
-    return masks
 
 
 def write_summary(folder: Path, summary: RunSummary) -> None:

@@ -16,14 +16,14 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model, lower_int8
 from raycomp.errors import SpeedupError
-from raycomp.pipeline.build import dense_model
+from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import RunSummary, VerificationFigures
-from raycomp.speedup import Plan, uncut_mask
+from raycomp.results.summary import RunSummary, Verification
+from raycomp.speedup import Plan, restored_mask
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def conclude(
     job: JobConfig,
     task: Task,
     start: StageStart,
+    resolved: ResolvedStage,
     state: StageState,
     earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
     facts: RunFacts,
@@ -85,6 +86,7 @@ def conclude(
         job: the job.
         task: the user's.
         start: where the last stage started.
+        resolved: what its config lists mean for the model there.
         state: its committed checkpoint.
         earlier: the outcomes and masks of the stages before it, and the surgery done before each.
         facts: what the report says of the run.
@@ -96,7 +98,7 @@ def conclude(
     watch = Stopwatch(facts.timings)
     torch.set_num_threads(job.scaling.threads_per_worker)
     with watch.part("speed up and verify"):
-        result = finish_stage(job, len(job.stages) - 1, task, start, state)
+        result = finish_stage(job, len(job.stages) - 1, task, start, resolved, state)
     outcomes = [*(outcome for outcome, _, _ in earlier), StageOutcome.of(result, state)]
     masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
@@ -158,12 +160,10 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
     """
     merged = Masks()
     for masks, plan in parts:
-        for module, targets in masks.items():
-            for target, mask in targets.items():
-                name = f"{module}.{target}" if module else target
-                merged.setdefault(module, {})[target] = uncut_mask(mask, name, plan)
+        for target_id, mask in masks.by_target():
+            merged.put(target_id, restored_mask(mask, str(target_id), plan), masks.method(*target_id))
     return merged
 
 
-def _worst(found: Sequence[VerificationFigures | None]) -> VerificationFigures | None:
+def _worst(found: Sequence[Verification | None]) -> Verification | None:
     return max((item for item in found if item is not None), key=lambda item: item.relative, default=None)

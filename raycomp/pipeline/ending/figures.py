@@ -97,7 +97,7 @@ def layer_figures(dense: nn.Module, masks: Masks, final: StageResult) -> tuple[L
         if weight is None or (mask is None and quantized is None):
             continue
         after = getattr(modules.get(name), "weight", weight)
-        sparsity = 0.0 if mask is None else 1 - float(mask.mean())
+        sparsity = 1 - int(after.count_nonzero()) / weight.numel()
         dtype = None if quantized is None else quantized["quant_dtype"]
         rows.append(LayerFigures(name, kind, tuple(weight.shape), tuple(after.shape), sparsity, dtype))
     return tuple(rows)

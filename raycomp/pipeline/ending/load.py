@@ -15,6 +15,7 @@ from raycomp.deploy.pt2 import load_pt2
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.ending import artifact as files
 from raycomp.pipeline.ending.conclude import Conclusion
+from raycomp.pipeline.masks_file import load_masks
 from raycomp.results.summary import RunSummary
 from raycomp.speedup import Plan, apply_plan
 from raycomp.storage import Artifact, load_tensors, open_artifact
@@ -63,7 +64,7 @@ def load(
 def stored_conclusion(artifact: Artifact) -> Conclusion:
     """Summary, masks and calibration of a stored run."""
     with TemporaryDirectory() as folder:
-        masks = files.nested_masks(load_tensors(_fetch(artifact, files.MASKS, Path(folder))))
+        masks = load_masks(_fetch(artifact, files.MASKS, Path(folder)))
     calibration = files.load_calibration(json.loads(artifact.read_bytes(files.CALIBRATION)))
     return Conclusion(RunSummary.from_json(artifact.read_bytes(files.SUMMARY)), masks, calibration)
 

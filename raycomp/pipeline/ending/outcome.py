@@ -8,12 +8,12 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from raycomp.core.masks import Masks
-from raycomp.pipeline.ending.artifact import MASKS, flat_masks, nested_masks
+from raycomp.pipeline.ending.artifact import MASKS
+from raycomp.pipeline.masks_file import load_masks, save_masks
 from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.results.progress import ProgressEvent
-from raycomp.results.summary import UnprunedFigures, VerificationFigures
-from raycomp.storage import load_tensors, save_tensors
+from raycomp.results.summary import Unpruned, Verification
 
 _OUTCOME = "outcome.json"
 
@@ -30,14 +30,14 @@ class StageOutcome:
     """
 
     history: tuple[ProgressEvent, ...]
-    verification: VerificationFigures | None
-    unpruned: tuple[UnprunedFigures, ...]
+    verification: Verification | None
+    unpruned: tuple[Unpruned, ...]
     notes: tuple[str, ...]
 
     @classmethod
     def of(cls, result: StageResult, state: StageState) -> StageOutcome:
         """The outcome of a finished stage."""
-        return cls(state.history, result.verification_figures(), result.unpruned_figures(), result.notes)
+        return cls(state.history, result.verification, result.unpruned, result.notes)
 
 
 _ADAPTER = TypeAdapter(StageOutcome)
@@ -46,11 +46,11 @@ _ADAPTER = TypeAdapter(StageOutcome)
 def save_outcome(folder: Path, outcome: StageOutcome, result: StageResult) -> None:
     """Writes a stage's outcome, its masks, and where the next stage starts."""
     result.next_start().save(folder)
-    save_tensors(folder / MASKS, flat_masks(result.masks))
+    save_masks(folder / MASKS, result.masks)
     (folder / _OUTCOME).write_bytes(_ADAPTER.dump_json(outcome))
 
 
 def load_outcome(folder: Path) -> tuple[StageOutcome, Masks]:
     """A stage's outcome and masks."""
     outcome = _ADAPTER.validate_json((folder / _OUTCOME).read_bytes())
-    return outcome, nested_masks(load_tensors(folder / MASKS))
+    return outcome, load_masks(folder / MASKS)

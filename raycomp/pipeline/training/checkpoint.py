@@ -14,7 +14,7 @@ from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import join_state, load_tensors, save_tensors, split_state
 
-_FORMAT = 1
+_FORMAT = 2
 _MODEL, _STATE, _PROGRESS = "model.safetensors", "state.safetensors", "progress.json"
 _HISTORY = TypeAdapter(tuple[ProgressEvent, ...])
 

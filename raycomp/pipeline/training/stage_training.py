@@ -6,21 +6,24 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from raycomp.config import EvaluationConfig, TrainingConfig
 from raycomp.core.batch_share import use_share
 from raycomp.core.chain import Chain
+from raycomp.core.evaluator import Trainee
+from raycomp.core.moments import RunContext
 from raycomp.core.reduction import Statistic, rank, reduce_, world_size
+from raycomp.core.rounds import conduct
 from raycomp.errors import ConfigError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
-from raycomp.pipeline.data.batches import Batches, BatchPlan, MicroBatch, open_batches
+from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
 from raycomp.pipeline.data.samples import sample_seed
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
@@ -33,7 +36,7 @@ from raycomp.results.progress import ProgressEvent
 _EVENT_EVERY_S = 0.5
 
 
-class Observer(Protocol):
+class Listener(Protocol):
     """Who follows a training."""
 
     def progress(self, event: ProgressEvent) -> None:
@@ -45,15 +48,15 @@ class Observer(Protocol):
 
 @dataclass
 class StageTraining:
-    """One stage's training run.
+    """One stage's training: the evaluator of its compressors, over a job's data and with checkpoints.
 
     Args:
         name: the stage's.
         task: the user's.
         chain: the fused compressors, attached.
-        training: batch size, length, precision, seed.
+        training: batch size, length of a round, precision, seed.
         evaluation: how each epoch's metrics are taken.
-        observer: hears of progress and checkpoints.
+        listener: hears of progress and checkpoints.
         device: of this process.
         data: train and evaluation data where the task's own are not to be used (shards of Ray Data).
         started: `time.monotonic()` when the run began, for the elapsed time.
@@ -64,91 +67,146 @@ class StageTraining:
     chain: Chain
     training: TrainingConfig
     evaluation: EvaluationConfig
-    observer: Observer
+    listener: Listener
     device: torch.device
     data: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def run(self, resume: StageState | None = None) -> None:
-        """Trains to the end, from the beginning or from a checkpoint. A collective.
+        """Trains all rounds and calibrates, from the beginning or from a checkpoint. A collective.
 
         Raises:
             TaskError: the user's code raised.
             ConfigError: the training has no end.
         """
-        model = data_parallel(
+        self.chain.evaluator = self
+        self.model = data_parallel(
             self.chain.model,
             self.device,
             broadcast_buffers=not self.training.sync_batch_norm,
             find_unused_parameters=self.task.unused_parameters,
         )
-        with user_code(self._call("optimizer")):
-            optimizer = self.task.optimizer(self.chain.model)
-        batches = open_batches(self.task, self._data("train"), self._batch_plan())
-        self.steps = self._total_steps(batches)
-        with user_code(self._call("scheduler")):
-            scheduler = self.task.scheduler(optimizer, self.steps)
-        self.step, epoch = 0, 0
-        self.history: tuple[ProgressEvent, ...] = ()
-        self.notes = batches.notes
-        if resume is not None:
-            self._restore(resume, optimizer, scheduler)
-            self.step, self.history, epoch = resume.step, resume.history, resume.epoch
+        self.batches = open_batches(self.task, self._data("train"), self._batch_plan())
         self.eval_data = self._data("eval")
-        with self.chain.run([optimizer]):
-            while self.step < self.steps:
-                self._epoch(epoch, model, batches, optimizer, scheduler)
-                epoch += 1
-                self._end_epoch(epoch, optimizer, scheduler)
+        self.rounds = max(self.chain.rounds, 1) if self.chain.wants_training else 0
+        self.steps_per_round = self._steps_per_round() if self.rounds else 0
+        self.steps = self.steps_per_round * self.rounds
+        self.step, self.epoch = 0, 0
+        self.loss_sum, self.loss_steps = torch.zeros((), device=self.device), 0
+        self.history: tuple[ProgressEvent, ...] = ()
+        self.notes = self.batches.notes
+        self.reset()
+        if resume is not None:
+            self._restore(resume)
+        conduct(self.chain, self.rounds)
 
-    def _epoch(
-        self, epoch: int, model: nn.Module, batches: Batches, optimizer: Optimizer, scheduler: LRScheduler | None
-    ) -> None:
+    # What the compressors ask for.
+
+    @property
+    def example(self) -> Any:
+        """The task's example input."""
+        return self.chain.example
+
+    def train(self, trainee: Trainee, max_steps: int | None = None, max_epochs: int | None = None) -> None:
+        """One round, from where it stands; how long it is, the job has said."""
+        schedulers = [] if self.scheduler is None else [self.scheduler]
+        context = RunContext(
+            [self.optimizer],
+            schedulers,
+            self.batches.steps_per_epoch,
+            self.steps_per_round,
+            self.example,
+            lambda: self.evaluate(self.chain.model),
+        )
+        with trainee.run(context):
+            ended = False
+            while not ended:
+                self._epoch()
+                self.epoch += 1
+                ended = self.chain.steps_in_round >= self.steps_per_round
+                if ended:
+                    trainee.end_round()
+                self._end_epoch(last=ended)
+
+    def calibrate(self, trainee: Trainee, max_steps: int | None = None) -> None:
+        """Passes the training batches through the model, forward only, and saves what came of it."""
+        with trainee.calibrating():
+            for micro_batches in islice(self.batches.iterate(self.epoch), max_steps):
+                for micro_batch in micro_batches:
+                    batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
+                    with use_share(micro_batch.share), self._autocast(), user_code(self._call("forward")):
+                        trainee.calibration_step(partial(self.task.forward, self.chain.model, batch))
+        self.epoch += 1
+        self._end_epoch(last=True)
+
+    def evaluate(self, model: nn.Module) -> float:
+        """The job's main metric: the first one."""
+        return next(iter(self._metrics(model).values()))
+
+    def reset(self) -> None:
+        """A fresh optimizer and schedule, over the model as its user wrote it."""
+        with self.chain.space.as_written(), user_code(self._call("optimizer")):
+            self.optimizer = self.task.optimizer(self.chain.model)
+        with user_code(self._call("scheduler")):
+            self.scheduler = self.task.scheduler(self.optimizer, self.steps_per_round) if self.rounds else None
+        unheld = self.chain.unheld_parameters([self.optimizer]) if self.rounds else []
+        if unheld:
+            note = f"no optimizer holds {', '.join(unheld[:8])}: they do not train"
+            self.notes = tuple(dict.fromkeys([*self.notes, note]))
+
+    # Training.
+
+    def _epoch(self) -> None:
         # Seeding each epoch makes a resumed run draw what an undisturbed one draws (dropout).
-        torch.manual_seed(sample_seed(self.training.seed, epoch, rank()))
+        torch.manual_seed(sample_seed(self.training.seed, self.epoch, rank()))
         self.chain.model.train()
         self.loss_sum, self.loss_steps, last_event = torch.zeros((), device=self.device), 0, time.monotonic()
-        for micro_batches in batches.iterate(epoch):
-            self.loss_sum += self._step(model, micro_batches, optimizer)
-            if scheduler is not None:
-                scheduler.step()
+        for micro_batches in self.batches.iterate(self.epoch):
+            self.loss_sum += self._step(micro_batches)
+            if self.scheduler is not None:
+                self.scheduler.step()
             self.step += 1
             self.loss_steps += 1
             if rank() == 0 and self.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
-                self.observer.progress(self._event(epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
-            if self.step >= self.steps:
+                self.listener.progress(self._event(self.epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
+            if self.chain.steps_in_round >= self.steps_per_round:
                 break
         if self.loss_steps == 0:
             raise TaskError(
-                f"the train data gave no batch in epoch {epoch + 1}",
+                f"the train data gave no batch in epoch {self.epoch + 1}",
                 where=self._call("train_data"),
                 remedy="a loader must begin anew in each epoch",
             )
 
-    def _step(self, model: nn.Module, micro_batches: list[MicroBatch], optimizer: Optimizer) -> Tensor:
+    def _step(self, micro_batches: list[MicroBatch]) -> Tensor:
         """One optimizer step; returns this rank's part of the global batch's loss, times the number of ranks."""
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with self._gradients(model, last), use_share(micro_batch.share):
+            with self._gradients(self.model, last), use_share(micro_batch.share):
                 batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
-                with self._autocast(), user_code(self._call("training_step")):
-                    loss = self.task.training_step(model, batch)
+                losses: list[Tensor] = []
                 with self._autocast():
-                    objective = self.chain.loss(loss, batch)
-                (objective * micro_batch.loss_weight).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach() * micro_batch.loss_weight
-        self._check_gradients(model)
-        optimizer.step()
+                    objective = self.chain.training_step(partial(self._training_step, batch, losses), batch)
+                (objective * micro_batch.loss_weight).backward()
+            total += losses[0].detach() * micro_batch.loss_weight
+        self._check_gradients()
+        self.optimizer.step()
         return total
 
-    def _check_gradients(self, model: nn.Module) -> None:
+    def _training_step(self, batch: Any, losses: list[Tensor]) -> Tensor:
+        with user_code(self._call("training_step")):
+            losses.append(self.task.training_step(self.model, batch))
+        return losses[0]
+
+    def _check_gradients(self) -> None:
         """DDP would fail in the next step, and name its own argument instead of the task's attribute."""
-        if self.step > 0 or model is self.chain.model or self.task.unused_parameters:
+        if self.step > 0 or self.model is self.chain.model or self.task.unused_parameters:
             return
-        named = self.chain.model.named_parameters()
+        with self.chain.space.as_written():
+            named = list(self.chain.model.named_parameters())
         unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
         if unused:
             raise TaskError(
@@ -157,15 +215,25 @@ class StageTraining:
                 remedy="set unused_parameters = True in the task, or requires_grad = False on them",
             )
 
-    def _end_epoch(self, epoch: int, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    def _end_epoch(self, *, last: bool) -> None:
         if not self.training.sync_batch_norm:
             take_buffers_of_rank_0_(self.chain.model)
         mean = self.loss_sum.double() / max(self.loss_steps, 1)
-        reduce_([Statistic(mean, "sum")])
+        reduce_([Statistic(mean, "sum", "loss")])
+        metrics = self._metrics(self.chain.model)
+        event = self._event(self.epoch, float(mean) / world_size(), metrics)
+        self.history = (*self.history, event)
+        if rank() == 0:
+            self.listener.progress(event)
+        if last or self.epoch % self.training.checkpoint_every_epochs == 0:
+            self.chain.settle()
+            self.listener.checkpoint(self._state, metrics)
+
+    def _metrics(self, model: nn.Module) -> dict[str, float]:
         with self._autocast():
-            metrics = evaluate(
+            return evaluate(
                 self.task,
-                self.chain.model,
+                model,
                 self.eval_data,
                 batch_size=self.evaluation.batch_size,
                 device=self.device,
@@ -175,32 +243,30 @@ class StageTraining:
                 world=world_size(),
                 num_data_workers=self.training.num_data_workers,
             )
-        event = self._event(epoch, float(mean) / world_size(), metrics)
-        self.history = (*self.history, event)
-        if rank() == 0:
-            self.observer.progress(event)
-        if epoch % self.training.checkpoint_every_epochs == 0 or self.step >= self.steps:
-            self.observer.checkpoint(lambda: self._state(epoch, optimizer, scheduler), metrics)
 
-    def _state(self, epoch: int, optimizer: Optimizer, scheduler: LRScheduler | None) -> StageState:
+    # Going on later.
+
+    def _state(self) -> StageState:
         training = {
-            "optimizer": optimizer.state_dict(),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "chain": self.chain.state_dict(),
         }
+        notes = tuple(dict.fromkeys([*self.notes, *self.chain.notes]))
         model = self.chain.model.state_dict()
-        return StageState(self.name, epoch, self.step, model, training, self.history, self.notes)
+        return StageState(self.name, self.epoch, self.step, model, training, self.history, notes)
 
-    def _restore(self, state: StageState, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+    def _restore(self, state: StageState) -> None:
         self.chain.model.load_state_dict(state.model)
         self.chain.load_state_dict(state.training["chain"])
-        optimizer.load_state_dict(state.training["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state.training["scheduler"])
+        self.optimizer.load_state_dict(state.training["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state.training["scheduler"])
+        self.step, self.epoch, self.history = state.step, state.epoch, state.history
 
     def _event(self, epoch: int, loss: float, metrics: dict[str, float]) -> ProgressEvent:
         per_epoch = max(self.step // max(epoch, 1), 1)
-        epochs = self.training.epochs or max(epoch, -(-self.steps // per_epoch))
+        epochs = (self.training.epochs or 0) * self.rounds or max(epoch, -(-self.steps // per_epoch))
         elapsed = time.monotonic() - self.started
         return ProgressEvent(
             self.name, epoch, epochs, self.step, self.steps, loss, metrics, self.chain.sparsity(), world_size(), elapsed
@@ -228,13 +294,13 @@ class StageTraining:
             training.num_data_workers,
         )
 
-    def _total_steps(self, batches: Batches) -> int:
+    def _steps_per_round(self) -> int:
         if self.training.steps is not None:
             return self.training.steps
-        if batches.steps_per_epoch is None:
+        if self.batches.steps_per_epoch is None:
             message = "the train data can't tell its length, so a number of epochs has no number of steps"
             raise ConfigError([Problem("training.epochs", message, "set training.steps instead")])
-        return (self.training.epochs or 1) * batches.steps_per_epoch
+        return (self.training.epochs or 1) * self.batches.steps_per_epoch
 
     def _data(self, split: str) -> Any:
         if split in self.data:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.masks import Masks
 from raycomp.speedup.analysis.decide import Decision, decide
 from raycomp.speedup.analysis.propagate import propagate, relate
 from raycomp.speedup.graph.atoms import Atoms
 from raycomp.speedup.graph.flow import Flow
 from raycomp.speedup.graph.graph import Graph, Value
-from raycomp.speedup.graph.value_masks import Masks, buffer_name, canonical_target, value_masks
+from raycomp.speedup.graph.value_masks import buffer_name, full_name, value_masks
 from raycomp.speedup.rules.base import Registry
 
 
@@ -55,7 +56,7 @@ def analyse(
 
 
 def masked_elements(graph: Graph, model: nn.Module, masks: Masks) -> dict[Value, Tensor]:
-    """For every masked parameter, and every mask on an input or output, which elements are masked.
+    """For every masked parameter, and every mask on an input or output, which elements are zeroed.
 
     Args:
         graph: the graph of the masked model.
@@ -64,15 +65,14 @@ def masked_elements(graph: Graph, model: nn.Module, masks: Masks) -> dict[Value,
     """
     found: dict[Value, Tensor] = {}
     by_name = state_by_name(graph, model)
-    for name, targets in masks.items():
-        for target, mask in targets.items():
-            value = by_name.get(full_name(name, target))
-            if value is not None and value.kind == "parameter":
-                found[value] = found.get(value, torch.zeros(value.shape, dtype=torch.bool)) | (mask == 0).cpu()
-    for (name, target), mask in value_masks(model).items():
+    for (name, target), mask in masks.by_target():
         value = by_name.get(full_name(name, target))
-        if value is not None:
-            found[value] = (mask == 0).cpu()
+        if value is not None and value.kind == "parameter" and masks.method(name, target) == "mul":
+            found[value] = found.get(value, torch.zeros(value.shape, dtype=torch.bool)) | (mask == 0).cpu()
+    for (name, target), present in value_masks(model).items():
+        value = by_name.get(full_name(name, buffer_name(target)))
+        if value is not None and present.method == "mul":
+            found[value] = (present.mask == 0).cpu()
     return found
 
 
@@ -84,10 +84,3 @@ def state_by_name(graph: Graph, model: nn.Module) -> dict[str, Value]:
     for name, tensor in names:
         first.setdefault(id(tensor), name)
     return {name: canonical[first[id(tensor)]] for name, tensor in names if first[id(tensor)] in canonical}
-
-
-def full_name(module: str, target: str) -> str:
-    """The name of the parameter, or of the mask on an input or output, that a target means."""
-    target = canonical_target(target)
-    last = buffer_name(target) if target.startswith(("_input_", "_output_")) else target
-    return f"{module}.{last}" if module else last

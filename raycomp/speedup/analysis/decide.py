@@ -12,7 +12,7 @@ from raycomp.speedup.analysis.propagate import propagate
 from raycomp.speedup.graph.atoms import Atoms, Ids
 from raycomp.speedup.graph.flow import Flow
 from raycomp.speedup.graph.graph import Graph, Value
-from raycomp.speedup.rules.base import Bools, Channels, Fold, Registry, Sink
+from raycomp.speedup.rules.base import Absorption, Bools, Channels, Registry, Sink
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Decision:
     Args:
         removed: for each atom that represents its class, whether it goes.
         reasons: why an atom stays.
-        folds: the contractions that take up constants.
+        absorptions: the contractions that absorb constants.
         channels: the grouped convolutions.
     """
 
     removed: Bools
     reasons: dict[int, str] = field(default_factory=dict)
-    folds: list[tuple[Ids, Fold]] = field(default_factory=list)
+    absorptions: list[tuple[Ids, Absorption]] = field(default_factory=list)
     channels: list[Channels] = field(default_factory=list)
 
     def keep(self, roots: Ids, reason: str) -> None:
@@ -58,10 +58,10 @@ def decide(
     for root, reason in atoms.fixed_roots().items():
         decision.keep(np.array([root]), reason)
     _apply_sinks(decision, atoms, sinks, exact)
-    _require_equal_folds(decision, atoms, sinks)
+    _require_equal_constants(decision, atoms, sinks)
     _require_mask(decision, graph, rules, atoms, flow, masked)
     _shrink(decision, atoms)
-    decision.folds = [(atoms.roots(sink.ids), sink.fold) for sink in sinks if sink.fold is not None]
+    decision.absorptions = [(atoms.roots(sink.ids), sink.absorption) for sink in sinks if sink.absorption is not None]
     return decision
 
 
@@ -72,22 +72,22 @@ def _apply_sinks(decision: Decision, atoms: Atoms, sinks: Sequence[Sink], exact:
             decision.keep(roots[mask], reason)
 
 
-def _require_equal_folds(decision: Decision, atoms: Atoms, sinks: Sequence[Sink]) -> None:
+def _require_equal_constants(decision: Decision, atoms: Atoms, sinks: Sequence[Sink]) -> None:
     """A weight that is used several times has one bias: its inputs' constants must be the same every time."""
-    uses: dict[Value, list[tuple[Ids, Fold]]] = {}
+    uses: dict[Value, list[tuple[Ids, Absorption]]] = {}
     biases: dict[Value, set[Value]] = {}
     for sink in sinks:
-        if sink.fold is not None:
-            uses.setdefault(sink.fold.weight, []).append((atoms.roots(sink.ids), sink.fold))
-            if sink.fold.bias is not None:
-                biases.setdefault(sink.fold.bias, set()).add(sink.fold.weight)
-    for folds in uses.values():
-        first = folds[0][1].constants
-        for roots, fold in folds:
-            differs = ~np.isclose(fold.constants, first, rtol=1e-5, atol=0)
+        if sink.absorption is not None:
+            uses.setdefault(sink.absorption.weight, []).append((atoms.roots(sink.ids), sink.absorption))
+            if sink.absorption.bias is not None:
+                biases.setdefault(sink.absorption.bias, set()).add(sink.absorption.weight)
+    for absorptions in uses.values():
+        first = absorptions[0][1].constants
+        for roots, absorption in absorptions:
+            differs = ~np.isclose(absorption.constants, first, rtol=1e-5, atol=0)
             decision.keep(roots[differs], "the module is called several times, with different constants")
-            if fold.bias is not None and len(biases[fold.bias]) > 1:
-                decision.keep(roots[fold.constants != 0], "its bias is shared and can't take up a constant")
+            if absorption.bias is not None and len(biases[absorption.bias]) > 1:
+                decision.keep(roots[absorption.constants != 0], "its bias is shared and can't absorb a constant")
 
 
 def _require_mask(
@@ -105,9 +105,9 @@ def _require_mask(
             licensed[atoms.roots(masked_slices(atoms.ids(value, dim), mask, dim))] = True
     candidates = decision.removed & _present(atoms)
     if (candidates & ~licensed).any():
-        plain = propagate(graph, rules, flow.tensors, {})
+        as_written = propagate(graph, rules, flow.tensors, {})
         unmasked = Decision(decision.removed.copy())
-        _apply_sinks(unmasked, atoms, [s for c in graph.calls for s in rules.find(c).sinks(c, atoms, plain)], True)
+        _apply_sinks(unmasked, atoms, [s for c in graph.calls for s in rules.find(c).sinks(c, atoms, as_written)], True)
         licensed |= ~unmasked.removed
     decision.keep(np.flatnonzero(candidates & ~licensed), "no mask asks for it")
     decision.removed &= candidates

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.detached_copy import plain_copy
+from raycomp.core.detached_copy import detached_copy
 from raycomp.errors import SpeedupError
 from raycomp.speedup.analysis.decide import decide
 from raycomp.speedup.analysis.propagate import propagate, relate, run
@@ -51,34 +51,6 @@ class Dependencies:
     groups: tuple[Group, ...]
     followers: Mapping[str, tuple[str, ...]]
 
-    def group_of(self, module: str) -> Group:
-        """The group of a module."""
-        return next(group for group in self.groups if module in group.modules)
-
-
-def dependency_groups(model: nn.Module, example_input: Example, module_names: Sequence[str]) -> list[list[str]]:
-    """The modules by groups whose output channels can only go together.
-
-    Args:
-        model: a model without compressors on it.
-        example_input: an example input.
-        module_names: layers with a weight of two dimensions or more.
-
-    Raises:
-        SpeedupError: a module is not there or has no such weight, or the model can't be traced.
-    """
-    return [list(group.modules) for group in dependencies(model, example_input, module_names).groups]
-
-
-def followers(model: nn.Module, example_input: Example, module_names: Sequence[str]) -> dict[str, list[str]]:
-    """For each module, the parameters (full names) that follow its output channels one to one.
-
-    Raises:
-        SpeedupError: as for `dependency_groups`.
-    """
-    found = dependencies(model, example_input, module_names).followers
-    return {name: list(parameters) for name, parameters in found.items()}
-
 
 def dependencies(
     model: nn.Module,
@@ -99,10 +71,10 @@ def dependencies(
         obstacles: whether to find out what can never be removed, which takes another run of the model.
 
     Raises:
-        SpeedupError: as for `dependency_groups`.
+        SpeedupError: a module is not there or has no such weight, or the model can't be traced.
     """
-    plain = plain_copy(model)
-    study = _Study(trace(plain, example_input), _canonical_names(plain, module_names))
+    detached = detached_copy(model)
+    study = _Study(trace(detached, example_input), _canonical_names(detached, module_names))
     groups = study.groups()
     following = study.followers(groups, group_ids)
     reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)

@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raycomp.speedup.analysis.analyse import Analysis, full_name, state_by_name
+from raycomp.core.masks import Masks
+from raycomp.core.target import target_kind
+from raycomp.results.summary import Unpruned
+from raycomp.speedup.analysis.analyse import Analysis, state_by_name
 from raycomp.speedup.analysis.decide import masked_slices
 from raycomp.speedup.graph.atoms import Ids
 from raycomp.speedup.graph.graph import Call, Value
-from raycomp.speedup.graph.value_masks import Masks
+from raycomp.speedup.graph.value_masks import buffer_name, full_name
 from raycomp.speedup.rules.base import Bools
 
-
-@dataclass(frozen=True)
-class Unpruned:
-    """Coordinates that a mask names and speedup left in the model.
-
-    Args:
-        module: the module's name.
-        dim: the dimension of the masked tensor.
-        count: how many coordinates.
-        reason: why.
-    """
-
-    module: str
-    dim: int
-    count: int
-    reason: str
+_BYPASSED = "its mask is bypassed in training"
 
 
 def unpruned(analysis: Analysis, model: nn.Module, masks: Masks) -> tuple[Unpruned, ...]:
     """What the masks name and the decision leaves, by module, dimension and reason.
 
-    A channel is named once for each layer: not again for the layer's bias, nor for norms that follow it.
+    A channel is named once for each layer: not again for the layer's bias, nor for norms and values that follow it.
 
     Args:
         analysis: what was found.
@@ -47,19 +34,25 @@ def unpruned(analysis: Analysis, model: nn.Module, masks: Masks) -> tuple[Unprun
     study = _Study(analysis, model)
     found: list[Unpruned] = []
     named: set[int] = set()
-    for name, targets in sorted(masks.items(), key=lambda item: all(mask.ndim < 2 for mask in item[1].values())):
+    for name, targets in sorted(masks.items(), key=lambda item: all(_follows(*each) for each in item[1].items())):
         seen: set[int] = set()
         for target in sorted(targets, key=lambda each: each != "weight"):
             if target == "bias" and "weight" in targets:
                 continue
-            before = seen | named if targets[target].ndim < 2 else set(seen)
+            before = seen | named if _follows(target, targets[target]) else set(seen)
             for dim, roots in study.left(name, target, targets[target] == 0):
                 fresh = [root for root in roots if root not in before]
-                seen.update(fresh)
-                reasons = Counter(study.reason(root, name) for root in fresh)
+                seen.update(root for root in fresh if root >= 0)
+                bypassed = masks.method(name, target) == "bypass"
+                reasons = Counter(_BYPASSED if bypassed else study.reason(root, name) for root in fresh)
                 found += [Unpruned(name, dim, count, reason) for reason, count in reasons.items()]
         named |= seen
     return tuple(found)
+
+
+def _follows(target: str, mask: Tensor) -> bool:
+    """Whether the mask is one of channels that a layer's weight makes."""
+    return mask.ndim < 2 or target_kind(target) != "parameter"
 
 
 class _Study:
@@ -83,7 +76,8 @@ class _Study:
 
     def left(self, module: str, target: str, mask: Tensor) -> list[tuple[int, list[int]]]:
         """For each dimension of a mask, the atoms of its masked coordinates that stay, one for each coordinate."""
-        value = self.by_name.get(full_name(module, target))
+        own = target if target_kind(target) == "parameter" else buffer_name(target)
+        value = self.by_name.get(full_name(module, own))
         found = []
         for dim, coordinates in _masked_coordinates(mask):
             roots = np.full(int(coordinates.sum()), -1) if value is None else self._roots(value, dim, coordinates)

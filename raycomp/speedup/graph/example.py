@@ -92,10 +92,10 @@ def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def describe(value: Any) -> Tree:
-    """The JSON description of a nested value of tensors, sequences, mappings and plain constants.
+    """The JSON description of a nested value of tensors, sequences, mappings and constants of Python.
 
     Raises:
-        SpeedupError: a leaf is neither a tensor nor a plain constant.
+        SpeedupError: a leaf is neither a tensor nor a constant of Python.
     """
     if isinstance(value, Tensor):
         return {"kind": "tensor"}
@@ -128,7 +128,7 @@ def flatten(tree: Tree, value: Any) -> list[Tensor]:
         return [value]
     if kind == "constant":
         if value != tree["value"]:
-            raise TypeError(f"the model was exported with {tree['value']!r} in this place, not {value!r}")
+            raise TypeError(f"the model was exported with {tree['value']!r} here, not {value!r}")
         return []
     items = tree["items"]
     if kind == "dict":

@@ -83,13 +83,13 @@ class Call:
         return f"'{self.owner}' ({self.operator})" if self.owner else self.operator
 
     def run(self, tensors: Mapping[Value, Tensor]) -> list[Tensor]:
-        """Calls the operator on other tensors in the places of its inputs."""
+        """Calls the operator on other tensors instead of its inputs."""
         args, kwargs = self.bind(tensors)
         result = self.target(*args, **kwargs)
         return [result] if isinstance(result, Tensor) else [item for item in result if isinstance(item, Tensor)]
 
     def bind(self, tensors: Mapping[Value, Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments with tensors in the places of values."""
+        """Positional and keyword arguments with tensors instead of values."""
         given = {name: _substitute(value, tensors) for name, value in self.arguments.items()}
         schema = getattr(self.target, "_schema", None)
         if schema is None:

@@ -12,6 +12,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from raycomp.errors import SpeedupError
+from raycomp.speedup.graph.program import cause_of, quiet
+
 _FRESH = {
     f"aten.{name}"
     for name in """
@@ -25,10 +28,18 @@ _FRESH = {
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """The program, rewritten by torch only if its in-place operators can't be read as functional ones."""
-    if all(_is_plain(node) for node in program.graph.nodes if _mutates(node)):
+    """The program, rewritten by torch only if its in-place operators can't be read as functional ones.
+
+    Raises:
+        SpeedupError: torch can't rewrite it.
+    """
+    if all(_reads_as_functional(node) for node in program.graph.nodes if _mutates(node)):
         return program
-    return program.run_decompositions({})
+    try:
+        with quiet(), torch.no_grad():
+            return program.run_decompositions({})
+    except Exception as error:
+        raise SpeedupError(f"the in-place operators of forward() can't be rewritten: {cause_of(error)}") from error
 
 
 def functional_target(node: fx.Node) -> Any:
@@ -51,7 +62,7 @@ def _counterpart(target: Any) -> Any:
     return found if [argument.name for argument in found._schema.arguments] == names else None
 
 
-def _is_plain(node: fx.Node) -> bool:
+def _reads_as_functional(node: fx.Node) -> bool:
     """Whether the operator changes its first argument, which nothing else shares memory with."""
     changed = node.args[0] if node.args else None
     if _counterpart(node.target) is None or not isinstance(changed, fx.Node) or not _is_fresh(changed):

@@ -22,6 +22,28 @@ from raycomp.speedup.graph.example import Example, as_call, batch_size, is_batch
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
 
+def export(model: nn.Module, example: Example, dynamic_shapes: Any = None) -> ExportedProgram:
+    """Exports a model in its present mode, dtype and device.
+
+    Args:
+        model: the model.
+        example: an input of it, whose sizes alone the program takes by default.
+        dynamic_shapes: as `torch.export.export` takes them.
+
+    Raises:
+        SpeedupError: torch can't export the model for this example.
+    """
+    args, kwargs = as_call(example)
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        raise SpeedupError(
+            f"{type(model).__name__} cannot be exported: {cause_of(error)}",
+            remedy="its forward must not branch on tensor values, and must take the example input",
+        ) from error
+
+
 def export_program(model: nn.Module, example: Example) -> tuple[ExportedProgram, bool]:
     """Exports the model as it is, and says whether the program takes any batch size.
 
@@ -36,31 +58,21 @@ def export_program(model: nn.Module, example: Example) -> tuple[ExportedProgram,
         SpeedupError: the model cannot be exported at all.
     """
     example = with_batch_size(example, max(2, batch_size(example)))
-    args, kwargs = as_call(example)
     size = batch_size(example)
-
-    def dims(leaf: Any) -> dict[int, Any] | None:
-        return {0: Dim.AUTO} if is_batched(leaf, size) else None
-
-    bound = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    shapes = pytree.tree_map(dims, bound)
+    try:
+        program = export(model, example, _open_batch(model, example, size))
+    except SpeedupError:
+        # Whatever keeps the batch from being dynamic: a fixed one is the second best.
+        program = export(model, example)
     with quiet(), torch.no_grad():
-        try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-        except Exception:
-            # Whatever keeps the batch from being dynamic: a fixed one is the second best.
-            program = _export_fixed(model, args, kwargs)
         return program, _takes(program, with_batch_size(example, size + 1))
 
 
-def _export_fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    try:
-        return torch.export.export(model, args, kwargs)
-    except Exception as error:
-        raise SpeedupError(
-            f"{type(model).__name__} cannot be exported: {cause_of(error)}",
-            remedy="torch.export needs a forward whose control flow does not depend on the data",
-        ) from error
+def _open_batch(model: nn.Module, example: Example, size: int) -> Any:
+    """The dynamic shapes that leave the batch size open."""
+    args, kwargs = as_call(example)
+    bound = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    return pytree.tree_map(lambda leaf: {0: Dim.AUTO} if is_batched(leaf, size) else None, bound)
 
 
 def _takes(program: ExportedProgram, example: Example) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -14,24 +13,7 @@ from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
 from raycomp.speedup.graph.graph import Call, Graph, Value
 from raycomp.speedup.graph.inplace import functional, functional_target
-from raycomp.speedup.graph.program import cause_of, quiet
-
-
-def export(model: nn.Module, example: Example) -> ExportedProgram:
-    """Exports a model in its present mode, for the example's sizes alone and without in-place operators.
-
-    Raises:
-        SpeedupError: torch can't export the model for this example.
-    """
-    args, kwargs = as_call(example)
-    try:
-        with quiet(), torch.no_grad():
-            return functional(torch.export.export(model, args, kwargs, strict=False))
-    except Exception as error:
-        raise SpeedupError(
-            f"torch.export can't trace {type(model).__name__}: {cause_of(error)}",
-            remedy="the forward must not branch on tensor values, and the example input must be one that it takes",
-        ) from error
+from raycomp.speedup.graph.program import export
 
 
 def trace(model: nn.Module, example: Example) -> Graph:
@@ -45,14 +27,15 @@ def trace(model: nn.Module, example: Example) -> Graph:
     model.eval()
     pair = with_batch_size(example, 2)
     try:
-        return _build(model, pair, export(model, pair))
+        return _build(model, pair)
     except SpeedupError:
         # Copies, because one tensor given for two inputs would be traced as one input.
         whole = with_batch_size(example, batch_size(example))
-        return _build(model, whole, export(model, whole))
+        return _build(model, whole)
 
 
-def _build(model: nn.Module, example: Example, program: ExportedProgram) -> Graph:
+def _build(model: nn.Module, example: Example) -> Graph:
+    program = functional(export(model, example))
     builder = _Builder(model, program)
     builder.add_placeholders(example)
     for node in program.graph.nodes:

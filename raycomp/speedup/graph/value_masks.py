@@ -1,36 +1,54 @@
-"""The simulated model: a copy in which masked parameters are zero and masked inputs and outputs are multiplied."""
+"""The simulated model: a copy whose parameters, inputs and outputs are masked as they were in training."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from raycomp.config import canonical_target
+from raycomp.core.attach import forward_arguments
+from raycomp.core.masks import ApplyMethod, Masks, apply_mask
+from raycomp.core.parts import replace_input, replace_output
+from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import SpeedupError
-
-Masks = Mapping[str, Mapping[str, Tensor]]
-"""Masks by module name and target: 1 = keep, in the target's full shape, 0 = masked."""
 
 _PREFIX = "raycomp_mask"
 
 
 @dataclass(frozen=True)
 class ValueMask:
-    """A mask that stays on a module's input or output, as a buffer of the module."""
+    """A mask that stays on a module's input or output, as a buffer of the module.
+
+    Raises:
+        ValueError: the method isn't one of `ApplyMethod`.
+    """
 
     module: str
     target: str
     shape: tuple[int, ...]
+    method: ApplyMethod = "mul"
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(ApplyMethod):
+            raise ValueError(f"a mask can't be applied by {self.method!r}")
+
+
+def canonical_masks(masks: Mapping[str, Mapping[str, Tensor]]) -> Masks:
+    """The masks with how each is applied, and every target by its full name (`_input_` is short for `_input_0`)."""
+    given, result = Masks(masks), Masks()
+    for target_id, mask in given.by_target():
+        result.put(TargetId(target_id.module, canonical_target(target_id.target)), mask, given.method(*target_id))
+    return result
 
 
 def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
-    """A deep copy with the masks applied.
+    """A deep copy with the masks applied, each by its method.
 
     Args:
         model: a model without compressors on it.
@@ -41,24 +59,18 @@ def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
     """
     result = copy.deepcopy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
-    for name, targets in masks.items():
+    for (name, target), mask in masks.by_target():
+        method = masks.method(name, target)
         if name not in modules:
             raise SpeedupError(f"masks name a module that the model lacks: {name!r}", where="masks")
-        for target, mask in targets.items():
-            target = canonical_target(target)
-            if target.startswith(("_input_", "_output_")):
-                add_value_mask(modules[name], target, mask)
-            else:
-                _mask_parameter(modules[name], name, target, mask)
+        if target_kind(target) == "parameter":
+            _mask_parameter(modules[name], name, target, mask, method)
+        elif method != "bypass":
+            _mask_value(modules[name], name, target, mask, method)
     return result
 
 
-def canonical_target(target: str) -> str:
-    """`_input_` and `_output_` are short for index 0."""
-    return f"{target}0" if target in ("_input_", "_output_") else target
-
-
-def _mask_parameter(module: nn.Module, name: str, target: str, mask: Tensor) -> None:
+def _mask_parameter(module: nn.Module, name: str, target: str, mask: Tensor, method: ApplyMethod) -> None:
     parameter = getattr(module, target, None)
     if not isinstance(parameter, Tensor):
         raise SpeedupError(f"masks name a parameter that the module lacks: {target!r}", where=name)
@@ -66,7 +78,19 @@ def _mask_parameter(module: nn.Module, name: str, target: str, mask: Tensor) -> 
         shapes = f"{tuple(mask.shape)}, and the parameter {tuple(parameter.shape)}"
         raise SpeedupError(f"the mask of {target!r} has the shape {shapes}", where=name)
     with torch.no_grad():
-        parameter.mul_((mask != 0).to(parameter))
+        parameter.copy_(apply_mask(parameter, (mask != 0).to(parameter), method))
+
+
+def _mask_value(module: nn.Module, name: str, target: str, mask: Tensor, method: ApplyMethod) -> None:
+    """Masks an input or output; with a mask that an earlier stage left there, both hold."""
+    present = value_masks(module).get(TargetId("", target))
+    if present is not None:
+        if present.method != method:
+            message = f"the mask of {target!r} on the model is applied by {present.method!r}, not by {method!r}"
+            raise SpeedupError(message, where=name)
+        mask = mask.to(present.mask) * present.mask
+        remove_value_mask(module, target)
+    add_value_mask(module, target, mask, method)
 
 
 def buffer_name(target: str) -> str:
@@ -74,61 +98,99 @@ def buffer_name(target: str) -> str:
     return _PREFIX + target
 
 
-def add_value_mask(module: nn.Module, target: str, mask: Tensor) -> None:
-    """Multiplies an input or output of a module with a mask, which becomes a buffer of the module."""
+def add_value_mask(module: nn.Module, target: str, mask: Tensor, method: ApplyMethod) -> None:
+    """Masks an input or output of a module by a mask that becomes a buffer of the module."""
     like = next((p for p in module.parameters() if p.is_floating_point()), mask)
     module.register_buffer(buffer_name(target), mask.to(device=like.device, dtype=like.dtype))
-    if target.startswith("_input_"):
-        module.register_forward_pre_hook(partial(_mask_input, target), with_kwargs=True)
+    if target_kind(target) == "input":
+        module.register_forward_pre_hook(partial(_mask_input, target, method), with_kwargs=True)
     else:
-        module.register_forward_hook(partial(_mask_output, target))
+        module.register_forward_hook(partial(_mask_output, target, method))
 
 
 def restore_value_mask(module: nn.Module, value_mask: ValueMask) -> None:
     """Puts a mask of ones where a plan says that one stays; its values come with the state."""
-    add_value_mask(module, value_mask.target, torch.ones(value_mask.shape))
+    remove_value_mask(module, value_mask.target)
+    add_value_mask(module, value_mask.target, torch.ones(value_mask.shape), value_mask.method)
 
 
 def remove_value_mask(module: nn.Module, target: str) -> None:
-    """Takes a mask off an input or output."""
-    delattr(module, buffer_name(target))
+    """Takes the mask off an input or output, where there is one."""
+    module._buffers.pop(buffer_name(target), None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(hook, partial) and hook.func in (_mask_input, _mask_output) and hook.args == (target,):
+            if _is_mask_of(hook, target):
                 del hooks[key]
 
 
-def value_masks(model: nn.Module) -> dict[tuple[str, str], Tensor]:
-    """The masks on inputs and outputs, by module name and target."""
+def _is_mask_of(hook: Any, target: str) -> bool:
+    return isinstance(hook, partial) and hook.func in (_mask_input, _mask_output) and hook.args[0] == target
+
+
+@dataclass(frozen=True)
+class PresentMask:
+    """A mask on an input or output of a live model, and how it is applied."""
+
+    mask: Tensor
+    method: ApplyMethod
+
+
+def value_masks(model: nn.Module) -> dict[TargetId, PresentMask]:
+    """The masks on inputs and outputs of a model's modules."""
     return {
-        (name, buffer.removeprefix(_PREFIX)): mask
+        TargetId(name, hook.args[0]): PresentMask(module.get_buffer(buffer_name(hook.args[0])), hook.args[1])
         for name, module in model.named_modules()
-        for buffer, mask in module.named_buffers(recurse=False)
-        if buffer.startswith(_PREFIX)
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if isinstance(hook, partial) and hook.func in (_mask_input, _mask_output)
     }
 
 
-def _mask_input(target: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mask = getattr(module, buffer_name(target))
-    key = target.removeprefix("_input_")
-    names = list(inspect.signature(module.forward).parameters)
-    index = int(key) if key.isdigit() else names.index(key)
-    if index < len(args):
-        return (*args[:index], args[index] * mask, *args[index + 1 :]), kwargs
-    name = names[index] if key.isdigit() else key
-    return args, {**kwargs, name: kwargs[name] * mask}
+def new_value_masks(masked: nn.Module, model: nn.Module) -> set[TargetId]:
+    """The masks on inputs and outputs that a masked copy of a model got, or that became stricter there."""
+    old = value_masks(model)
+    return {key for key, new in value_masks(masked).items() if key not in old or not _equal(old[key].mask, new.mask)}
 
 
-def _mask_output(target: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    mask = getattr(module, buffer_name(target))
-    key = target.removeprefix("_output_")
-    if isinstance(output, Tensor):
-        return output * mask
-    if isinstance(output, Mapping):
-        name = list(output)[int(key)] if key.isdigit() else key
-        masked = copy.copy(output)
-        masked[name] = output[name] * mask  # type: ignore[index]
-        return masked
-    items = list(output)
-    items[int(key)] = items[int(key)] * mask
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and bool((left == right.to(left)).all())
+
+
+def settle_value_masks(model: nn.Module, new: set[TargetId], old: Collection[TargetId]) -> tuple[ValueMask, ...]:
+    """Takes new masks that have nothing left to mask off a masked model, and says which stay.
+
+    Args:
+        model: the masked model, cut or not; it is changed in place.
+        new: the masks in question.
+        old: those that the model had before; they stay.
+    """
+    # A rewritten forward may read a mask without its module's hook.
+    read = {node.target for node in model.graph.nodes} if isinstance(model, fx.GraphModule) else set()
+    stay = []
+    for target_id, present in value_masks(model).items():
+        name, target = target_id
+        is_empty = bool((present.mask == 1).all()) and full_name(name, buffer_name(target)) not in read
+        if target_id in new and target_id not in old and is_empty:
+            remove_value_mask(model.get_submodule(name), target)
+        elif target_id in new:
+            stay.append(ValueMask(name, target, tuple(present.mask.shape), present.method))
+    return tuple(stay)
+
+
+def full_name(module: str, name: str) -> str:
+    """The name in the model of a module's parameter or buffer."""
+    return f"{module}.{name}" if module else name
+
+
+def _masked(module: nn.Module, target: str, method: ApplyMethod, value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return apply_mask(value, module.get_buffer(buffer_name(target)), method)
+
+
+def _mask_input(target: str, method: ApplyMethod, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+    change = partial(_masked, module, target, method)
+    return replace_input(args, kwargs, target.removeprefix("_input_"), forward_arguments(module)[0], change)
+
+
+def _mask_output(target: str, method: ApplyMethod, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return replace_output(output, target.removeprefix("_output_"), partial(_masked, module, target, method))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from raycomp.speedup.rules import contraction, elementwise, filling, lookup, movement, norm, pool, reduction
-from raycomp.speedup.rules.base import RULES, Channels, Fold, Kept, NewAttribute, Registry, Rule, Sink
+from raycomp.speedup.rules.base import RULES, Absorption, Channels, Kept, NewAttribute, Registry, Rule, Sink
 
 __all__ = [
     "RULES",
+    "Absorption",
     "Channels",
-    "Fold",
     "Kept",
     "NewAttribute",
     "Registry",

@@ -20,8 +20,8 @@ Sizes = Callable[[Value, int], int]
 
 
 @dataclass(frozen=True)
-class Fold:
-    """How a contraction takes up constants of removed inputs into its bias.
+class Absorption:
+    """How a contraction absorbs constants of removed inputs into its bias.
 
     Args:
         weight: the weight.
@@ -42,19 +42,19 @@ class Fold:
 
 @dataclass(frozen=True)
 class Sink:
-    """A place where a dimension is contracted away: its coordinates may only go if they add nothing there.
+    """Where a dimension is contracted away: its coordinates may only go if they add nothing there.
 
     Args:
         ids: the atoms of the dimension.
         blocked: coordinates that can't go, each mask with its reason.
         approximate: like `blocked`, for what stands in the way of an exact result only.
-        fold: how constants are taken up, where there are any.
+        absorption: how constants are absorbed, where there are any.
     """
 
     ids: Ids
     blocked: Sequence[tuple[Bools, str]]
     approximate: Sequence[tuple[Bools, str]] = ()
-    fold: Fold | None = None
+    absorption: Absorption | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Rule:
     sized = False
     """Whether calls state sizes that the user's code may have as constants (a view, a split)."""
     resized_operator: str | None = None
-    """The operator that takes the call's place when its sizes change, where it is another one."""
+    """The operator that replaces the call's when its sizes change, where it is another one."""
 
     def relate(self, call: Call, atoms: Atoms) -> None:
         """Unites the atoms of coordinates that go together, and fixes those that can't go."""

@@ -1,6 +1,6 @@
 """Operators that sum over a dimension against weights: convolutions, linear layers, matrix products.
 
-A removed input must add nothing, or a constant that the bias can take up: x_c = k for all positions of channel c adds
+A removed input must add nothing, or a constant that the bias can absorb: x_c = k for all positions of channel c adds
 k * sum(W[o, c]) to output o, which is the same at every position only where no padding cuts the kernel off.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from raycomp.speedup.graph.atoms import Atoms, Ids
 from raycomp.speedup.graph.flow import Flow
 from raycomp.speedup.graph.graph import Call, Value
-from raycomp.speedup.rules.base import RULES, Channels, Fold, NewAttribute, Rule, Sink, Sizes, tensor_argument
+from raycomp.speedup.rules.base import RULES, Absorption, Channels, NewAttribute, Rule, Sink, Sizes, tensor_argument
 
 
 @dataclass(frozen=True)
@@ -150,19 +150,19 @@ class ContractionRule(Rule):
         rows = flow.needed_along(c.output, c.dim)
         used = (c.nonzero(flow).cpu().numpy() * rows[:, None]).any(axis=0)
         constants = flow.constants(c.value, c.dim)
-        folded = used & constants.is_known & ~constants.is_zero
+        absorbed = used & constants.is_known & ~constants.is_zero
         blocked = [(used & ~constants.is_known, f"{call.label} still uses it")]
         uneven = used & constants.is_known & ~constants.is_constant
         approximate = [(uneven, f"constants that differ between positions reach {call.label}")]
         if not c.uniform:
-            why = f"a constant that isn't zero reaches {call.label}, whose padding keeps a bias from taking it up"
-            approximate.append((folded, why))
+            why = f"a constant that isn't zero reaches {call.label}, whose padding keeps a bias from absorbing it"
+            approximate.append((absorbed, why))
         module = self._bias_module(call, c)
         if c.bias is None and module is None:
-            blocked.append((folded, f"a constant reaches {call.label}, which has no bias to take it up"))
-        values = np.where(folded, constants.values, 0.0)
-        fold = Fold(c.weight, c.bias, module, matrix, values, atoms.ids(c.output, c.dim))
-        yield Sink(atoms.ids(c.value, c.dim), blocked, approximate, fold)
+            blocked.append((absorbed, f"a constant reaches {call.label}, which has no bias to absorb it"))
+        values = np.where(absorbed, constants.values, 0.0)
+        absorption = Absorption(c.weight, c.bias, module, matrix, values, atoms.ids(c.output, c.dim))
+        yield Sink(atoms.ids(c.value, c.dim), blocked, approximate, absorption)
 
     def _bias_module(self, call: Call, c: Contraction) -> str | None:
         """The module that may get a bias: the one that holds the weight under its usual name and makes the call."""
@@ -214,8 +214,8 @@ class Convolution(ContractionRule):
         value, weight = arguments["input"], arguments["weight"]
         kernel = weight.shape[2:]
         if self._transposed:
-            plain = set(kernel) == {1} and set(arguments["stride"]) == {1}
-            uniform = plain and not any(arguments["padding"]) and not any(arguments["output_padding"])
+            pointwise = set(kernel) == {1} and set(arguments["stride"]) == {1}
+            uniform = pointwise and not any(arguments["padding"]) and not any(arguments["output_padding"])
         else:
             padding = arguments["padding"]
             padded = padding == "same" and set(kernel) != {1} if isinstance(padding, str) else any(padding)

@@ -15,7 +15,7 @@ from raycomp.speedup.rules.base import RULES, Rule
 
 
 class Elementwise(Rule):
-    """Each output element depends on the input elements in its place."""
+    """Each output element depends on the input elements at its position."""
 
     def relate(self, call: Call, atoms: Atoms) -> None:
         for output in call.outputs:

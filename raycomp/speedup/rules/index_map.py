@@ -33,17 +33,17 @@ class Origin:
     """Where the elements of one output come from in one input.
 
     Args:
-        places: the output's shape, holding flat positions in the input, -1 for elements from elsewhere.
+        index_map: for each element of the output its flat index in the input, -1 where it comes from elsewhere.
         shape: the input's shape.
     """
 
-    def __init__(self, places: Tensor, shape: tuple[int, ...]) -> None:
-        self._present = (places >= 0).reshape(-1)
-        flat = places.reshape(-1)[self._present]
+    def __init__(self, index_map: Tensor, shape: tuple[int, ...]) -> None:
+        self._present = (index_map >= 0).reshape(-1)
+        flat = index_map.reshape(-1)[self._present]
         self._sources = _unravel(flat, shape)
         everywhere = torch.nonzero(self._present).reshape(-1)
-        self._targets = _unravel(everywhere, tuple(places.shape))
-        self.source_shape, self.target_shape = shape, tuple(places.shape)
+        self._targets = _unravel(everywhere, tuple(index_map.shape))
+        self.source_shape, self.target_shape = shape, tuple(index_map.shape)
 
     def link(self, source_dim: int, target_dim: int) -> Link | None:
         """How two dimensions go together; None where they don't."""

@@ -28,18 +28,18 @@ class Movement(Rule):
     sized = True
 
     def relate(self, call: Call, atoms: Atoms) -> None:
-        places = self._places(call)
-        for output, tensor in zip(call.outputs, places, strict=True):
+        index_maps = self._index_maps(call)
+        for output, index_map in zip(call.outputs, index_maps, strict=True):
             start = 0
             for value in dict.fromkeys(call.inputs):
                 end = start + int(np.prod(value.shape, dtype=np.int64))
-                here = torch.where((tensor >= start) & (tensor < end), tensor - start, -1)
+                here = torch.where((index_map >= start) & (index_map < end), index_map - start, -1)
                 self._relate_pair(call, atoms, value, output, Origin(here, value.shape))
                 start = end
-            self._relate_constant_dims(atoms, output, tensor)
+            self._relate_constant_dims(atoms, output, index_map)
 
-    def _places(self, call: Call) -> list[Tensor]:
-        """For each output, the number of the input element in each place, counted over all inputs."""
+    def _index_maps(self, call: Call) -> list[Tensor]:
+        """For each element of each output the number of the input element there, counted over all inputs."""
         numbers = {}
         start = 0
         for value in dict.fromkeys(call.inputs):
@@ -80,10 +80,10 @@ class Movement(Rule):
         else:
             atoms.unite(ids[link.source], atoms.ids(output, link.target_dim)[link.target])
 
-    def _relate_constant_dims(self, atoms: Atoms, output: Value, places: Tensor) -> None:
+    def _relate_constant_dims(self, atoms: Atoms, output: Value, index_map: Tensor) -> None:
         """An output dimension along which nothing changes (an expansion) is free in itself."""
         for dim in range(output.ndim):
-            if not atoms.known(output, dim) and bool((places == places.narrow(dim, 0, 1)).all()):
+            if not atoms.known(output, dim) and bool((index_map == index_map.narrow(dim, 0, 1)).all()):
                 atoms.ids(output, dim)
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
@@ -162,12 +162,12 @@ class Select(Movement):
         return {"index": int(stays[:index].sum())}
 
 
-_PLAIN = """
+_MOVEMENTS = """
 flatten squeeze unsqueeze permute transpose t movedim swapaxes swapdims cat concat stack unbind flip repeat tile
 pixel_shuffle pixel_unshuffle repeat_interleave.self_int numpy_T mT adjoint
 slice_scatter select_scatter
 """.split()  # noqa: SIM905
-RULES.register(Movement(), *(f"aten.{name}" for name in _PLAIN))
+RULES.register(Movement(), *(f"aten.{name}" for name in _MOVEMENTS))
 RULES.register(ChannelShuffle(), "aten.channel_shuffle", "aten.native_channel_shuffle")
 RULES.register(View(), "aten.view", "aten.reshape", "aten._unsafe_view", "aten.view_copy")
 RULES.register(Unflatten(), "aten.unflatten")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         plan: the plan, as `ModelSpeedup.plan` gave it.
 
     Returns:
-        The model (or the graph module that takes its place, where its code states sizes as constants), of the shapes
+        The model (or the graph module that replaces it, where its code states sizes as constants), of the shapes
         of the sped-up one. `load_state_dict(state, strict=True)` then makes it the sped-up one.
 
     Raises:
@@ -43,13 +41,10 @@ def cut(model: nn.Module, surgery: Surgery) -> None:
     """Cuts parameters, buffers and attributes of a model in place; a tensor with several names stays one tensor."""
     new: dict[int, Tensor] = {}
     keep_alive: list[Tensor] = []
-    for name, cuts in _by_tensor(surgery.cuts, surgery.block_cuts).items():
+    for name in dict.fromkeys(each.tensor for each in _tensor_cuts(surgery)):
         old = _find(model, name)
-        sliced = old.detach()
-        for each in cuts:
-            sliced = _sliced(sliced, each)
         keep_alive.append(old)
-        new[id(old)] = _like(old, sliced.clone())
+        new[id(old)] = _like(old, cut_tensor(old.detach(), name, surgery).clone())
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for key, tensor in store.items():
@@ -59,12 +54,20 @@ def cut(model: nn.Module, surgery: Surgery) -> None:
         _set(model, attribute)
 
 
-def _by_tensor(cuts: Iterable[Cut], blocks: Iterable[BlockCut]) -> dict[str, list[Cut | BlockCut]]:
-    found: dict[str, list[Cut | BlockCut]] = {}
-    every: list[Cut | BlockCut] = [*blocks, *cuts]
-    for each in every:
-        found.setdefault(each.tensor, []).append(each)
-    return found
+def cut_tensor(tensor: Tensor, name: str, surgery: Surgery) -> Tensor:
+    """What a surgery leaves of a tensor with this full name, or of another one of its shape.
+
+    Raises:
+        SpeedupError: the tensor has another shape than the surgery expects.
+    """
+    for each in _tensor_cuts(surgery):
+        if each.tensor == name:
+            tensor = _sliced(tensor, each)
+    return tensor
+
+
+def _tensor_cuts(surgery: Surgery) -> tuple[Cut | BlockCut, ...]:
+    return (*surgery.block_cuts, *surgery.cuts)
 
 
 def _sliced(tensor: Tensor, each: Cut | BlockCut) -> Tensor:

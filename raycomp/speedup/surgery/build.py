@@ -1,4 +1,4 @@
-"""From a decision to cuts of the live model, and the constants that biases take up."""
+"""From a decision to cuts of the live model, and the constants that biases absorb."""
 
 from __future__ import annotations
 
@@ -109,14 +109,15 @@ class Addition:
 def additions(decision: Decision) -> list[Addition]:
     """What removed constants add to biases, once for each weight."""
     found: dict[Value, Addition] = {}
-    for roots, fold in decision.folds:
-        delta = fold.matrix @ np.where(decision.removed[roots], fold.constants, 0.0)
+    for roots, absorption in decision.absorptions:
+        delta = absorption.matrix @ np.where(decision.removed[roots], absorption.constants, 0.0)
         if delta.any():
-            found.setdefault(fold.weight, Addition(fold.weight, fold.bias, fold.module or "", delta, fold.outputs))
+            weight, bias, module = absorption.weight, absorption.bias, absorption.module or ""
+            found.setdefault(weight, Addition(weight, bias, module, delta, absorption.outputs))
     return list(found.values())
 
 
-def take_up_constants(model: nn.Module, decision: Decision) -> None:
+def absorb_constants(model: nn.Module, decision: Decision) -> None:
     """Adds the constants that removed inputs carried to the biases of a model that isn't cut yet."""
     with torch.no_grad():
         for addition in additions(decision):

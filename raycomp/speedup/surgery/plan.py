@@ -65,7 +65,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class NewBias:
-    """A bias that a module gets, because it takes up constants of what was removed before it."""
+    """A bias that a module gets, because it absorbs constants of what was removed before it."""
 
     module: str
     size: int

@@ -299,7 +299,7 @@ def _by_name(schema: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _merge(present: Any, old: Any, new: Any) -> Any:
-    """New sizes in the place of old ones; what is left open (-1, a size of the batch) stays open."""
+    """New sizes for old ones; what is left open (-1, a size of the batch) stays open."""
     if isinstance(new, list) and isinstance(present, (list, tuple)) and len(new) == len(present):
         before = old if isinstance(old, list) else list(present)
         return [_merge(p, o, n) for p, o, n in zip(present, before, new, strict=True)]

@@ -1,0 +1,163 @@
+"""The register of algorithms: one registration ties settings to an implementation, its kind and its needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod, update_abstractmethods
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from raycomp.config.base import UNKNOWN_TYPE, Settings
+from raycomp.config.values import nearest
+
+Kind = Literal["pruner", "quantizer", "distiller"]
+
+
+class Need(Enum):
+    """What an algorithm can't do its work without, beside the model."""
+
+    TRAINING = "training"
+    """Optimizer steps."""
+    CALIBRATION = "calibration"
+    """Forward passes in evaluation mode."""
+    TEACHER = "teacher"
+    """A model to learn from."""
+    ROUNDS = "rounds"
+    """Several trainings, one after the other."""
+
+
+def _require_type(schema: dict[str, Any]) -> None:
+    schema["required"] = ["type", *schema.get("required", ())]
+
+
+class CompressorSettings(Settings, ABC):
+    """What every compressor's settings share. Only registered subclasses can be constructed."""
+
+    model_config = ConfigDict(json_schema_extra=_require_type)
+    kind: ClassVar[Kind]
+    type: str
+    """The algorithm: the name of the compressor's class."""
+
+    @property
+    @abstractmethod
+    def registration(self) -> Registration:
+        """Set by `compressor`."""
+
+    @property
+    def least_steps(self) -> int:
+        """Optimizer steps without which the algorithm has not done its work."""
+        return 0
+
+
+_Settings = TypeVar("_Settings", bound=CompressorSettings)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """An algorithm.
+
+    Args:
+        settings: its settings.
+        implementation: where its class is, `package.module:Class`.
+        needs: what it can't do its work without.
+        schedulable: whether a schedule may be put around it.
+    """
+
+    settings: type[CompressorSettings]
+    implementation: str
+    needs: frozenset[Need]
+    schedulable: bool
+
+    @property
+    def name(self) -> str:
+        """What job files call it: its class's name."""
+        return self.implementation.rpartition(":")[2]
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it prunes, quantizes or distils."""
+        return self.settings.kind
+
+    def load(self) -> Any:
+        """The class itself; its module is imported when this is first asked for."""
+        return getattr(import_module(self.implementation.rpartition(":")[0]), self.name)
+
+
+_REGISTERED: dict[str, Registration] = {}
+COMPRESSORS: Mapping[str, Registration] = MappingProxyType(_REGISTERED)
+"""All algorithms, by the name that job files call them."""
+
+
+def compressor(
+    implementation: str, *, needs: Collection[Need] = (), schedulable: bool = False
+) -> Callable[[type[_Settings]], type[_Settings]]:
+    """Registers the algorithm that the decorated class has the settings of; its key `type` is the algorithm's name.
+
+    Args:
+        implementation: where its class is, `package.module:Class`.
+        needs: what it can't do its work without.
+        schedulable: whether a schedule may be put around it.
+
+    Raises:
+        ValueError: another algorithm has this name.
+    """
+
+    def register(settings: type[_Settings]) -> type[_Settings]:
+        registration = Registration(settings, implementation, frozenset(needs), schedulable)
+        name = registration.name
+        assert settings.model_fields["type"].default == name, f"{settings.__name__}.type is not '{name}'"
+        if name in _REGISTERED:
+            other = _REGISTERED[name].implementation
+            raise ValueError(f"two algorithms are named '{name}': {other} and {implementation}")
+        _REGISTERED[name] = registration
+        settings.registration = registration  # type: ignore[method-assign, assignment]
+        return update_abstractmethods(settings)
+
+    return register
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotates `CompressorSettings`: those of any algorithm registered by then, chosen by their key `type`.
+
+    Args:
+        schedulable: only what a schedule may be put around.
+    """
+
+    schedulable: bool = False
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        chosen = [each for each in COMPRESSORS.values() if each.schedulable or not self.schedulable]
+        return core_schema.tagged_union_schema(
+            {each.name: handler.generate_schema(each.settings) for each in chosen},
+            discriminator="type",
+            custom_error_type=UNKNOWN_TYPE,
+            custom_error_message="no such type",
+            custom_error_context={"choices": " ".join(each.name for each in chosen)},
+        )
+
+
+def export_algorithms(
+    package: str, kind: Kind, base: type
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """`__all__`, `__getattr__` and `__dir__` of a package; its algorithms are imported when they are first used.
+
+    Args:
+        package: its name.
+        kind: of its algorithms.
+        base: the class that it exports beside them.
+    """
+    names = [base.__name__, *(each.name for each in COMPRESSORS.values() if each.kind == kind)]
+
+    def load(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module '{package}' has no attribute '{name}' ({nearest(name, names)})")
+        return COMPRESSORS[name].load()
+
+    return names, load, names.copy
