@@ -89,8 +89,8 @@ class Align(Settings):
     """The module that holds the source (null: the same module)."""
     target_name: _TargetName = "weight"
     """The source among that module's targets."""
-    dims: SomeItems[CountOrZero] = (0,)
-    """The source's dimensions that the mask follows."""
+    dims: SomeItems[CountOrZero] | None = None
+    """The source's dimensions that the mask follows (null: its output channels)."""
 
 
 class PruneTarget(_SaysWhatWasGiven):

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
+from raycomp.core.layout import layout_of
 from raycomp.core.selection import default_targets, select, type_name
+from raycomp.core.target import TargetId
 from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
 from raycomp.speedup.graph.example import Example
 
@@ -130,9 +132,15 @@ def _runs(model: nn.Module, name: str, group: Group, settings: Mapping[str, Any]
     own = settings.get("target_settings", {}).get("weight", {}).get("granularity")
     if group.unit == 1 or (own or settings.get("granularity", "default")) != "default":
         return ()
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return (group.unit, *[-1] * (weight.ndim - 1))
+    layout = layout_of(model, TargetId(name, "weight"))
+    assert layout.shape is not None and layout.channel_dim is not None
+    runs = [-1] * len(layout.shape)
+    runs[layout.channel_dim] = group.unit
+    if layout.groups > 1:
+        # Over dimension 0 a block is what one group has of it; longer runs than a group can't be said in blocks.
+        runs[0] = layout.shape[0] // layout.groups
+        return tuple(runs) if layout.shape[1] % group.unit == 0 else ()
+    return tuple(runs)
 
 
 def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], dummy_input: Example) -> ConfigList:
@@ -179,6 +187,6 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
             if (module, target) not in taken:
                 by_module.setdefault(module, []).append(target)
         for module, own_targets in by_module.items():
-            align: dict[str, Any] = {"module_name": name, "target_name": "weight", "dims": [0]}
+            align: dict[str, Any] = {"module_name": name, "target_name": "weight"}
             result.append({"op_names": [module], "target_names": own_targets, "align": align})
     return result

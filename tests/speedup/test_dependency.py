@@ -191,8 +191,8 @@ def test_followers_in_the_config_list() -> None:
         {"op_names": ["bn1"], "sparse_ratio": 0.25, "target_names": ["bias"]},
         {"op_names": ["grouped"], "sparse_ratio": 0.5, "target_names": ["weight"]},
     ]
-    follow = {"module_name": "expand", "target_name": "weight", "dims": [0]}
-    after = {"module_name": "grouped", "target_name": "weight", "dims": [0]}
+    follow = {"module_name": "expand", "target_name": "weight"}
+    after = {"module_name": "grouped", "target_name": "weight"}
     assert align_followers(MobileBlocks(), config, IMAGES) == [
         *config,
         {"op_names": ["bn1"], "target_names": ["weight"], "align": follow},

@@ -174,9 +174,9 @@ class ContractionRule(Rule):
         if c is None:
             return
         inputs, outputs = sizes(c.value, c.dim), sizes(c.output, c.dim)
-        for name in ("in_channels", "in_features"):
+        for name in ("in_channels", "in_features", "nx"):
             yield NewAttribute(call.owner, name, c.num_inputs, inputs)
-        for name in ("out_channels", "out_features"):
+        for name in ("out_channels", "out_features", "nf"):
             yield NewAttribute(call.owner, name, c.num_outputs, outputs)
         if c.is_depthwise:
             yield NewAttribute(call.owner, "groups", c.groups, inputs)
