@@ -16,7 +16,8 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
     Args:
         chain: the fused compressors.
         rounds: how many; with 0 they decide without training.
-        max_steps, max_epochs: how long a round is.
+        max_steps, max_epochs: how long a round is; where the compressors only calibrate, `max_steps` is the
+            calibration's length, unless they say it.
 
     Raises:
         CompressionError: there is no evaluator, and one is needed.
@@ -31,7 +32,8 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
             evaluator.reset()
         evaluator.train(chain, max_steps, max_epochs)
     if chain.calibrates and not chain.calibrated:
-        _evaluator(chain).calibrate(chain, chain.calibration_steps)
+        length = None if chain.wants_training else max_steps
+        _evaluator(chain).calibrate(chain, chain.calibration_steps or length)
 
 
 def _evaluator(chain: Chain) -> Evaluator:
