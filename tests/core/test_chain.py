@@ -32,7 +32,7 @@ class Folded(nn.Module):
 
 
 def fused(model: Folded, quantizer_first: bool) -> tuple[Chain, QATQuantizer]:
-    """AGP that prunes a channel after step 2 and two after step 4, and a folded scale of the weight, in either order."""
+    """AGP that prunes one channel after step 2 and two after step 4, and a folded scale of the weight."""
     prune = [{"op_names": ["conv"], "sparse_ratio": 0.5}]
     quantize = [{"op_names": ["conv"], "target_names": ["weight"], "fuse_names": [("conv", "norm")]}]
     if quantizer_first:
