@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from math import floor
 from typing import Any
 
@@ -188,7 +189,7 @@ def test_masks_never_grow_back_over_the_rounds() -> None:
     rounds = Rounds(l1())
     rounds.compress()
     masks = [begun["mask"] for begun in rounds.begun]
-    assert all(bool((after <= before).all()) for before, after in zip(masks, masks[1:]))
+    assert all(bool((after <= before).all()) for before, after in pairwise(masks))
 
 
 def test_what_is_learned_beside_the_model_goes_on_with_a_fresh_optimizer() -> None:
