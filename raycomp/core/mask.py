@@ -35,8 +35,10 @@ class Mask(AdoptsShapes):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value."""
-        self.mask = self._in_rank(self.mask, value.dim())
-        return apply_mask(value, self.mask, self.method)
+        mask = self._in_rank(self.mask, value.dim())
+        if mask is not self.mask:
+            self.mask = mask
+        return apply_mask(value, mask, self.method)
 
     def set_(self, mask: Tensor) -> None:
         """Takes over a mask; that of an activation keeps the rank that a forward pass has shown."""
