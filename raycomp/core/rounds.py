@@ -10,8 +10,8 @@ from raycomp.errors import CompressionError
 def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs: int | None = None) -> None:
     """Trains `chain`'s compressors through its evaluator, from where they are to the end, and calibrates them.
 
-    A chain that was restored in the midst of a round goes on there; a later round begins with fresh optimizers, and
-    with the first weights where a compressor wants them.
+    A chain that was restored in the midst of a round goes on there. Where compressors need several rounds, a later one
+    begins with fresh optimizers, and with the first weights where a compressor wants them; else it goes on.
 
     Args:
         chain: the fused compressors.
@@ -27,7 +27,7 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
         chain.end_round()
     while chain.round < rounds:
         evaluator = _evaluator(chain)
-        if chain.round and not chain.steps_in_round:
+        if chain.rounds > 1 and chain.round and not chain.steps_in_round:
             chain.rewind()
             evaluator.reset()
         evaluator.train(chain, max_steps, max_epochs)

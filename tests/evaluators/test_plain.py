@@ -333,3 +333,30 @@ def test_notes_are_told_once() -> None:
         pruner.compress(max_steps=4)
     assert [str(warning.message) for warning in told] == list(pruner.chain.notes)
     assert len(told) == 1
+
+
+def trained_in(*lengths: int) -> list[Any]:
+    """The steps, the schedule's position and the weights after `compress` calls of these lengths."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def train(model: nn.Module, optimizer: Any, step: Any, scheduler: Any, steps: int, epochs: Any) -> None:
+        for number in range(pruner.chain.step, pruner.chain.step + steps):
+            optimizer.zero_grad()
+            step(batch_of(number), model).backward()
+            optimizer.step()
+            scheduler.step()
+
+    evaluator = TorchEvaluator(train, optimizer, training_step, scheduler)
+    pruner = AGPPruner(TaylorPruner(model, HALF, evaluator, 2), 2, 4)
+    for length in lengths:
+        pruner.compress(length)
+    return [pruner.chain.step, scheduler.last_epoch, *pruner.chain.users_state().values()]
+
+
+@pytest.mark.filterwarnings("ignore:.*the goal is not reached")
+def test_training_in_two_parts_is_training_once() -> None:
+    once, parts = trained_in(8), trained_in(3, 5)
+    assert once[:2] == parts[:2] == [8, 8]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(once[2:], parts[2:]))
