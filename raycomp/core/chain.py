@@ -135,9 +135,11 @@ class Chain:
             context.optimizers[0].register_step_pre_hook(lambda *_: self._before_step()),
             context.optimizers[-1].register_step_post_hook(lambda *_: self._after_step()),
         )
+        begun: list[Moments] = []
         try:
             for compressor in self.compressors:
                 compressor.begin_run(context)
+                begun.append(compressor)
             if own_loop:
                 with watch("training"):
                     yield
@@ -146,7 +148,7 @@ class Chain:
         finally:
             for handle in handles:
                 handle.remove()
-            for compressor in self.compressors:
+            for compressor in begun:
                 compressor.end_run()
 
     def begin(self) -> None:

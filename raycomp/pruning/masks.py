@@ -121,7 +121,8 @@ def least(values: Tensor, count: int) -> Tensor:
     """True at the `count` least of `values` [n]; of equal ones the first go first."""
     if count <= 0 or count >= len(values):
         return torch.full_like(values, count > 0, dtype=torch.bool)
-    border = values.kthvalue(count).values
+    # Not kthvalue, which refuses GPU tensors where deterministic algorithms are asked for.
+    border = values.topk(count, largest=False, sorted=False).values.max()
     chosen = values < border
     equal = (values == border).nonzero().flatten()
     chosen[equal[: count - int(chosen.sum())]] = True

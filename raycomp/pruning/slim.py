@@ -24,7 +24,7 @@ class Factor(Learns):
     Args:
         grid: blocks in each dimension.
         blocks: the size of a block in each dimension.
-        dtype: of the target.
+        dtype: of the factors.
     """
 
     factor: Tensor
@@ -84,7 +84,7 @@ class SlimPruner(Pruner):
     def attach(self) -> None:
         for target_id in self.goals:
             if target_id not in self.factors:
-                dtype = self.chain.space.parameter(target_id).dtype
+                dtype = torch.promote_types(self.chain.space.parameter(target_id).dtype, torch.float32)
                 factor = Factor(self.grid(target_id), self.blocks(target_id), dtype).to(device_of(self.model))
                 self.factors[target_id] = factor
                 self.chain.learned.add(factor.learned().values())

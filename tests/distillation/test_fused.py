@@ -105,6 +105,21 @@ def test_origins_weigh_the_task_and_no_distance(first: float, second: float) -> 
     assert losses(distiller) == [100 * first * second + 3 * 1 + 5 * 16]
 
 
+def test_a_run_that_cannot_begin_leaves_the_teacher_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = Counting(1, 2).train()
+    distiller = distilled(Stack(2, 3), ("layer0", 1.0, teacher, predict, 1.0), ("layer1", 0.5, teacher, predict, 1.0))
+
+    def fails(context: RunContext) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(distiller, "begin_run", fails)
+        losses(distiller)
+    assert teacher.training and not teacher.layer0._forward_hooks
+    assert losses(distiller) == [109]
+    assert teacher.training and not teacher.layer0._forward_hooks
+
+
 class Twice(nn.Module):
     """Its layer runs as often as it is told."""
 

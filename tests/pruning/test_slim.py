@@ -149,6 +149,16 @@ def test_factors_of_blocks_are_spread_over_them() -> None:
     assert model[0].weight.tolist() == [[1, 2, 30, 40], [500, 600, 0, 0]]
 
 
+def test_factors_of_half_precision_weights_are_float32() -> None:
+    model = nn.Sequential(nn.Linear(4, 2, bias=False)).bfloat16()
+    pruner = SlimPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], training_steps=1)
+    (factor,) = pruner.factors.values()
+    assert factor.factor.dtype == torch.float32
+    assert model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    pruner.unwrap_model()
+    assert model[0].weight.dtype == torch.bfloat16
+
+
 def test_nnis_order_of_arguments() -> None:
     first = slim(network())
     second = SlimPruner.from_compressor(
