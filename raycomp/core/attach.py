@@ -57,7 +57,6 @@ class HookedTargets(nn.Module):
         return [(name, target) for name, target in found if target.kind == kind]
 
 
-replace_part = replace_output
 """The distillers' name for it."""
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from raycomp.core.attach import replace_part
+from raycomp.core.parts import replace_output
 from raycomp.core.target import TargetId
 
 Predict = Callable[[Any, nn.Module], Any]
@@ -81,6 +81,6 @@ class Teacher:
             return value
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            replace_part(output, link.target.removeprefix("_output_"), note)
+            replace_output(output, link.target.removeprefix("_output_"), note)
 
         return keep

@@ -6,7 +6,7 @@ worker builds its compressors from the same frozen description.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,7 @@ from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
-from raycomp.speedup import align_followers, auto_set_dependency_group_ids
+from raycomp.speedup import complete_config_list
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
 
@@ -98,13 +98,10 @@ def resolve_stage(model: nn.Module, stage: StageConfig, context: BuildContext, w
         SpeedupError: the model can't be traced.
     """
     problems: list[Problem] = []
-    selections = []
-    for place, settings in _ranking(stage, where):
-        with _below(place, problems):
-            selections.append(_resolved(model, settings, context))
+    selections = _selections(model, stage, context, where, problems)
     if problems:
         raise ConfigError(problems)
-    return ResolvedStage(tuple(selections))
+    return ResolvedStage(tuple(selections.values()))
 
 
 def build_chain(
@@ -120,45 +117,62 @@ def build_chain(
     Raises:
         ConfigError: all that is wrong with any of them, each problem placed below `where`.
     """
+    problems: list[Problem] = []
     chain = Chain(model, context.example, context.seed)
     if kept:
         KeptMasks(chain, kept)
-    problems: list[Problem] = []
-    for index, settings in enumerate(stage.compressors):
-        place = f"{where}.compressors[{index}]"
-        with _below(place, problems):
-            _build(chain, settings, resolved.selections[index], context)
+    _fuse(chain, stage, dict(enumerate(resolved.selections)), context, where, problems)
     if problems:
         raise ConfigError(problems)
     return chain
 
 
-def _ranking(stage: StageConfig, where: str) -> Iterator[tuple[str, CompressorSettings]]:
-    """The place of each config list, and the settings that hold it."""
+def try_stage(
+    model: nn.Module, stage: StageConfig, context: BuildContext, where: str, problems: list[Problem]
+) -> tuple[ResolvedStage, Chain]:
+    """Resolves and builds a stage as far as that goes, and adds to `problems` all that is wrong with any compressor."""
+    selections = _selections(model, stage, context, where, problems)
+    chain = Chain(model, context.example, context.seed)
+    _fuse(chain, stage, selections, context, where, problems)
+    return ResolvedStage(tuple(selections.values())), chain
+
+
+def _selections(
+    model: nn.Module, stage: StageConfig, context: BuildContext, where: str, problems: list[Problem]
+) -> dict[int, Selection]:
+    """What each compressor's config list means; those that are wrong are left out."""
+    found = {}
     for index, settings in enumerate(stage.compressors):
         place = f"{where}.compressors[{index}]"
-        if isinstance(settings, ScheduleSettings):
-            yield f"{place}.pruner", settings.pruner
-        else:
-            yield place, settings
+        ranking = settings.pruner if isinstance(settings, ScheduleSettings) else settings
+        with _below(place if ranking is settings else f"{place}.pruner", problems):
+            found[index] = _resolved(model, ranking, context)
+    return found
+
+
+def _fuse(
+    chain: Chain,
+    stage: StageConfig,
+    selections: Mapping[int, Selection],
+    context: BuildContext,
+    where: str,
+    problems: list[Problem],
+) -> None:
+    for index, selection in selections.items():
+        with _below(f"{where}.compressors[{index}]", problems):
+            _build(chain, stage.compressors[index], selection, context)
 
 
 def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildContext) -> Selection:
     entries: Sequence[SelectionEntry] = settings.config_list  # type: ignore[attr-defined]
     resolve(model, settings.kind, entries, "config_list")
     if isinstance(settings, PrunerSettings):
-        entries = parse_config_list("pruner", _from_graph(model, entries, context))
+        # With what the graph adds: channels that go together, norms and biases that follow.
+        given = [entry.model_dump(by_alias=True) for entry in entries]
+        groups, align = context.speedup.dependency_groups, context.speedup.align
+        completed = complete_config_list(model, given, context.example, groups=groups, align=align)
+        entries = parse_config_list("pruner", completed)
     return resolve(model, settings.kind, entries, "config_list", context.example)
-
-
-def _from_graph(model: nn.Module, entries: Sequence[SelectionEntry], context: BuildContext) -> list[dict[str, Any]]:
-    """The entries with what the graph adds: channels that go together, norms and biases that follow."""
-    dicts = [entry.model_dump(by_alias=True) for entry in entries]
-    if context.speedup.dependency_groups:
-        dicts = auto_set_dependency_group_ids(model, dicts, context.example)
-    if context.speedup.align:
-        dicts = align_followers(model, dicts, context.example)
-    return dicts
 
 
 def _build(chain: Chain, settings: CompressorSettings, selection: Selection, context: BuildContext) -> Any:
@@ -169,7 +183,7 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
         return kind(_build(chain, settings.pruner, selection, context), **values)
     if Need.TEACHER in settings.registration.needs:
         if context.teacher is None:
-            raise ConfigError([Problem("type", "the task has no teacher", "define teacher(self) in the task")])
+            raise CompressionError("the task has no teacher", remedy="define teacher(self) in the task")
         values |= {"teacher_model": context.teacher, "teacher_predict": context.task.teacher_predict}
     return kind(chain, selection, **values)
 
@@ -182,4 +196,5 @@ def _below(place: str, problems: list[Problem]) -> Iterator[None]:
     except ConfigError as error:
         problems += [Problem(f"{place}.{found.where}", found.message, found.remedy) for found in error.problems]
     except CompressionError as error:
-        problems.append(Problem(place, f"{error.where}: {error.message}", error.remedy or ""))
+        message = f"{error.where}: {error.message}" if error.where else error.message
+        problems.append(Problem(place, message, error.remedy or ""))

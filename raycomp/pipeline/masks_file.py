@@ -15,7 +15,8 @@ _METHODS = "apply_methods"
 def save_masks(path: Path, masks: Masks) -> None:
     """Writes masks as tensors named `module.target`, and how they are applied where it isn't by multiplication."""
     tensors = {str(target_id): mask for target_id, mask in masks.by_target()}
-    save_tensors(path, tensors, {_METHODS: json.dumps({str(key): method for key, method in masks.methods.items()})})
+    methods = {str(key): method for key, method in masks.methods.items()}
+    save_tensors(path, tensors, (_METHODS, json.dumps(methods)))
 
 
 def load_masks(path: Path) -> Masks:

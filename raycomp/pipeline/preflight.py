@@ -14,10 +14,10 @@ from raycomp.core.chain import Chain
 from raycomp.core.layout import traced_shapes
 from raycomp.core.selection import resolve
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import ResolvedStage, dense_model
+from raycomp.pipeline.build import ResolvedStage, dense_model, try_stage
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
+from raycomp.pipeline.stage import stage_context
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.user_code import user_code
 
@@ -39,8 +39,10 @@ def check_stages(job: JobConfig, task: Task) -> ResolvedStage:
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         try:
-            resolved.append(resolve_start(job, index, task, StageStart()))
-            chain = stage_chain(job, index, task, StageStart(), resolved[-1])
+            context = stage_context(job, index, task)
+            model = dense_model(task, context.seed).to(dtype=context.dtype)
+            made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
+            resolved.append(made)
             problems += _unseen_problems(chain, index)
             chain.rehearse()
         except ConfigError as error:

@@ -102,7 +102,7 @@ class Pruner(Compressor):
         problems: list[Problem] = []
         for target_id, selected in self.goals.items():
             if target_kind(target_id.target) == "parameter":
-                problems += self._block_problems(target_id, selected)
+                problems += self._parameter_problems(target_id, selected)
             else:
                 message = f"{target_id}: {type(self).__name__} can't rank inputs or outputs"
                 problems.append(Problem(selected.where, message, "align it to a parameter of a module"))
@@ -253,9 +253,13 @@ class Pruner(Compressor):
             return self.masks[target_id].mask
         return self.chain.masks()[target_id.module][target_id.target]
 
-    def _block_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
+    def _parameter_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
+        problems = []
+        if self._settings(target_id).apply_method == "add":
+            remedy = "mul, or put it on the softmax's `_input_0` with an align to this parameter"
+            problems.append(Problem(f"{selected.where}.apply_method", f"{target_id}: add masks no parameter", remedy))
         try:
             self.blocks(target_id)
         except ValueError as error:
-            return [Problem(f"{selected.where}.granularity", f"{target_id}: {error}")]
-        return []
+            problems.append(Problem(f"{selected.where}.granularity", f"{target_id}: {error}"))
+        return problems

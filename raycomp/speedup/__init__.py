@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from raycomp.results.summary import Unpruned, Verification
-from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
-from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids
+from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
+from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids, complete_config_list
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
 from raycomp.speedup.surgery.apply import apply_plan
@@ -21,11 +21,13 @@ __all__ = [
     "Plan",
     "Registry",
     "Rule",
+    "TracedModel",
     "Unpruned",
     "Verification",
     "align_followers",
     "apply_plan",
     "auto_set_dependency_group_ids",
+    "complete_config_list",
     "cut_calibration",
     "dependencies",
     "remaining_masks",

@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.config import PruneEntry, SelectionEntry, parse_config_list
+from raycomp.config.entries import Granularity
 from raycomp.core.layout import layout_of
-from raycomp.core.selection import default_targets, select, type_name
+from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
-from raycomp.speedup.analysis.dependency import Dependencies, Group, dependencies
+from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
 from raycomp.speedup.graph.example import Example
 
 ConfigList = list[dict[str, Any]]
@@ -27,8 +28,8 @@ def auto_set_dependency_group_ids(
 
     Layers whose output channels are added, or run through a depthwise convolution, get one group; what feeds or is a
     grouped convolution loses equally many channels in each of its groups; what a GroupNorm normalises goes in its
-    groups. Entries that say otherwise themselves, entries that align to others, and entries without a weight among
-    their targets stay as they are.
+    groups. Entries that say otherwise themselves, entries that align to others, that prune other blocks than channels,
+    and entries without a weight among their targets stay as they are.
 
     Args:
         model: the model.
@@ -42,12 +43,36 @@ def auto_set_dependency_group_ids(
         ConfigError: the config list is wrong.
         SpeedupError: the model can't be traced.
     """
+    return _with_groups(TracedModel.of(model, dummy_input), config_list)
+
+
+def complete_config_list(
+    model: nn.Module,
+    config_list: Sequence[Mapping[str, Any]],
+    dummy_input: Example,
+    *,
+    groups: bool = True,
+    align: bool = True,
+) -> ConfigList:
+    """The config list under `auto_set_dependency_group_ids` and `align_followers`, of which each can be left out; the
+    model is traced once. Errors as theirs."""
+    result = [dict(entry) for entry in config_list]
+    if not groups and not align:
+        return result
+    traced = TracedModel.of(model, dummy_input)
+    if groups:
+        result = _with_groups(traced, result)
+    return _with_followers(traced, result) if align else result
+
+
+def _with_groups(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
+    model = traced.model
     entries, selected = _selected(model, config_list)
     names = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
     names = [name for name in names if _has_channels(model, name)]
     if not names:
         return [dict(entry) for entry in config_list]
-    found = dependencies(model, dummy_input, names, obstacles=False)
+    found = dependencies(traced, names, obstacles=False)
     settings = {
         n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
     }
@@ -65,6 +90,7 @@ def _selected(
     model: nn.Module, config_list: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[PruneEntry, ...], list[list[str]]]:
     entries = parse_config_list("pruner", config_list)
+    resolve(model, "pruner", entries, "config_list")
     return entries, [select(model, entry, f"config_list[{index}]") for index, entry in enumerate(entries)]
 
 
@@ -77,7 +103,13 @@ def _is_grouped_here(entry: PruneEntry) -> bool:
     if entry.target_names is not None and "weight" not in entry.target_names:
         return False
     settings = entry.settings_for("weight")
-    return settings.dependency_group_id is None and settings.align is None
+    whole = settings.granularity in ("default", "out_channel") or _is_of_whole_channels(settings.granularity)
+    return settings.dependency_group_id is None and settings.align is None and whole
+
+
+def _is_of_whole_channels(granularity: Granularity) -> bool:
+    """Whether blocks are runs of channels, with all that is in them: only such masks can be shared."""
+    return not isinstance(granularity, str) and len(granularity) > 1 and all(size == -1 for size in granularity[1:])
 
 
 def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +193,11 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
         ConfigError: the config list is wrong.
         SpeedupError: the model can't be traced.
     """
+    return _with_followers(TracedModel.of(model, dummy_input), config_list)
+
+
+def _with_followers(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
+    model = traced.model
     entries, selected = _selected(model, config_list)
     result = [dict(entry) for entry in config_list]
     taken: set[tuple[str, str]] = set()
@@ -179,7 +216,7 @@ def align_followers(model: nn.Module, config_list: Sequence[Mapping[str, Any]], 
         for entry, own in zip(entries, selected, strict=True)
         for name in own
     }
-    found = dependencies(model, dummy_input, names, groups, obstacles=False)
+    found = dependencies(traced, names, groups, obstacles=False)
     for name, parameters in found.followers.items():
         by_module: dict[str, list[str]] = {}
         for parameter in parameters:

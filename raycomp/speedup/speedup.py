@@ -16,6 +16,7 @@ from raycomp.errors import SpeedupError
 from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
 from raycomp.speedup.analysis.propagate import run
+from raycomp.speedup.analysis.training_only import training_pins
 from raycomp.speedup.analysis.unpruned import unpruned
 from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
@@ -96,8 +97,9 @@ class ModelSpeedup:
         graph = trace(self._traced, self._example)
         tensors = run(graph)
         masked = masked_elements(graph, self._traced, self._masks)
+        pins = training_pins(graph, self._traced, self._example, self._rules)
         for rigid in (False, True):
-            analysis = analyse(graph, self._rules, tensors, masked, exact=self._exact, rigid=rigid)
+            analysis = analyse(graph, self._rules, tensors, masked, pins=pins, exact=self._exact, rigid=rigid)
             made = self._operate(analysis, allow_rewrite=not rigid)
             if made is not None:
                 model, surgery = made

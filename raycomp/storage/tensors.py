@@ -18,8 +18,15 @@ Json = dict[str, Any] | list[Any] | str | int | float | bool | None
 _ODD_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors of any device and layout to a safetensors file, which appears once it is whole."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], note: tuple[str, str] | None = None) -> None:
+    """Writes tensors of any device and layout to a safetensors file, which appears once it is whole.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        note: a key and a text that `load_metadata` gives back; one alone, since safetensors writes several in an order
+            that changes from run to run.
+    """
     from safetensors.torch import save_file
 
     # Each gets memory of its own: safetensors refuses views and tied weights.
@@ -28,7 +35,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(plain, temporary, metadata=dict([note or ("format", "pt")]))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -8,16 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from raycomp import Task
 
 
 class TinyNet(nn.Module):
-    """Convolutions that can be folded, a residual sum, and a head."""
+    """Convolutions that can be folded, a residual sum, and a head.
 
-    def __init__(self, dropout: float = 0.0) -> None:
+    Args:
+        dropout: before the head.
+        checkpointing: whether the branch is recomputed in the backward pass.
+        spare: whether there is a layer that nothing uses.
+    """
+
+    def __init__(self, dropout: float = 0.0, checkpointing: bool = False, spare: bool = False) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.conv = nn.Conv2d(1, 6, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(6)
         self.relu = nn.ReLU()
@@ -31,10 +39,16 @@ class TinyNet(nn.Module):
         self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(6, 3)
+        self.spare = nn.Linear(2, 2) if spare else None
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to the stem."""
+        return self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn(self.conv(x)))
-        x = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + x)
+        branch = checkpoint(self.branch, x, use_reentrant=False) if self.checkpointing else self.branch(x)
+        x = self.relu2(branch + x)
         return self.fc(self.dropout(self.flatten(self.pool(x))))
 
 
@@ -45,18 +59,27 @@ class Tiny(Task):
         samples: for training; 49 in batches of 16 leave a last batch of 1, which most workers have no part in.
         dropout: before the head.
         learning_rate: the greatest one; with 0 every decision is made from the same weights.
+        checkpointing, spare: see `TinyNet`.
     """
 
-    def __init__(self, samples: int = 49, dropout: float = 0.0, learning_rate: float = 0.05) -> None:
+    def __init__(
+        self,
+        samples: int = 49,
+        dropout: float = 0.0,
+        learning_rate: float = 0.05,
+        checkpointing: bool = False,
+        spare: bool = False,
+    ) -> None:
         self.samples = samples
-        self.dropout = dropout
+        self.network = {"dropout": dropout, "checkpointing": checkpointing, "spare": spare}
         self.learning_rate = learning_rate
+        self.unused_parameters = spare
 
     def model(self) -> nn.Module:
-        return _network(0, self.dropout)
+        return _network(0, **self.network)
 
     def teacher(self) -> nn.Module:
-        return _network(1, 0.0)
+        return _network(1)
 
     def train_data(self) -> TensorDataset:
         return _images(self.samples, 2)
@@ -71,10 +94,10 @@ class Tiny(Task):
         return OneCycleLR(optimizer, self.learning_rate, total_steps=total_steps) if self.learning_rate else None
 
 
-def _network(seed: int, dropout: float) -> nn.Module:
+def _network(seed: int, **network: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = TinyNet(dropout)
+        model = TinyNet(**network)
         for norm in (model.bn, model.bn1, model.bn2):
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.uniform_(norm.bias, -0.3, 0.3)

@@ -19,7 +19,8 @@ from raycomp.core.chain import Chain
 from raycomp.core.reduction import rank
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
+from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, resolve_start, stage_chain
+from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.stage_training import StageTraining
@@ -101,6 +102,20 @@ def train(
     with suppress(Interrupted):
         stage.run(None if resume is None else StageState.load(resume))
     return chain
+
+
+def chain_of(config: JobConfig, index: int = 0, task: Task | None = None, start: StageStart | None = None) -> Chain:
+    """A stage's compressors on the model that it starts from."""
+    task, start = task or build_task(config.task), start or StageStart()
+    return stage_chain(config, index, task, start, resolve_start(config, index, task, start))
+
+
+def finish(job: Mapping[str, Any], folder: Path, index: int = 0, start: StageStart | None = None) -> StageResult:
+    """What the head node makes of a stage's checkpoint."""
+    config, start = parse_job(job), start or StageStart()
+    task = build_task(config.task)
+    resolved = resolve_start(config, index, task, start)
+    return finish_stage(config, index, task, start, resolved, StageState.load(folder))
 
 
 def trained(job: Mapping[str, Any], keeper: Keeper | None = None, resume: Path | None = None) -> Trained:

@@ -11,17 +11,14 @@ import pytest
 import torch
 
 from raycomp import CompressionJob
-from raycomp.config import parse_job
 from raycomp.distributed.job import JobResult
 from raycomp.errors import ClusterError, TaskError
-from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.stage import StageStart, finish_stage
-from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.stage import StageStart
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import open_artifact
 from tests.conftest import ObjectStore
 from tests.contracts import tiny
-from tests.contracts.training import Keeper, train
+from tests.contracts.training import Keeper, finish, train
 from tests.distributed.conftest import ROOT, driver
 from tests.pipeline.ranks import on_ranks
 
@@ -80,8 +77,7 @@ def _loaded_elsewhere(uri: str, **environment: str) -> list[float]:
 def test_ray_trains_what_processes_without_ray_train(undisturbed: JobResult, tmp_path: Path) -> None:
     job = _job(tmp_path)
     on_ranks(2, _train_stage, job, 0, None, tmp_path / "checkpoint")
-    task = build_task(parse_job(job).task)
-    result = finish_stage(parse_job(job), 0, task, StageStart(), StageState.load(tmp_path / "checkpoint"))
+    result = finish(job, tmp_path / "checkpoint")
     assert all(mask.mean() == 0.5 for targets in result.masks.values() for mask in targets.values())
     assert _flat(undisturbed.masks) == _flat(result.masks)
     assert _flat(undisturbed.calibration) == _flat(result.calibration)
@@ -145,13 +141,11 @@ def test_a_killed_driver_s_job_is_resumed(local_ray: str, tmp_path: Path) -> Non
     assert {event.stage for event in listener.events} == {"quantize"}
     assert min(event.epoch for event in listener.events) >= 2
 
-    config = parse_job(job)
-    task = build_task(config.task)
     on_ranks(2, _train_stage, job, 0, None, tmp_path / "0")
-    first = finish_stage(config, 0, task, StageStart(), StageState.load(tmp_path / "0"))
+    first = finish(job, tmp_path / "0")
     first.next_start().save(tmp_path / "start")
     on_ranks(2, _train_stage, job, 1, tmp_path / "start", tmp_path / "1")
-    last = finish_stage(config, 1, task, first.next_start(), StageState.load(tmp_path / "1"))
+    last = finish(job, tmp_path / "1", 1, first.next_start())
     assert _flat(resumed.masks) == _flat(first.masks)
     assert _flat(resumed.calibration) == _flat(last.calibration)
     assert {event.stage for event in resumed.summary.history} == {"prune", "quantize"}

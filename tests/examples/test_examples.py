@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raycomp.config import TaskConfig, load_job
 from raycomp.errors import TaskError
 from raycomp.pipeline import BatchPlan, Task, build_task, evaluate, open_batches, prepare_task
-from raycomp.pipeline.stage import StageStart, stage_chain
+from tests.contracts.training import chain_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -88,7 +88,7 @@ def test_job_files_fit_their_models(name: str, tmp_path: Path, clothes: Path) ->
     task = build_task(job.task.model_copy(update={"arguments": {**job.task.arguments, **arguments}}), EXAMPLES)
     prepare_task(task, tmp_path / "files")
     for index in range(len(job.stages)):
-        chain = stage_chain(job, index, task, StageStart())
+        chain = chain_of(job, index, task)
         quantized = chain.calibration()
         if quantized:
             assert {names[0] for names in chain.folds()} == {
@@ -104,7 +104,7 @@ def test_job_files_fit_their_models(name: str, tmp_path: Path, clothes: Path) ->
 def test_the_hugging_face_job_fits_its_model() -> None:
     pytest.importorskip("transformers")
     job = load_job(EXAMPLES / "huggingface.yaml")
-    chain = stage_chain(job, 0, build_task(job.task, EXAMPLES), StageStart())
+    chain = chain_of(job, 0, build_task(job.task, EXAMPLES))
     pruned = {module for module, targets in chain.masks().items() if "weight" in targets}
     convolutions = {name for name, layer in chain.model.named_modules() if isinstance(layer, nn.Conv2d)}
     assert len(convolutions) == 7

@@ -102,7 +102,8 @@ def test_targets_that_no_forward_reaches_are_named() -> None:
 
 def test_two_compressors_of_one_target_hide_no_other_problem() -> None:
     unknown = {"type": "QATQuantizer", "config_list": [{"op_names": ["9"], "target_names": ["weight"]}]}
-    assert [where for where, _ in problems(job([L1, L1, unknown]))] == [
-        "stages[0].compressors[1]",
+    known = {"type": "QATQuantizer", "config_list": [{"op_types": ["Linear"], "target_names": ["weight"]}]}
+    assert [where for where, _ in problems(job([known, known, unknown]))] == [
         "stages[0].compressors[2].config_list[0].op_names",
+        "stages[0].compressors[1]",
     ]

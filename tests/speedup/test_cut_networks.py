@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import namedtuple
 from collections.abc import Iterable
 from typing import Any
@@ -595,3 +596,60 @@ def test_random_networks(seed: int) -> None:
     left = sum(u.count for u in speedup.unpruned if u.dim == 0 and u.module.endswith(".0"))
     gone_rows = sum(dense.layers[i][0].weight.shape[0] - model.layers[i][0].weight.shape[0] for i in range(6))
     assert gone_rows >= masked_rows - left
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+@pytest.mark.parametrize(("groups", "left"), [(1, 8), (2, 8), (8, 4)])
+def test_a_convolution_with_a_computed_weight(groups: int, left: int) -> None:
+    def factory() -> nn.Module:
+        standardised = Standardised(8, 8, 3, padding=1, groups=groups)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), standardised, nn.Conv2d(8, 2, 1))
+
+    model, _ = speed_up(factory, IMAGES, rows({"0": [0, 1, 4, 5]}))
+    assert shapes(model, "0") == [(left, 3, 3, 3)]
+
+
+def test_attention_whose_heads_are_viewed_beside_a_pruned_layer() -> None:
+    """Attention gives its output in strides that a view takes as they are."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o, self.a, self.b = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, length, width = x.shape
+            q, k, v = self.qkv(x).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            heads = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            x = x + self.o(heads.reshape(batch, length, width))
+            y = x.clone()
+            y[:, 0] = 0
+            return y + self.b(functional.gelu(self.a(x)))
+
+    model, _ = speed_up(Net, torch.randn(2, 5, 8).double(), rows({"a": [0, 3, 4, 5, 6, 9, 10, 15]}))
+    assert shapes(model, "a", "b") == [(8, 8), (8, 8)]
+
+
+def test_what_an_auxiliary_head_reads_in_training_stays() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+            self.norm, self.f, self.aux = nn.BatchNorm2d(8), nn.Linear(8, 4), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            x = functional.relu(self.a(x))
+            y = self.f(functional.relu(self.norm(self.b(x))).mean((2, 3)))
+            return (y, self.aux(x.mean((2, 3)))) if self.training else y
+
+    model, speedup = speed_up(Net, IMAGES, rows({"a": range(8), "b": range(4), "norm": range(4)}))
+    assert shapes(model, "a", "b", "f", "aux") == [(16, 3, 3, 3), (4, 16, 3, 3), (4, 4), (4, 16)]
+    assert {(u.module, u.count) for u in speedup.unpruned} == {("a", 8)}
+    assert "'aux', which runs in training alone" in speedup.unpruned[0].reason
+    expected, got = copy.deepcopy(speedup.simulated).train()(IMAGES), model.train()(IMAGES)
+    assert all(torch.allclose(g, e, atol=1e-10) for g, e in zip(got, expected, strict=True))

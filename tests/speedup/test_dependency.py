@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from raycomp.errors import SpeedupError
+from raycomp.errors import ConfigError, SpeedupError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import (
     ModelSpeedup,
+    TracedModel,
     align_followers,
     auto_set_dependency_group_ids,
     dependencies,
@@ -26,7 +27,7 @@ IMAGES = torch.randn(1, 3, 8, 8)
 
 def test_layers_that_are_added_form_one_group() -> None:
     names = ["stem", "b1.conv1", "b1.conv2", "b2.conv1", "b2.conv2", "fc"]
-    found = dependencies(Residual(), IMAGES, names)
+    found = dependencies(TracedModel.of(Residual(), IMAGES), names)
     assert [group.modules for group in found.groups] == [
         ("stem", "b1.conv2", "b2.conv2"),
         ("b1.conv1",),
@@ -37,7 +38,7 @@ def test_layers_that_are_added_form_one_group() -> None:
 
 
 def test_a_group_that_not_all_of_its_layers_prune_can_never_go() -> None:
-    found = dependencies(Residual(), IMAGES, ["b1.conv1", "b1.conv2", "b2.conv2"])
+    found = dependencies(TracedModel.of(Residual(), IMAGES), ["b1.conv1", "b1.conv2", "b2.conv2"])
     alone, added = found.groups
     assert alone.modules == ("b1.conv1",) and alone.obstacle is None
     assert added.modules == ("b1.conv2", "b2.conv2") and "still uses it" in str(added.obstacle)
@@ -66,7 +67,7 @@ MOBILE = ["stem", "expand", "depth", "project", "grouped"]
 
 
 def test_depthwise_goes_with_the_layer_before_it_and_groups_lose_equally() -> None:
-    found = dependencies(MobileBlocks(), IMAGES, MOBILE)
+    found = dependencies(TracedModel.of(MobileBlocks(), IMAGES), MOBILE)
     assert [(group.modules, group.blocks) for group in found.groups] == [
         (("stem", "project"), 4),
         (("expand", "depth"), 1),
@@ -76,7 +77,7 @@ def test_depthwise_goes_with_the_layer_before_it_and_groups_lose_equally() -> No
 
 
 def test_followers_are_the_norms_and_biases_behind_a_layer() -> None:
-    assert dependencies(MobileBlocks(), IMAGES, MOBILE).followers == {
+    assert dependencies(TracedModel.of(MobileBlocks(), IMAGES), MOBILE).followers == {
         "stem": ("stem.bias", "bn0.weight", "bn0.bias"),
         "expand": ("expand.bias", "bn1.weight", "bn1.bias"),
         "depth": ("depth.bias", "bn2.weight", "bn2.bias"),
@@ -86,7 +87,7 @@ def test_followers_are_the_norms_and_biases_behind_a_layer() -> None:
 
 
 def test_a_depthwise_layer_that_is_not_asked_for_follows() -> None:
-    found = dependencies(MobileBlocks(), IMAGES, ["expand"]).followers
+    found = dependencies(TracedModel.of(MobileBlocks(), IMAGES), ["expand"]).followers
     expected = ("expand.bias", "bn1.weight", "bn1.bias", "depth.weight", "depth.bias", "bn2.weight", "bn2.bias")
     assert found == {"expand": expected}
 
@@ -106,16 +107,18 @@ class PreActivation(nn.Module):
 
 
 def test_a_norm_behind_an_addition_follows_a_shared_mask() -> None:
-    shared = dependencies(PreActivation(), IMAGES, ["stem", "conv"]).followers
+    shared = dependencies(TracedModel.of(PreActivation(), IMAGES), ["stem", "conv"]).followers
     assert shared == {"stem": ("bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"), "conv": ()}
-    apart = dependencies(PreActivation(), IMAGES, ["stem", "conv"], {"stem": "a", "conv": "b"}).followers
+    apart = dependencies(
+        TracedModel.of(PreActivation(), IMAGES), ["stem", "conv"], {"stem": "a", "conv": "b"}
+    ).followers
     assert apart == {"stem": ("bn1.weight", "bn1.bias"), "conv": ()}
 
 
 def test_group_norm_asks_for_runs_of_channels() -> None:
     model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.Conv2d(12, 4, 1), nn.Flatten(), nn.LazyLinear(3))
     model(IMAGES)
-    group = dependencies(model, IMAGES, ["0"]).groups[0]
+    group = dependencies(TracedModel.of(model, IMAGES), ["0"]).groups[0]
     assert (group.unit, group.blocks, group.obstacle) == (3, 1, None)
     entries = auto_set_dependency_group_ids(model, [{"op_names": ["0", "2"], "sparse_ratio": 0.5}], IMAGES)
     assert entries == [
@@ -135,14 +138,14 @@ def test_group_norm_asks_for_runs_of_channels() -> None:
 )  # fmt: skip
 def test_what_can_never_go_is_told_apart(model: nn.Module, name: str, obstacle: str) -> None:
     example = torch.randn(2, 5 if name == "a" else 3)
-    assert obstacle in str(dependencies(model, example, [name]).groups[0].obstacle)
+    assert obstacle in str(dependencies(TracedModel.of(model, example), [name]).groups[0].obstacle)
 
 
 def test_modules_without_channels_are_refused() -> None:
     with pytest.raises(SpeedupError, match="no weight with channels"):
-        dependencies(Residual(), IMAGES, ["bn"])
+        dependencies(TracedModel.of(Residual(), IMAGES), ["bn"])
     with pytest.raises(SpeedupError, match="no module 'nowhere'"):
-        dependencies(Residual(), IMAGES, ["nowhere"])
+        dependencies(TracedModel.of(Residual(), IMAGES), ["nowhere"])
 
 
 def test_config_list_with_groups_and_blocks() -> None:
@@ -183,6 +186,16 @@ def test_different_ratios_in_one_group_are_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"stem, b1\.conv2, b2\.conv2: their channels can only go together"):
         entries = auto_set_dependency_group_ids(Residual(), config, IMAGES)
     assert [entry.get("dependency_group_id") for entry in entries] == [None, None]
+
+
+def test_a_layer_in_two_entries_is_refused() -> None:
+    config: list[dict[str, Any]] = [
+        {"op_names": ["stem"], "sparse_ratio": 0.5},
+        {"op_types": ["Conv2d"], "sparse_ratio": 0.25},
+    ]
+    for complete in (auto_set_dependency_group_ids, align_followers):
+        with pytest.raises(ConfigError, match=r"stem.weight is set already by config_list\[0\]"):
+            complete(MobileBlocks(), config, IMAGES)
 
 
 def test_followers_in_the_config_list() -> None:
@@ -255,12 +268,12 @@ def test_compressors_on_the_model_are_ignored_and_stay() -> None:
     torch.manual_seed(0)
     model = Residual().eval()
     names = ["stem", "b1.conv1", "b1.conv2", "b2.conv2"]
-    expected = dependencies(model, IMAGES, names)
+    expected = dependencies(TracedModel.of(model, IMAGES), names)
     pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
     folded = {"op_names": ["b1.conv1"], "target_names": ["weight", "_output_0"], "fuse_names": [("b1.conv1", "b1.bn1")]}
     QATQuantizer.from_compressor(pruner, [folded])
     before = model(IMAGES)
-    assert dependencies(model, IMAGES, names) == expected
+    assert dependencies(TracedModel.of(model, IMAGES), names) == expected
     assert torch.equal(model(IMAGES), before)
     assert isinstance(model.b1.conv1.weight, Tensor)
     assert "b1.conv1.parametrizations.weight.original" in model.state_dict()

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raycomp.core.masks import Masks
 from raycomp.pruning import L1NormPruner
-from raycomp.speedup import ModelSpeedup, align_followers, auto_set_dependency_group_ids, dependencies
+from raycomp.speedup import ModelSpeedup, TracedModel, align_followers, auto_set_dependency_group_ids, dependencies
 from tests.speedup.cutting import randomize_, shapes
 
 IMAGES = torch.randn(2, 3, 8, 8)
@@ -33,16 +33,16 @@ class Decoder(nn.Module):
 
 @pytest.mark.parametrize(("inputs", "groups", "blocks"), [(4, 1, 1), (6, 1, 1), (8, 2, 2)])
 def test_output_channels_of_a_transposed_convolution_form_groups(inputs: int, groups: int, blocks: int) -> None:
-    found = dependencies(Decoder(inputs, 8, groups), IMAGES, ["up", "skip"])
+    found = dependencies(TracedModel.of(Decoder(inputs, 8, groups), IMAGES), ["up", "skip"])
     (group,) = found.groups
     assert (group.modules, group.blocks, group.unit, group.obstacle) == (("up", "skip"), blocks, 1, None)
     assert found.followers == {"up": ("up.bias", "norm.weight", "norm.bias"), "skip": ("skip.bias",)}
 
 
 def test_a_depthwise_transposed_convolution_goes_with_its_inputs() -> None:
-    (group,) = dependencies(Decoder(8, 8, groups=8), IMAGES, ["a", "up", "skip"]).groups
+    (group,) = dependencies(TracedModel.of(Decoder(8, 8, groups=8), IMAGES), ["a", "up", "skip"]).groups
     assert (group.modules, group.blocks, group.unit, group.obstacle) == (("a", "up", "skip"), 1, 1, None)
-    first, second = dependencies(Decoder(4, 8, groups=4), IMAGES, ["a", "up"]).groups
+    first, second = dependencies(TracedModel.of(Decoder(4, 8, groups=4), IMAGES), ["a", "up"]).groups
     assert (first.modules, first.unit, second.modules, second.unit) == (("a",), 1, ("up",), 2)
 
 
@@ -87,7 +87,7 @@ class Mlp(nn.Module):
 def test_a_transformers_conv_goes_by_its_outputs() -> None:
     torch.manual_seed(0)
     model, x = Mlp().double().eval(), torch.randn(2, 5, 6).double()
-    found = dependencies(model, x, ["up", "down"])
+    found = dependencies(TracedModel.of(model, x), ["up", "down"])
     up, down = found.groups
     assert (up.modules, up.unit, up.obstacle) == (("up",), 1, None)
     assert (down.modules, down.unit, down.obstacle) == (("down",), 1, "it is a dimension of the model's input")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raycomp.core.masks import Masks
 from raycomp.speedup.analysis.decide import Decision, decide
 from raycomp.speedup.analysis.propagate import propagate, relate
+from raycomp.speedup.analysis.training_only import Pin
 from raycomp.speedup.graph.atoms import Atoms
 from raycomp.speedup.graph.flow import Flow
 from raycomp.speedup.graph.graph import Graph, Value
@@ -36,6 +37,7 @@ def analyse(
     tensors: Mapping[Value, Tensor],
     masked: Mapping[Value, Tensor],
     *,
+    pins: Sequence[Pin] = (),
     exact: bool = True,
     rigid: bool = False,
 ) -> Analysis:
@@ -46,10 +48,13 @@ def analyse(
         rules: the operators' rules.
         tensors: its values, from `run`.
         masked: which elements of parameters and buffers are masked, from `masked_elements`.
+        pins: what stays for the sake of training, from `training_pins`.
         exact: whether nothing may go that changes the outputs.
         rigid: leave alone what runs into operators whose sizes the user's code may state as constants.
     """
     atoms = relate(graph, rules, rigid=rigid)
+    for pin in pins:
+        atoms.fix(atoms.ids(pin.value, pin.dim)[pin.stays], pin.reason)
     flow = propagate(graph, rules, tensors, masked)
     decision = decide(graph, rules, atoms, flow, masked, exact=exact)
     return Analysis(graph, rules, atoms, masked, flow, decision)

@@ -54,9 +54,26 @@ class Dependencies:
     followers: Mapping[str, tuple[str, ...]]
 
 
+@dataclass(frozen=True)
+class TracedModel:
+    """A model without its compressors, and its graph: what several questions about dependencies share."""
+
+    model: nn.Module
+    graph: Graph
+
+    @classmethod
+    def of(cls, model: nn.Module, example_input: Example) -> TracedModel:
+        """Traces a model.
+
+        Raises:
+            SpeedupError: it can't be traced.
+        """
+        detached = detached_copy(model)
+        return cls(detached, trace(detached, example_input))
+
+
 def dependencies(
-    model: nn.Module,
-    example_input: Example,
+    traced: TracedModel,
     module_names: Sequence[str],
     group_ids: Mapping[str, str | None] | None = None,
     *,
@@ -65,18 +82,16 @@ def dependencies(
     """Groups, blocks, followers, and what can never be removed.
 
     Args:
-        model: a model; compressors on it are ignored.
-        example_input: an example input.
+        traced: the model.
         module_names: layers with a weight of two dimensions or more.
         group_ids: which layers share one mask (those of one id, apart from None); default: each group shares one.
             Where several layers are added before a norm, the norm follows them only if they share a mask.
         obstacles: whether to find out what can never be removed, which takes another run of the model.
 
     Raises:
-        SpeedupError: a module is not there or has no such weight, or the model can't be traced.
+        SpeedupError: a module is not there or has no such weight.
     """
-    detached = detached_copy(model)
-    study = _Study(detached, trace(detached, example_input), _canonical_names(detached, module_names))
+    study = _Study(traced.model, traced.graph, _canonical_names(traced.model, module_names))
     groups = study.groups()
     following = study.followers(groups, group_ids)
     reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)

@@ -16,15 +16,20 @@ from raycomp.speedup.graph.inplace import functional, functional_target
 from raycomp.speedup.graph.program import export
 
 
-def trace(model: nn.Module, example: Example) -> Graph:
-    """The graph of a model in eval mode for two samples of an example (all of them, where two can't be had).
+def trace(model: nn.Module, example: Example, *, training: bool = False) -> Graph:
+    """The graph of a model for two samples of an example (all of them, where two can't be had).
 
     Two samples, so that no dimension of the batch is confused with one of size 1.
+
+    Args:
+        model: the model; it is left in the mode that is traced.
+        example: an example input.
+        training: whether training mode is traced, and not eval mode.
 
     Raises:
         SpeedupError: the model can't be exported.
     """
-    model.eval()
+    model.train(training)
     pair = with_batch_size(example, 2)
     try:
         return _build(model, pair)

@@ -213,6 +213,9 @@ class Convolution(ContractionRule):
         arguments = call.arguments
         value, weight = arguments["input"], arguments["weight"]
         kernel = weight.shape[2:]
+        if weight.kind == "result" and arguments["groups"] not in (1, value.shape[value.ndim - len(kernel) - 1]):
+            # Groups are cut block by block from a parameter, and this weight is computed from one.
+            return None
         if self._transposed:
             pointwise = set(kernel) == {1} and set(arguments["stride"]) == {1}
             uniform = pointwise and not any(arguments["padding"]) and not any(arguments["output_padding"])

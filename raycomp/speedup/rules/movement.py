@@ -106,6 +106,10 @@ class View(Movement):
         name = "size" if "size" in call.arguments else "shape"
         return {name: list(kept.shape(call.output))}
 
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        # Not by the operator: a view asks for the strides that the model's own tensor had.
+        return [given[call.inputs[0]].reshape(call.output.shape)]
+
 
 class Unflatten(Movement):
     """One dimension into several."""

@@ -1,0 +1,163 @@
+"""Masks are the model's state: what one stage masks holds in the next, and what is published is what was simulated."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from raycomp.config import parse_job
+from raycomp.core.target import TargetId
+from raycomp.errors import ConfigError
+from raycomp.pipeline import stage
+from raycomp.pipeline.ending.figures import layer_figures
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.preflight import check_stages
+from raycomp.pipeline.stage import StageResult, StageStart, real_inputs
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.speedup import apply_plan
+from tests.contracts import tiny
+from tests.contracts.training import Keeper, finish, train
+
+SINGLE = {"type": "L1NormPruner", "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "granularity": [1]}]}
+CHANNELS = {"type": "L1NormPruner", "config_list": [{"op_names": ["conv1"], "sparse_ratio": 0.5}]}
+
+
+def job(*stages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    raw = {**tiny.job(steps=6, arguments={"learning_rate": 0.01}), **more}
+    raw["stages"] = [{"name": f"stage{index}", **each} for index, each in enumerate(stages)]
+    return raw
+
+
+def run(raw: dict[str, Any], folder: Path) -> list[StageResult]:
+    """Every stage, trained here and finished as on the head node; starts go through files, as they do in a job."""
+    results: list[StageResult] = []
+    start = StageStart()
+    for index in range(len(raw["stages"])):
+        checkpoint = folder / f"checkpoint{index}"
+        train(raw, Keeper(checkpoint), index=index, start=start)
+        results.append(finish(raw, checkpoint, index, start))
+        results[-1].next_start().save(folder / f"start{index}")
+        start = StageStart.load(folder / f"start{index}")
+    return results
+
+
+def outputs(model: torch.nn.Module, raw: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(real_inputs(build_task(parse_job(raw).task), torch.float32, 8))
+    return found
+
+
+def test_single_weights_stay_masked_through_a_later_training(tmp_path: Path) -> None:
+    raw = job({"compressors": [SINGLE]}, {"compressors": [tiny.distiller()]})
+    first, last = run(raw, tmp_path)
+    for name in ("conv", "conv1", "conv2"):
+        mask = first.masks[name]["weight"]
+        assert mask.mean() == 0.5
+        weight = last.model.get_submodule(name).weight
+        assert torch.equal(weight != 0, mask == 1)
+        assert not torch.equal(weight, first.model.get_submodule(name).weight)
+    dense = build_task(parse_job(raw).task).model()
+    sparsity = {layer.module: layer.sparsity for layer in layer_figures(dense, last.masks, last)}
+    assert sparsity["conv1"] == 0.5
+
+
+def test_single_weights_stay_masked_where_channels_are_cut_in_the_same_stage_and_the_next(tmp_path: Path) -> None:
+    raw = job({"compressors": [SINGLE]}, {"compressors": [CHANNELS]}, {"compressors": [tiny.distiller()]})
+    first, second, last = run(raw, tmp_path)
+    assert last.model.conv1.weight.shape == (3, 6, 3, 3)
+    kept = second.plan.surgeries[-1].cuts
+    channels = next(cut.keep for cut in kept if cut.tensor == "conv1.weight" and cut.dim == 0)
+    assert torch.equal(last.model.conv1.weight != 0, first.masks["conv1"]["weight"][list(channels)] == 1)
+
+
+def test_a_stage_that_is_not_cut_is_cut_by_the_next(tmp_path: Path) -> None:
+    raw = job({"compressors": [CHANNELS], "speedup": False}, {"compressors": [tiny.distiller()]})
+    first, last = run(raw, tmp_path)
+    assert first.model.conv1.weight.shape[0] == 6
+    assert last.model.conv1.weight.shape[0] == 3
+    assert last.verification is not None
+    assert last.verification.passed
+
+
+def test_a_stage_that_is_not_cut_hands_on_masks_of_values(tmp_path: Path) -> None:
+    """What follows conv1's channels masks relu2's output; both are there, and applied, at the end."""
+    raw = job(
+        {"compressors": [_masking_values("mul")]}, {"compressors": [tiny.distiller()]}, speedup={"enabled": False}
+    )
+    first, last = run(raw, tmp_path)
+    mask = first.masks["relu2"]["_output_0"]
+    assert mask.mean() == 0.5
+    assert torch.equal(last.masks["relu2"]["_output_0"], mask)
+    torch.testing.assert_close(outputs(last.model, raw), outputs(last.simulated, raw))
+    again = apply_plan(build_task(parse_job(raw).task).model(), last.plan).eval()
+    again.load_state_dict(last.model.state_dict())
+    torch.testing.assert_close(outputs(again, raw), outputs(last.simulated, raw))
+
+
+def _masking_values(method: str) -> dict[str, Any]:
+    align = {"module_name": "conv1", "target_name": "weight"}
+    value = {"op_names": ["relu2"], "target_names": ["_output_"], "align": align, "apply_method": method}
+    return {"type": "L1NormPruner", "config_list": [*CHANNELS["config_list"], value]}
+
+
+@pytest.mark.parametrize("method", ["mul", "add", "bypass"])
+def test_the_cut_model_computes_what_trained(method: str, tmp_path: Path) -> None:
+    raw = job({"compressors": [_masking_values(method)]})
+    (result,) = run(raw, tmp_path)
+    assert result.masks.method("relu2", "_output_0") == method
+    assert result.verification is not None
+    assert result.verification.passed
+    torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
+    unmasked = copy.deepcopy(result.simulated)
+    unmasked.relu2.raycomp_targets.targets["_output_0"].masks[0].method = "bypass"
+    assert torch.allclose(outputs(unmasked, raw), outputs(result.simulated, raw)) == (method == "bypass")
+
+
+def test_add_on_a_parameter_is_refused() -> None:
+    config = parse_job(job({"compressors": [{"type": "L1NormPruner", "config_list": [
+        {"op_names": ["conv1"], "sparse_ratio": 0.5, "apply_method": "add"}]}]}))  # fmt: skip
+    with pytest.raises(ConfigError, match="add masks no parameter"):
+        check_stages(config, build_task(config.task))
+
+
+def test_a_model_that_fails_its_verification_is_dropped(tmp_path: Path) -> None:
+    raw = job({"compressors": [CHANNELS]})
+    train(raw, Keeper(tmp_path))
+    verify = stage.verify
+
+    def failed(*args: Any) -> Any:
+        return replace(verify(*args), passed=False, relative=0.5)
+
+    with patch.object(stage, "verify", failed):
+        result = finish(raw, tmp_path)
+    assert result.model.conv1.weight.shape[0] == 6
+    assert result.plan.surgeries == ()
+    torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
+    assert any("nothing was cut" in note and "5.00e-01" in note for note in result.notes)
+
+
+def test_the_last_stage_resolves_against_the_model_that_the_first_one_cut(tmp_path: Path) -> None:
+    raw = job({"compressors": [CHANNELS]}, {"compressors": [CHANNELS]})
+    first, last = run(raw, tmp_path)
+    assert first.model.conv1.weight.shape[0] == 3
+    assert last.masks["conv1"]["weight"].shape[0] == 3
+    # A half of three, rounded down.
+    assert last.model.conv1.weight.shape[0] == 2
+
+
+def test_kept_masks_are_no_part_of_a_state_that_lacks_them(tmp_path: Path) -> None:
+    raw = job({"compressors": [SINGLE]}, {"compressors": [tiny.distiller()]})
+    first, _ = run(raw, tmp_path)
+    state = StageState.load(tmp_path / "checkpoint1")
+    assert [item["class"] for item in state.training["chain"]["compressors"]] == [
+        "KeptMasks",
+        "DynamicLayerwiseDistiller",
+    ]
+    assert {str(key) for key, _ in first.kept.by_target()} >= {str(TargetId("conv", "weight"))}
