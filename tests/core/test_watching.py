@@ -136,7 +136,8 @@ def test_a_loop_of_ones_own_is_watched_whole() -> None:
     assert not in_training_step()
 
 
-def test_recomputation_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own_loop", [False, True], ids=["training_step", "a loop of one's own"])
+def test_recomputation_counts_once(own_loop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, recomputing = Watched(Net()), Watched(Net(reentrant=False))
     seen: list[int] = []
     for watched in (plain, recomputing):
@@ -145,7 +146,8 @@ def test_recomputation_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(watcher, "update", lambda value, updates=updates: updates.append(float(value.max())))
         forwards: list[int] = []
         watched.model.inner.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
-        with watched.chain.run(RunContext([watched.optimizer])):
+        # In a loop of one's own the backward pass, which recomputes, is watched as well.
+        with watched.chain.run([watched.optimizer] if own_loop else RunContext([watched.optimizer])):
             for _ in range(2):
                 watched.step(values(2.0)).backward()
                 assert watched.recorded == 0
