@@ -135,9 +135,11 @@ class Chain:
             context.optimizers[0].register_step_pre_hook(lambda *_: self._before_step()),
             context.optimizers[-1].register_step_post_hook(lambda *_: self._after_step()),
         )
+        begun: list[Moments] = []
         try:
             for compressor in self.compressors:
                 compressor.begin_run(context)
+                begun.append(compressor)
             if own_loop:
                 with watch("training"):
                     yield
@@ -146,7 +148,7 @@ class Chain:
         finally:
             for handle in handles:
                 handle.remove()
-            for compressor in self.compressors:
+            for compressor in begun:
                 compressor.end_run()
 
     def begin(self) -> None:
@@ -191,8 +193,7 @@ class Chain:
     def end_round(self) -> None:
         """The last step of a round of training is done: the decisions that fall there are made."""
         self._decide(Moment("round", self.step, self.round))
-        told = [note for compressor in self.compressors for note in compressor.notes()]
-        self.notes = tuple(dict.fromkeys([*self.notes, *told]))
+        self._take_notes()
         self.round += 1
         self.steps_in_round = 0
 
@@ -210,6 +211,7 @@ class Chain:
             yield
             self._decide(Moment("calibrated", self.step, self.round))
         self.calibrated = True
+        self._take_notes()
 
     def calibration_step(self, step_fn: Callable[[], Any]) -> Any:
         """Runs a step forward only: its forward pass is watched, in evaluation mode and without gradients."""
@@ -237,6 +239,10 @@ class Chain:
             reduce_([statistic for compressor in deciding for statistic in compressor.statistics()])
             for compressor in deciding:
                 compressor.decide(moment)
+
+    def _take_notes(self) -> None:
+        told = [note for compressor in self.compressors for note in compressor.notes()]
+        self.notes = tuple(dict.fromkeys([*self.notes, *told]))
 
     def rehearse(self) -> None:
         """Makes every compressor's first decision from made-up statistics, turn by turn, on a chain to be thrown away.

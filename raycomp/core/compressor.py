@@ -82,6 +82,7 @@ class Compressor(Moments, ABC):
         Args:
             max_steps, max_epochs: how long a round is, handed to the evaluator's training function. Without them
                 compressors that need no training don't train, and a pruner alone trains until its last decision.
+                Compressors that only calibrate don't train in any case: `max_steps` is the calibration's length.
 
         Returns:
             What `result` says.
@@ -93,7 +94,7 @@ class Compressor(Moments, ABC):
         rounds = self.chain.rounds
         if unlimited and len(self.chain.compressors) == 1:
             max_steps = self.steps_to_go()
-        elif not unlimited:
+        elif not unlimited and self.chain.wants_training:
             rounds = max(rounds, self.chain.round + 1)
         told = len(self.chain.notes)
         conduct(self.chain, rounds, max_steps, max_epochs)

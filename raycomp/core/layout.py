@@ -31,6 +31,7 @@ class Layout:
             and, within them, over `channel_dim`.
         value_channel_dim: where the channels of the module's inputs and outputs are, as far as its class tells.
         is_parameter: whether the target is a parameter.
+        class_rank: of an input or output, the number of dimensions that the module's class tells.
     """
 
     shape: tuple[int, ...] | None
@@ -38,11 +39,12 @@ class Layout:
     groups: int = 1
     value_channel_dim: int | None = None
     is_parameter: bool = True
+    class_rank: int | None = None
 
     @property
     def rank(self) -> int | None:
         """The number of dimensions, where it is known."""
-        return None if self.shape is None else len(self.shape)
+        return self.class_rank if self.shape is None else len(self.shape)
 
     @property
     def positive_channel_dim(self) -> int | None:
@@ -74,7 +76,8 @@ def layout_of(model: nn.Module, target_id: TargetId, traced: tuple[int, ...] | N
     module = model.get_submodule(target_id.module)
     of_values = _value_channel_dim(module)
     if target_kind(target_id.target) != "parameter":
-        return Layout(traced, of_values, value_channel_dim=of_values, is_parameter=False)
+        rank = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else None
+        return Layout(traced, of_values, value_channel_dim=of_values, is_parameter=False, class_rank=rank)
     shape = tuple(original_parameter(module, target_id.target).shape)
     if target_id.target != "weight" or len(shape) < 2:
         return Layout(shape, 0, value_channel_dim=of_values)

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from raycomp.core.reduction import communication_device, is_distributed, world_size
-from raycomp.core.target import AdoptsShapes
 
 LEARNING_RATE = 1e-2
 """NNI's, for scores and factors."""
 
 
-class Learns(AdoptsShapes):
+class Learns(nn.Module):
     """A module with learned tensors: buffers that need gradients, so they move, copy and save with the model."""
 
     def __init__(self) -> None:
@@ -61,9 +60,13 @@ class LearnedTensors:
         """Lets tensors train from now on; those that train already are passed over."""
         held = {id(tensor) for group in self._groups for tensor in group["params"]}
         new = [tensor for tensor in tensors if id(tensor) not in held]
-        if new:
-            self._groups.append({"params": new, "lr": learning_rate})
+        if not new:
+            return
+        self._groups.append({"params": new, "lr": learning_rate})
+        if self._optimizer is None:
             self.reset()
+        else:
+            self._optimizer.add_param_group(dict(self._groups[-1]))
 
     def reset(self) -> None:
         """A fresh optimizer over the same tensors."""

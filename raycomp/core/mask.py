@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raycomp.core.masks import ApplyMethod, apply_mask
-from raycomp.core.target import AdoptsShapes
+from raycomp.core.target import AdoptsShapes, set_buffer_
 
 
 class Mask(AdoptsShapes):
@@ -35,13 +35,23 @@ class Mask(AdoptsShapes):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value."""
-        if 0 < self.mask.dim() < value.dim() and not self.channels_last:
-            # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
-            self.mask = self.mask.reshape(*self.mask.shape, *[1] * (value.dim() - self.mask.dim()))
-        return apply_mask(value, self.mask, self.method)
+        mask = self._in_rank(self.mask, value.dim())
+        if mask is not self.mask:
+            self.mask = mask
+        return apply_mask(value, mask, self.method)
+
+    def set_(self, mask: Tensor) -> None:
+        """Takes over a mask; that of an activation keeps the rank that a forward pass has shown."""
+        set_buffer_(self, "mask", self._in_rank(mask, self.mask.dim()))
 
     @torch.no_grad()
     def commit_(self, parameter: Tensor) -> None:
         """Zeroes the masked elements of a parameter for good."""
         if self.method == "mul":
             parameter.mul_(self.mask.to(parameter))
+
+    def _in_rank(self, mask: Tensor, rank: int) -> Tensor:
+        # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
+        if self.channels_last or not 0 < mask.dim() < rank:
+            return mask
+        return mask.reshape(*mask.shape, *[1] * (rank - mask.dim()))

@@ -10,13 +10,14 @@ from raycomp.errors import CompressionError
 def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs: int | None = None) -> None:
     """Trains `chain`'s compressors through its evaluator, from where they are to the end, and calibrates them.
 
-    A chain that was restored in the midst of a round goes on there; a later round begins with fresh optimizers, and
-    with the first weights where a compressor wants them.
+    A chain that was restored in the midst of a round goes on there. Where compressors need several rounds, a later one
+    begins with fresh optimizers, and with the first weights where a compressor wants them; else it goes on.
 
     Args:
         chain: the fused compressors.
         rounds: how many; with 0 they decide without training.
-        max_steps, max_epochs: how long a round is.
+        max_steps, max_epochs: how long a round is; where the compressors only calibrate, `max_steps` is the
+            calibration's length, unless they say it.
 
     Raises:
         CompressionError: there is no evaluator, and one is needed.
@@ -26,12 +27,13 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
         chain.end_round()
     while chain.round < rounds:
         evaluator = _evaluator(chain)
-        if chain.round and not chain.steps_in_round:
+        if chain.rounds > 1 and chain.round and not chain.steps_in_round:
             chain.rewind()
             evaluator.reset()
         evaluator.train(chain, max_steps, max_epochs)
     if chain.calibrates and not chain.calibrated:
-        _evaluator(chain).calibrate(chain, chain.calibration_steps)
+        length = None if chain.wants_training else max_steps
+        _evaluator(chain).calibrate(chain, chain.calibration_steps or length)
 
 
 def _evaluator(chain: Chain) -> Evaluator:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raycomp.core.batch_share import is_idle
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
-from raycomp.core.watching import is_watched
+from raycomp.core.watching import Watched, is_watched
 
 
 class Watcher(nn.Module, ABC):
@@ -19,11 +19,16 @@ class Watcher(nn.Module, ABC):
 
     Their shape and dtype follow from the value's, so that a rank without samples has them too, with nothing counted in.
     They are no buffers, because DDP would overwrite those of all ranks with rank 0's at each forward pass.
+
+    Args:
+        name: of the target.
+        during: whose forward passes count, those of training steps or of a calibration.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, during: Watched = "training") -> None:
         super().__init__()
         self.name = name
+        self.during = during
         self.gathered: dict[str, Statistic] = {}
 
     @abstractmethod
@@ -35,8 +40,8 @@ class Watcher(nn.Module, ABC):
         """Counts a batch in."""
 
     def forward(self, value: Tensor) -> None:
-        """Takes a batch into account: that of a training step or a calibration, not the stand-in of an idle rank."""
-        if not is_watched():
+        """Takes a batch into account; not the stand-in of an idle rank."""
+        if not is_watched(self.during):
             return
         with torch.no_grad():
             if not self.gathered:

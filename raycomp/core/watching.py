@@ -33,9 +33,9 @@ def in_training_step() -> bool:
     return _WATCHED.get() == "training" and torch.is_grad_enabled() and not _recomputes()
 
 
-def is_watched() -> bool:
-    """Whether this forward pass counts for statistics: a training step's, or a calibration's."""
-    return _WATCHED.get() == "calibration" or in_training_step()
+def is_watched(what: Watched) -> bool:
+    """Whether this forward pass counts for statistics of a training step, or of a calibration."""
+    return in_training_step() if what == "training" else _WATCHED.get() == "calibration"
 
 
 def _recomputes() -> bool:

@@ -34,7 +34,7 @@ class Translator(Learns):
 
     def forward(self, value: Tensor) -> Tensor:
         """The student's value in the teacher's features."""
-        return functional.linear(value, self.weight, self.bias)
+        return functional.linear(value.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Adaptive1dLayerwiseDistiller(LayerwiseDistiller):

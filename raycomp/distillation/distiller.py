@@ -137,7 +137,9 @@ class LayerwiseDistiller(Compressor):
         return [self._distance(target_id, link, student, outputs.get(link, [])) for link in self.links(target_id)]
 
     def _distance(self, target_id: TargetId, link: TargetId, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        student = [self.translated(target_id, link, ours, theirs) for ours, theirs in zip(student, teacher)] or student
+        if len(student) == len(teacher):
+            pairs = zip(student, teacher, strict=True)
+            student = [self.translated(target_id, link, ours, theirs) for ours, theirs in pairs]
         shapes = [tuple(value.shape) for value in student], [tuple(value.shape) for value in teacher]
         if shapes[0] != shapes[1]:
             raise CompressionError(

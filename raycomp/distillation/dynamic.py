@@ -20,7 +20,8 @@ class DynamicLayerwiseDistiller(LayerwiseDistiller):
 
     def combine(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, Tensor]:
         """The distance from the nearest link."""
-        nearest = self._nearest({key: links for key, links in distances.items() if len(links) > 1})
+        choices = {key: links for key, links in distances.items() if len(links) > 1}
+        nearest = self._nearest(choices) if choices else {}
         return {target_id: links[nearest.get(target_id, 0)] for target_id, links in distances.items()}
 
     def _nearest(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, int]:

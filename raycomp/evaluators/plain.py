@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,8 +78,8 @@ class TorchEvaluator:
             trainee.end_round()
 
     def calibrate(self, trainee: Trainee, max_steps: int | None = None) -> None:
-        """Runs the user's training function for its batches alone: the model is in evaluation mode, gradients are zero,
-        and afterwards weights, optimizers and schedules are as before."""
+        """Runs the user's training function for its batches alone: the model is in evaluation mode, optimizer steps
+        change nothing, and afterwards weights, optimizers and schedules are as before."""
         weights, states = trainee.users_state(), self._states()
         with trainee.calibrating():
 
@@ -86,7 +87,8 @@ class TorchEvaluator:
                 output = trainee.calibration_step(lambda: self.training_step(batch, *args, **kwargs))
                 return with_loss(output, _without_gradient)
 
-            self._train(trainee.model, training_step, max_steps, None if max_steps else 1)
+            with _no_updates(self._optimizers):
+                self._train(trainee.model, training_step, max_steps, None if max_steps else 1)
             trainee.restore_users_state(weights)
             self._restore(states)
 
@@ -131,6 +133,17 @@ class TorchEvaluator:
         unheld = trainee.unheld_parameters(self._optimizers)
         if unheld:
             warnings.warn(f"no optimizer holds {', '.join(unheld[:8])}: they will not train", stacklevel=3)
+
+
+@contextmanager
+def _no_updates(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Within the block the optimizers' steps find no gradients: neither momentum nor weight decay moves a weight."""
+    handles = [optimizer.register_step_pre_hook(lambda each, *_: each.zero_grad()) for optimizer in optimizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _without_gradient(loss: Tensor) -> Tensor:

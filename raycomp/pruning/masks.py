@@ -106,7 +106,7 @@ class _Unit:
         """The number of steps to prune by threshold or ratio, clamped."""
         threshold, ratio = self.settings.sparse_threshold, self.settings.sparse_ratio
         if threshold is not None:
-            count = int((self.values < threshold * self.fraction).sum())
+            count = int((self.values.double() < threshold * self.fraction).sum())
         else:
             count = _part(len(self.values), (ratio or 0.0) * self.fraction)
         least, most = self.clamps()
@@ -121,7 +121,8 @@ def least(values: Tensor, count: int) -> Tensor:
     """True at the `count` least of `values` [n]; of equal ones the first go first."""
     if count <= 0 or count >= len(values):
         return torch.full_like(values, count > 0, dtype=torch.bool)
-    border = values.kthvalue(count).values
+    # Not kthvalue, which refuses GPU tensors where deterministic algorithms are asked for.
+    border = values.topk(count, largest=False, sorted=False).values.max()
     chosen = values < border
     equal = (values == border).nonzero().flatten()
     chosen[equal[: count - int(chosen.sum())]] = True

@@ -19,7 +19,7 @@ from raycomp.core.mask import Mask
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Moment, device_of
 from raycomp.core.selection import Kind, Selected
-from raycomp.core.target import TargetId, set_buffer_, target_kind
+from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.masks import MaskRequest, make_masks
@@ -149,7 +149,7 @@ class Pruner(Compressor):
             raise ConfigError([Problem("config_list", str(error))]) from None
         for target_id in saliencies:
             keep = made[target_id].view(self.grid(target_id)).to(torch.float32)
-            set_buffer_(self.masks[target_id], "mask", expand_blocks(keep, self.blocks(target_id)))
+            self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""
@@ -195,7 +195,7 @@ class Pruner(Compressor):
                 message = f"the mask's shape is {tuple(mask.shape)}, the parameter's {shape}"
                 raise CompressionError(message, where=str(target_id))
         for target_id, mask in given.items():
-            set_buffer_(self.masks[target_id], "mask", mask)
+            self.masks[target_id].set_(mask)
 
     def result(self) -> tuple[nn.Module, Masks]:
         """The model and its masks."""
@@ -246,7 +246,7 @@ class Pruner(Compressor):
             mask = self._mask_of(follower.source)
             theirs = self._layout(follower.source)
             made = followed_mask(follower, mask, self.layouts[follower.target_id], theirs)
-            set_buffer_(self.masks[follower.target_id], "mask", made)
+            self.masks[follower.target_id].set_(made)
 
     def _mask_of(self, target_id: TargetId) -> Tensor:
         if target_id in self.masks:

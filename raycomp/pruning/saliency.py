@@ -38,9 +38,10 @@ def _named(granularity: str, layout: Layout, shape: Sequence[int]) -> list[int]:
     if len(shape) < 2:
         return [1] * len(shape)
     output = layout.channel_dim or 0
+    of_inputs = layout.is_parameter and granularity != "out_channel"
     sizes = [-1] * len(shape)
-    sizes[_input_dim(output) if granularity == "in_channel" else output] = 1
-    if granularity != "in_channel" and layout.groups > 1:
+    sizes[_input_dim(output) if of_inputs else output] = 1
+    if layout.groups > 1 and not of_inputs:
         sizes[0] = shape[0] // layout.groups
     return sizes
 

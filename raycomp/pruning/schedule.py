@@ -27,6 +27,10 @@ class Schedule(ABC):
         """The part of a goal (a sparse ratio, or 0 for a threshold) that is due."""
         return progress
 
+    def is_over(self, step: int, round: int) -> bool:
+        """Whether the last decision has fallen, once `step` optimizer steps are done and `round` is under way."""
+        return step >= self.last_step
+
     @property
     def last_step(self) -> int:
         """The optimizer step after which the last decision falls; 0 where it falls elsewhere."""
@@ -110,6 +114,9 @@ class RoundEnds(Schedule):
 
     def due(self, progress: float, goal: float) -> float:
         return self.curve(progress, goal)
+
+    def is_over(self, step: int, round: int) -> bool:
+        return round >= self.total_rounds
 
     def gathers(self, step: int, window: int) -> bool:
         # When a round ends isn't known beforehand, so all of it counts.

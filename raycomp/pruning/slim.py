@@ -24,7 +24,7 @@ class Factor(Learns):
     Args:
         grid: blocks in each dimension.
         blocks: the size of a block in each dimension.
-        dtype: of the target.
+        dtype: of the factors.
     """
 
     factor: Tensor
@@ -84,7 +84,7 @@ class SlimPruner(Pruner):
     def attach(self) -> None:
         for target_id in self.goals:
             if target_id not in self.factors:
-                dtype = self.chain.space.parameter(target_id).dtype
+                dtype = torch.promote_types(self.chain.space.parameter(target_id).dtype, torch.float32)
                 factor = Factor(self.grid(target_id), self.blocks(target_id), dtype).to(device_of(self.model))
                 self.factors[target_id] = factor
                 self.chain.learned.add(factor.learned().values())
@@ -93,7 +93,7 @@ class SlimPruner(Pruner):
 
     def loss_term(self, batch: Any) -> Tensor | None:
         """The penalty."""
-        if not self.schedule.gathers(self.chain.step + 1, self.chain.step + 1):
+        if self.schedule.is_over(self.chain.step, self.chain.round):
             return None
         norms = [factor.factor.abs().sum() for factor in self.factors.values()]
         return self.regular_scale * torch.stack(norms).sum() / len(norms)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from raycomp.core.reduction import Statistic
 from raycomp.core.watcher import Watcher
+from raycomp.core.watching import Watched
 
 
 class RangeWatcher(Watcher):
@@ -15,10 +16,11 @@ class RangeWatcher(Watcher):
     Args:
         name: of the target.
         keep: the dimension whose entries have a range each (None: one range for the tensor).
+        during: whose forward passes count.
     """
 
-    def __init__(self, name: str, keep: int | None = None) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, keep: int | None = None, during: Watched = "training") -> None:
+        super().__init__(name, during)
         self.keep = keep
 
     def fresh(self, value: Tensor) -> dict[str, Statistic]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.moments import Moment
+from raycomp.core.target import TargetId
+from raycomp.quantization.observer import RangeWatcher
 from raycomp.quantization.quantizer import Quantizer
 
 
@@ -45,6 +48,9 @@ class PtqQuantizer(Quantizer):
     def calibration_steps(self) -> int | None:
         return self._calibration_steps
 
+    def make_watcher(self, target_id: TargetId) -> RangeWatcher:
+        return RangeWatcher(str(target_id), self.quantizers[target_id].axis, "calibration")
+
     def is_due(self, moment: Moment) -> bool:
         return moment.event == "calibrated"
 
@@ -58,6 +64,13 @@ class PtqQuantizer(Quantizer):
                 quantizer.active = True
             watcher.reset()
         self.set_parameter_ranges(active=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing that is gathered: a calibration that was cut off begins anew."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
 
     def notes(self) -> list[str]:
         return super().notes() if self.chain.calibrated else []

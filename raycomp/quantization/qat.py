@@ -54,7 +54,8 @@ class QATQuantizer(Quantizer):
         return 1
 
     def is_due(self, moment: Moment) -> bool:
-        return moment.event in ("begin", "step")
+        # At a round's end as well: masks that are set there change the ranges of weights.
+        return moment.event != "calibrated"
 
     @torch.no_grad()
     def decide(self, moment: Moment) -> None:

@@ -46,7 +46,7 @@ def space_with(model: nn.Module, *targets: str) -> TargetSpace:
     space = TargetSpace(model)
     for name in targets:
         module, _, target = name.rpartition(".")
-        space.target(TargetId(module, target)).claim("mask", Add(10.0), "test")
+        space.target(TargetId(module, target)).add("masks", Add(10.0))
     return space
 
 
@@ -101,7 +101,7 @@ def test_every_form_of_output_keeps_its_form(shape: Any, target: str, expected: 
     assert type(found) is (Tensor if isinstance(expected, int) else type(expected))
 
 
-def test_targets_act_in_order_track_quantize_mask_record() -> None:
+def test_targets_act_in_order_factor_watch_quantize_mask_record() -> None:
     seen: list[tuple[str, float]] = []
 
     class Watch(nn.Module):
@@ -114,18 +114,28 @@ def test_targets_act_in_order_track_quantize_mask_record() -> None:
             return None if self.factor is None else value * self.factor
 
     target = Target(TargetId("a", "_output_0"))
-    target.claim("recorder", Watch("recorder"), "c")
-    target.claim("mask", Watch("mask", 3.0), "b")
-    target.claim("tracker", Watch("tracker"), "a")
-    target.claim("quantizer", Watch("quantizer", 2.0), "a")
-    assert float(target(ONE)) == 6
-    assert seen == [("tracker", 1), ("quantizer", 1), ("mask", 2), ("recorder", 6)]
+    target.add("recorders", Watch("recorder"))
+    target.add("masks", Watch("first mask", 3.0))
+    target.add("masks", Watch("second mask", 5.0))
+    target.add("watchers", Watch("watcher"))
+    target.set_quantizer(Watch("quantizer", 2.0), "a")
+    target.add("factors", Watch("factor", 7.0))
+    assert float(target(ONE)) == 210
+    assert seen == [
+        ("factor", 1),
+        ("watcher", 7),
+        ("quantizer", 7),
+        ("first mask", 14),
+        ("second mask", 42),
+        ("recorder", 210),
+    ]
 
 
-def test_a_slot_has_one_owner() -> None:
-    space = space_with(nn.Sequential(nn.Linear(2, 2)), "0.weight")
-    with pytest.raises(CompressionError, match=r"0.weight: both test and other set the mask"):
-        space.target(TargetId("0", "weight")).claim("mask", Add(1), "other")
+def test_one_compressor_alone_can_quantize_a_target() -> None:
+    target = Target(TargetId("0", "weight"))
+    target.set_quantizer(Add(1), "test")
+    with pytest.raises(CompressionError, match=r"0.weight: both test and other quantize this target"):
+        target.set_quantizer(Add(1), "other")
 
 
 def test_a_parametrization_of_the_user_is_refused() -> None:

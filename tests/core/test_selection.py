@@ -31,7 +31,8 @@ class Scaled(nn.Module):
 
 
 def chosen(kind: str, *entries: dict, model: nn.Module | None = None) -> list[str]:
-    return [str(target) for target in resolve(model or Block(), kind, parse_config_list(kind, entries), "list")]
+    resolved = resolve(model or Block(), kind, parse_config_list(kind, entries), "list")
+    return [str(target) for target in resolved.selected]
 
 
 def problems(kind: str, *entries: dict, model: nn.Module | None = None) -> list[str]:

@@ -14,6 +14,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from raycomp import TorchEvaluator
+from raycomp.core.moments import RunContext
+from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
@@ -240,3 +242,121 @@ def test_an_evaluator_evaluates() -> None:
     assert evaluator.evaluate(model) == 0.75
     with pytest.raises(CompressionError, match="no evaluating_func"):
         Script(model).evaluator.evaluate(model)
+
+
+class Recording:
+    """A trainee that notes what it is asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.chain = L1NormPruner(model, HALF).chain
+        self.model = model
+        self.contexts: list[RunContext] = []
+        self.ended: list[int] = []
+
+    def run(self, context: RunContext) -> Any:
+        self.contexts.append(context)
+        return self.chain.run(context)
+
+    def training_step(self, step_fn: Callable[[], Any], batch: Any) -> Any:
+        return self.chain.training_step(step_fn, batch)
+
+    def end_round(self) -> None:
+        self.ended.append(self.chain.step)
+        self.chain.end_round()
+
+    def unheld_parameters(self, optimizers: Any) -> list[str]:
+        return self.chain.unheld_parameters(optimizers)
+
+
+def test_members_are_given_what_the_user_gave() -> None:
+    model = network()
+    optimizers = [torch.optim.SGD(model.stem.parameters(), 0.1), torch.optim.SGD(model.branch.parameters(), 0.1)]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizers[0], 0.5)
+    given: list[Any] = []
+    evaluator = TorchEvaluator(
+        lambda *arguments: given.append(arguments),
+        optimizers,
+        training_step,
+        scheduler,
+        batch_of(0)[0],
+        lambda model: 0.5,
+    )
+    trainee = Recording(model)
+    with pytest.warns(UserWarning, match=r"no optimizer holds stem_norm.weight, .*: they will not train"):
+        evaluator.train(trainee, 5, None)
+    (context,) = trainee.contexts
+    assert (list(context.optimizers), list(context.schedulers), context.total_steps) == (optimizers, [scheduler], 5)
+    assert torch.equal(context.example, batch_of(0)[0])
+    assert context.evaluate is not None and context.evaluate() == 0.5
+    assert trainee.ended == [0]
+    ((first, second, _, third, *lengths),) = given
+    assert (first, second, third, lengths) == (model, optimizers, scheduler, [5, None])
+
+
+def test_a_reset_gives_optimizers_and_schedules_as_they_were_when_it_was_made() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    start = copy.deepcopy([optimizer.state_dict(), scheduler.state_dict()])
+    evaluator = TorchEvaluator(lambda *_: None, [optimizer], training_step, [scheduler])
+    for _ in range(2):
+        training_step(batch_of(0), model).backward()
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == 0.05
+        assert optimizer.state_dict()["state"]
+        evaluator.reset()
+        assert [optimizer.state_dict(), scheduler.state_dict()] == start
+        assert scheduler.get_last_lr() == [0.1]
+
+
+def test_the_dummy_input_tells_shapes() -> None:
+    model = network()
+    evaluator = TorchEvaluator(
+        Script(model).train, torch.optim.SGD(model.parameters(), 0.1), training_step, dummy_input=batch_of(0)[0]
+    )
+    entry = {
+        "op_names": ["act"],
+        "target_names": ["_output_"],
+        "align": {"module_name": "stem", "target_name": "weight"},
+    }
+    pruner = L1NormPruner(model, [*HALF, entry], evaluator)
+    assert pruner.layouts[TargetId("act", "_output_0")].shape == (12, 8, 6, 6)
+    masks = pruner.compress()[1]
+    assert masks["act"]["_output_0"].shape == (1, 8, 1, 1)
+
+
+def test_notes_are_told_once() -> None:
+    model = network()
+    pruner = AGPPruner(L1NormPruner(model, HALF, Script(model).evaluator), 2, 9)
+    with pytest.warns(UserWarning) as told:
+        pruner.compress(max_steps=4)
+    assert [str(warning.message) for warning in told] == list(pruner.chain.notes)
+    assert len(told) == 1
+
+
+def trained_in(*lengths: int) -> list[Any]:
+    """The steps, the schedule's position and the weights after `compress` calls of these lengths."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    def train(model: nn.Module, optimizer: Any, step: Any, scheduler: Any, steps: int, epochs: Any) -> None:
+        for number in range(pruner.chain.step, pruner.chain.step + steps):
+            optimizer.zero_grad()
+            step(batch_of(number), model).backward()
+            optimizer.step()
+            scheduler.step()
+
+    evaluator = TorchEvaluator(train, optimizer, training_step, scheduler)
+    pruner = AGPPruner(TaylorPruner(model, HALF, evaluator, 2), 2, 4)
+    for length in lengths:
+        pruner.compress(length)
+    return [pruner.chain.step, scheduler.last_epoch, *pruner.chain.users_state().values()]
+
+
+@pytest.mark.filterwarnings("ignore:.*the goal is not reached")
+def test_training_in_two_parts_is_training_once() -> None:
+    once, parts = trained_in(8), trained_in(3, 5)
+    assert once[:2] == parts[:2] == [8, 8]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(once[2:], parts[2:]))

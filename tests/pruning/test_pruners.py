@@ -229,7 +229,18 @@ def test_bypass_masks_and_changes_nothing() -> None:
     assert torch.equal(model.fc1.weight, before)
 
 
-def test_two_pruners_on_one_target_are_refused() -> None:
-    pruner = L1NormPruner(Net(), [fc1(sparse_ratio=0.5)])
-    with pytest.raises(CompressionError, match=r"fc1.weight: both L1NormPruner .* and TaylorPruner .* set the mask"):
-        TaylorPruner.from_compressor(pruner, [fc1(sparse_ratio=0.5)], 3)
+def test_masks_of_two_pruners_on_one_target_multiply() -> None:
+    model = Net()
+    rows = L1NormPruner(model, [fc1(sparse_ratio=0.5, target_names=["weight"])])
+    columns = L1NormPruner.from_compressor(
+        rows, [fc1(sparse_ratio=0.25, granularity="in_channel", target_names=["weight"])]
+    )
+    rows.chain.begin()
+    assert rows.get_masks()["fc1"]["weight"].tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    assert columns.get_masks()["fc1"]["weight"].tolist() == [[0, 1, 1, 1]] * 4
+    both = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
+    assert rows.chain.masks()["fc1"]["weight"].tolist() == both
+    seen = [[value * keep for value, keep in zip(*row)] for row in zip(torch.arange(1.0, 17).view(4, 4).tolist(), both)]
+    assert model.fc1.weight.tolist() == seen
+    rows.unwrap_model()
+    assert model.fc1.weight.tolist() == seen

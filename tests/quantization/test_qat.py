@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.batch_share import BatchShare, use_share
+from raycomp.core.moments import RunContext
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
@@ -134,10 +135,10 @@ def test_evaluation_and_idle_ranks_do_not_count() -> None:
     model = linear()
     quantizer = quantized(model, target_names=["_input_"])
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    with quantizer.chain.run([optimizer]):
-        model.train()(torch.ones(1, 2)).sum().backward()
+    with quantizer.chain.run(RunContext([optimizer])):
+        quantizer.chain.training_step(lambda: model.train()(torch.ones(1, 2)).sum(), None).backward()
         with use_share(BatchShare(0, 4)):
-            model(torch.full((1, 2), 50.0))
+            quantizer.chain.training_step(lambda: model(torch.full((1, 2), 50.0)).sum(), None)
         model.eval()(torch.full((1, 2), 70.0))
         optimizer.step()
     assert float(quantizer.get_calibration_config()["0"]["_input_0"]["tracked_max"]) == 1
@@ -147,7 +148,7 @@ def test_what_is_watched_is_no_buffer_that_ddp_could_overwrite() -> None:
     model = linear()
     quantized(model, target_names=["_input_"])
     model.train()(torch.ones(1, 2))
-    assert not [name for name, _ in model.named_buffers() if "tracker" in name]
+    assert not [name for name, _ in model.named_buffers() if "watcher" in name]
 
 
 def test_float64_ranges_stay_float64() -> None:
