@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raycomp.core.attach import TargetSpace, is_wrapped
-from raycomp.core.evaluation_mode import evaluation_mode
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.learned import LearnedTensors
 from raycomp.core.loss import with_loss
 from raycomp.core.masks import Masks
+from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Calibration, Moment, Moments, RunContext
 from raycomp.core.reduction import reduce_, settle_
 from raycomp.core.watching import watch

@@ -12,8 +12,8 @@ from torch import nn
 
 from raycomp.config import SelectionEntry, parse_config_list
 from raycomp.core.chain import Chain
-from raycomp.core.evaluation_mode import evaluation_mode
 from raycomp.core.evaluator import Evaluator
+from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Moments
 from raycomp.core.rounds import conduct
 from raycomp.core.selection import Kind, Selected, Selection, resolve
@@ -92,7 +92,7 @@ class Compressor(Moments, ABC):
         """
         unlimited = max_steps is None and max_epochs is None
         rounds = self.chain.rounds
-        if unlimited and len(self.chain.compressors) == 1:
+        if unlimited and not any(isinstance(each, Compressor) and each is not self for each in self.chain.compressors):
             max_steps = self.steps_to_go()
         elif not unlimited and self.chain.wants_training:
             rounds = max(rounds, self.chain.round + 1)

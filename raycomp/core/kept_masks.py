@@ -5,7 +5,8 @@ from __future__ import annotations
 from raycomp.core.chain import Chain
 from raycomp.core.mask import Mask
 from raycomp.core.masks import Masks
-from raycomp.core.moments import Moments, device_of
+from raycomp.core.model import device_of
+from raycomp.core.moments import Moments
 from raycomp.core.target import target_kind
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
 from raycomp.core.attach import forward_arguments, original_parameter, user_class
-from raycomp.core.evaluation_mode import evaluation_mode
-from raycomp.core.parts import replace_input, replace_output
+from raycomp.core.model import device_of, evaluation_mode
+from raycomp.core.parts import as_call, replace_input, replace_output
 from raycomp.core.target import TargetId, target_kind
+from raycomp.errors import CompressionError
 
 _LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm, nn.MultiheadAttention)
 
@@ -91,7 +93,11 @@ def output_channel_dim(module: nn.Module) -> int:
 
 
 def traced_shapes(model: nn.Module, target_ids: Iterable[TargetId], example: Any) -> dict[TargetId, tuple[int, ...]]:
-    """The shapes of inputs and outputs when the model runs on the example; what it doesn't reach is left out."""
+    """The shapes of inputs and outputs when the model runs on the example; what it doesn't reach is left out.
+
+    Raises:
+        CompressionError: the model doesn't run on the example.
+    """
     seen: dict[TargetId, tuple[int, ...]] = {}
     handles = []
     for target_id in target_ids:
@@ -109,23 +115,17 @@ def traced_shapes(model: nn.Module, target_ids: Iterable[TargetId], example: Any
             key = target_id.target.removeprefix("_input_")
             look = lambda m, args, kwargs, key=key, note=note: _look_at_input(m, args, kwargs, key, note)  # noqa: E731
             handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
-    args, kwargs = as_call(example)
+    args, kwargs = as_call(pytree.tree_map_only(Tensor, lambda leaf: leaf.to(device_of(model)), example))
     try:
         with evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        message = f"the model doesn't run on the example input: {type(error).__name__}: {error}"
+        raise CompressionError(message, remedy="give an example input that its forward takes") from error
     finally:
         for handle in handles:
             handle.remove()
     return seen
-
-
-def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that an example stands for: a tensor, a sequence, or a mapping of them."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    return (example,), {}
 
 
 def _look(output: Any, key: str, note: Any) -> None:

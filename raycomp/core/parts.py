@@ -61,3 +61,12 @@ def _copied(output: Mapping[Any, Any]) -> Mapping[Any, Any]:
     except TypeError:
         # A class whose constructor asks for more than the items: it is kept by a change in place.
         return output
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that an example stands for: a tensor, a sequence, or a mapping of them."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    return (example,), {}

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, as_call, with_batch_size
+from raycomp.speedup.graph.example import Example, with_batch_size
 
 _VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
 _CPU_INFO = Path("/proc/cpuinfo")

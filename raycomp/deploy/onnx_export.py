@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.parts import as_call
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, Tree, as_call, bind, describe, flatten, parameter_names, rebuild
+from raycomp.speedup.graph.example import Example, Tree, bind, describe, flatten, parameter_names, rebuild
 from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
 
 if TYPE_CHECKING:

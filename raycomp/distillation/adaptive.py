@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from raycomp.core.learned import Learns
-from raycomp.core.moments import device_of
+from raycomp.core.model import device_of
 from raycomp.core.target import TargetId
 from raycomp.distillation.distiller import LayerwiseDistiller
 

@@ -12,7 +12,8 @@ from raycomp.config import DistillTarget, nearest
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
-from raycomp.core.moments import RunContext, device_of
+from raycomp.core.model import device_of
+from raycomp.core.moments import RunContext
 from raycomp.core.selection import Kind, module_names
 from raycomp.core.target import TargetId, target_kind
 from raycomp.distillation.losses import DISTANCES

@@ -17,7 +17,8 @@ from raycomp.core.evaluator import Evaluator
 from raycomp.core.layout import Layout, layout_of
 from raycomp.core.mask import Mask
 from raycomp.core.masks import Masks
-from raycomp.core.moments import Moment, device_of
+from raycomp.core.model import device_of
+from raycomp.core.moments import Moment
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, Problem

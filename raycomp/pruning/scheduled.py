@@ -13,7 +13,7 @@ from raycomp.core.evaluator import Evaluator
 from raycomp.core.masks import Masks
 from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.pruning.pruner import Pruner
-from raycomp.pruning.schedule import Every, Schedule
+from raycomp.pruning.schedule import Every, Once, Schedule
 
 
 class ScheduledPruner:
@@ -25,13 +25,16 @@ class ScheduledPruner:
         evaluator: how to train, where the pruner has no evaluator yet.
 
     Raises:
-        CompressionError: `pruner` is no basic pruner.
+        CompressionError: `pruner` is no basic pruner, or has a schedule.
     """
 
     def __init__(self, pruner: Pruner, schedule: Schedule, evaluator: Evaluator | None = None) -> None:
         if not isinstance(pruner, Pruner):
             message = f"{type(self).__name__} schedules a pruner, not a {type(pruner).__name__}"
             raise CompressionError(message, remedy="give it an L1NormPruner or another basic pruner")
+        if not isinstance(pruner.schedule, Once):
+            message = f"this {type(pruner).__name__} has a schedule already"
+            raise CompressionError(message, remedy="put one schedule around a pruner")
         self.pruner = pruner
         pruner.schedule = schedule
         pruner.chain.evaluator = pruner.chain.evaluator or evaluator

@@ -12,7 +12,7 @@ from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.learned import Learns
-from raycomp.core.moments import device_of
+from raycomp.core.model import device_of
 from raycomp.core.target import TargetId
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import expand_blocks

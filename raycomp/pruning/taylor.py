@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
-from raycomp.core.moments import device_of
+from raycomp.core.model import device_of
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
 from raycomp.core.target import TargetId
 from raycomp.pruning.pruner import Pruner

@@ -13,7 +13,8 @@ from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.layout import Layout
-from raycomp.core.moments import Calibration, Turn, device_of
+from raycomp.core.model import device_of
+from raycomp.core.moments import Calibration, Turn
 from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_

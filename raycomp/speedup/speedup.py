@@ -12,13 +12,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from raycomp.core.masks import Masks
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
 from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
 from raycomp.speedup.analysis.propagate import run
 from raycomp.speedup.analysis.training_only import training_pins
 from raycomp.speedup.analysis.unpruned import unpruned
-from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
+from raycomp.speedup.graph.example import Example, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
 from raycomp.speedup.graph.value_masks import (
     buffer_name,

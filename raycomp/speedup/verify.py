@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
 from raycomp.results.summary import Verification
-from raycomp.speedup.graph.example import Example, as_call, with_batch_size
+from raycomp.speedup.graph.example import Example, with_batch_size
 
 BATCH_SIZES = (1, 8)
 

@@ -14,7 +14,8 @@ from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.stage import StageResult, StageStart, real_inputs, resolve_start
 from raycomp.pipeline.training.checkpoint import StageState
-from tests.contracts.job_rows import ROWS, fused, job
+from tests.contracts import tiny
+from tests.contracts.settings import SETTINGS, fused, settings
 from tests.contracts.training import (
     Keeper,
     Trained,
@@ -28,8 +29,14 @@ from tests.contracts.training import (
     trained,
 )
 
-every_algorithm = pytest.mark.parametrize("name", ROWS)
+every_algorithm = pytest.mark.parametrize("name", SETTINGS)
 Job = dict[str, Any]
+
+
+def job(*names: str, **training: Any) -> Job:
+    """A job with a stage of these algorithms; 10 steps over epochs of 4, the last of which holds a single sample."""
+    return tiny.job(*map(settings, names), **{"steps": 10, "precision": "float64", **training})
+
 
 CONDITIONS: dict[str, dict[str, Any]] = {
     "in micro-batches": {"gradient_accumulation": 4},
@@ -40,16 +47,16 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 
 
 def test_every_algorithm_has_a_row() -> None:
-    assert set(ROWS) == set(COMPRESSORS)
+    assert set(SETTINGS) == set(COMPRESSORS)
 
 
 PLAIN = {
-    **{name: job(name) for name in ROWS},
-    **{f"{name} fused": job(*fused(name)) for name in ROWS},
+    **{name: job(name) for name in SETTINGS},
+    **{f"{name} fused": job(*fused(name)) for name in SETTINGS},
     # The fourth of four ranks never has a sample: what it reduces has the others' shape and dtype all the same.
-    **{f"{name} on 3 samples": job(name, arguments={"samples": 3}, steps=6) for name in ROWS},
+    **{f"{name} on 3 samples": job(name, arguments={"samples": 3}, steps=6) for name in SETTINGS},
 }
-CONDITIONED = {f"{name} {how}": job(name, **more) for name in ROWS for how, more in CONDITIONS.items()}
+CONDITIONED = {f"{name} {how}": job(name, **more) for name in SETTINGS for how, more in CONDITIONS.items()}
 
 
 @pytest.fixture(scope="module")

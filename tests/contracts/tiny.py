@@ -39,7 +39,7 @@ class TinyNet(nn.Module):
         self.flatten = nn.Flatten()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(6, 3)
-        self.spare = nn.Linear(2, 2) if spare else None
+        self.spare = nn.Conv1d(2, 2, 1) if spare else None
 
     def branch(self, x: Tensor) -> Tensor:
         """What is added to the stem."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from raycomp.core.batch_share import BatchShare, current_share, is_idle, use_share
 from raycomp.core.chain import Chain
-from raycomp.core.moments import Moments, device_of
+from raycomp.core.model import device_of
+from raycomp.core.moments import Moments
 from raycomp.core.reduction import (
     Operation,
     Statistic,

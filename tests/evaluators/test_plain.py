@@ -21,7 +21,7 @@ from raycomp.errors import CompressionError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import ModelSpeedup
-from tests.contracts.settings import batch_of, network
+from tests.contracts.scripts import batch_of, network
 
 HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
 LOGITS = [{"op_types": ["Linear"]}]

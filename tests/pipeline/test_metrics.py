@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
+from raycomp.core.model import evaluation_mode
 from raycomp.errors import TaskError
 from raycomp.pipeline import LoaderContext, Task, evaluate
-from raycomp.pipeline.training.metrics import evaluation_mode
 from tests.pipeline.ranks import on_ranks
 
 

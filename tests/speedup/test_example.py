@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from raycomp.speedup.graph.example import as_call, bind, with_batch_size
+from raycomp.core.parts import as_call
+from raycomp.speedup.graph.example import bind, with_batch_size
 
 
 def test_an_example_is_a_call() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
+from raycomp.core.parts import as_call
 from raycomp.core.selection import module_names
 from raycomp.deploy.int8 import Int8Model, sqnr_db
 from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s
@@ -25,7 +26,7 @@ from raycomp.pipeline.stage import StageResult, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures
-from raycomp.speedup.graph.example import as_call, describe, flatten
+from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
 
 _SQNR_SAMPLES = 256

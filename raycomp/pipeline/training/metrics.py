@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raycomp.core.model import evaluation_mode
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style, rank_slice
@@ -70,18 +70,6 @@ def evaluate(
             _add(sums, values, present, wanted)
             count += min(wanted, present)
     return _means(sums, count, world, type(task).__name__)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block, every module of `model` is in eval mode; afterwards each is in its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
 
 Example: TypeAlias = "Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]"
@@ -30,15 +31,6 @@ class Outputs(OrderedDict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"there is no output {name!r}, only {', '.join(self)}") from None
-
-
-def as_call(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that an example stands for."""
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, (tuple, list)):
-        return tuple(example), {}
-    return (example,), {}
 
 
 def batch_size(example: Example) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, as_call, batch_size, is_batched, with_batch_size
+from raycomp.speedup.graph.example import Example, batch_size, is_batched, with_batch_size
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 

@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, as_call, batch_size, with_batch_size
+from raycomp.speedup.graph.example import Example, batch_size, with_batch_size
 from raycomp.speedup.graph.graph import Call, Graph, Value
 from raycomp.speedup.graph.inplace import functional, functional_target
 from raycomp.speedup.graph.program import export

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from raycomp.speedup.graph.example import Example, Tree, as_call, describe, parameter_names, with_batch_size
+from raycomp.core.parts import as_call
+from raycomp.speedup.graph.example import Example, Tree, describe, parameter_names, with_batch_size
 from raycomp.speedup.graph.graph import Call, Execution, Graph, Value, executions
 from raycomp.speedup.graph.inplace import functional, functional_target
 from raycomp.speedup.graph.program import export_program

@@ -1,11 +1,17 @@
-"""A model in evaluation mode for a while."""
+"""Small questions and states of a model as a whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
 
 
 @contextmanager
