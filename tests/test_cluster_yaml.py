@@ -99,7 +99,7 @@ def test_the_rayjobs_entrypoint_is_a_command_that_raycomp_has(monkeypatch: pytes
     seen: list[object] = []
 
     class Job:
-        def __init__(self, config: Any, base_dir: Path) -> None:
+        def __init__(self, config: Any, base_dir: Path, source: Any = None) -> None:
             seen.append(config.storage.uri)
 
         def fit(self, **options: Any) -> None:
