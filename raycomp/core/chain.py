@@ -244,15 +244,6 @@ class Chain:
         told = [note for compressor in self.compressors for note in compressor.notes()]
         self.notes = tuple(dict.fromkeys([*self.notes, *told]))
 
-    def rehearse(self) -> None:
-        """Makes every compressor's first decision from made-up statistics, turn by turn, on a chain to be thrown away.
-
-        Raises:
-            ConfigError, CompressionError: what the decision itself would raise.
-        """
-        for compressor in sorted(self.compressors, key=lambda each: each.turn):
-            compressor.rehearse()
-
     # What they have to give.
 
     def masks(self) -> Masks:

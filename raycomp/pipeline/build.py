@@ -21,6 +21,7 @@ from raycomp.config.loader import parse_config_list
 from raycomp.core.chain import Chain
 from raycomp.core.kept_masks import KeptMasks
 from raycomp.core.masks import Masks
+from raycomp.core.moments import Moments
 from raycomp.core.selection import Selection, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
@@ -130,10 +131,13 @@ def build_chain(
 def try_stage(
     model: nn.Module, stage: StageConfig, context: BuildContext, where: str, problems: list[Problem]
 ) -> tuple[ResolvedStage, Chain]:
-    """Resolves and builds a stage as far as that goes, and adds to `problems` all that is wrong with any compressor."""
+    """Resolves, builds and rehearses a stage as far as that goes, and adds to `problems` what is wrong with it."""
     selections = _selections(model, stage, context, where, problems)
     chain = Chain(model, context.example, context.seed)
-    _fuse(chain, stage, selections, context, where, problems)
+    members = _fuse(chain, stage, selections, context, where, problems)
+    for path, member in sorted(members.items(), key=lambda item: item[1].turn):
+        with _below(path, problems):
+            member.rehearse()
     return ResolvedStage(tuple(selections.values())), chain
 
 
@@ -143,10 +147,9 @@ def _selections(
     """What each compressor's config list means; those that are wrong are left out."""
     found = {}
     for index, settings in enumerate(stage.compressors):
-        path = f"{where}.compressors[{index}]"
-        ranking = settings.pruner if isinstance(settings, ScheduleSettings) else settings
-        with _below(path if ranking is settings else f"{path}.pruner", problems):
-            found[index] = _resolved(model, ranking, context)
+        path, holder = _holder(settings, f"{where}.compressors[{index}]")
+        with _below(path, problems):
+            found[index] = _resolved(model, holder, context)
     return found
 
 
@@ -157,10 +160,20 @@ def _fuse(
     context: BuildContext,
     where: str,
     problems: list[Problem],
-) -> None:
+) -> dict[str, Moments]:
+    """Builds the compressors; those that stand on the model then, by the key path of their config lists' holder."""
+    members: dict[str, Moments] = {}
     for index, selection in selections.items():
-        with _below(f"{where}.compressors[{index}]", problems):
+        path = f"{where}.compressors[{index}]"
+        with _below(path, problems):
             _build(chain, stage.compressors[index], selection, context)
+            members[_holder(stage.compressors[index], path)[0]] = chain.compressors[-1]
+    return members
+
+
+def _holder(settings: CompressorSettings, path: str) -> tuple[str, CompressorSettings]:
+    """Which settings hold the config list, and their key path: those of the pruner inside a schedule."""
+    return (f"{path}.pruner", settings.pruner) if isinstance(settings, ScheduleSettings) else (path, settings)
 
 
 def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildContext) -> Selection:

@@ -44,7 +44,6 @@ def check_stages(job: JobConfig, task: Task) -> ResolvedStage:
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
             resolved.append(made)
             problems += _unseen_problems(chain, index)
-            chain.rehearse()
         except ConfigError as error:
             problems += error.problems
         except SpeedupError as error:
