@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -124,6 +124,7 @@ class Compressor(Moments, ABC):
         """The optimizer steps until its last decision; None where the user says how long."""
         return None
 
+    @abstractmethod
     def check(self) -> None:
         """Refuses what can't work, before anything is attached (ConfigError)."""
 

@@ -16,7 +16,7 @@ from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import Every, Once, Schedule
 
 
-class ScheduledPruner:
+class ScheduledPruner(ABC):
     """Drives a basic pruner through a schedule: it stays the one in the chain, and what is fused sees its masks grow.
 
     Args:
@@ -28,6 +28,7 @@ class ScheduledPruner:
         CompressionError: `pruner` is no basic pruner, or has a schedule.
     """
 
+    @abstractmethod
     def __init__(self, pruner: Pruner, schedule: Schedule, evaluator: Evaluator | None = None) -> None:
         if not isinstance(pruner, Pruner):
             message = f"{type(self).__name__} schedules a pruner, not a {type(pruner).__name__}"
@@ -84,7 +85,7 @@ class ScheduledPruner:
         self.chain.unwrap()
 
 
-class StepwisePruner(ScheduledPruner, ABC):
+class StepwisePruner(ScheduledPruner):
     """A schedule that decides every so many steps.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.layout import Layout
 from raycomp.core.model import device_of
-from raycomp.core.moments import Calibration, Turn
+from raycomp.core.moments import Calibration, Moment, Turn
 from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_
@@ -41,6 +42,14 @@ class Quantizer(Compressor):
         super().__init__(model, config_list, evaluator)
 
     # What a subclass says.
+
+    @abstractmethod
+    def is_due(self, moment: Moment) -> bool:
+        """Whether ranges are taken over at this moment."""
+
+    @abstractmethod
+    def decide(self, moment: Moment) -> None:
+        """Takes over the merged ranges."""
 
     def make_quantizer(self, target_id: TargetId) -> FakeQuantize:
         """The module that quantizes a target."""
