@@ -94,7 +94,8 @@ def validate(job: Path, settings: tuple[str, ...]) -> None:
     from raycomp.distributed.job import CompressionJob
 
     config, source = _job(job, settings)
-    CompressionJob(config, job.resolve().parent, source).validate()
+    for warning in CompressionJob(config, job.resolve().parent, source).validate():
+        click.echo(warning)
     compressors = [f"{stage.name}: {' + '.join(item.type for item in stage.compressors)}" for stage in config.stages]
     click.echo(f"{job} is right: {'; '.join(compressors)}")
 

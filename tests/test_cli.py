@@ -60,9 +60,10 @@ class FakeJob:
     def __init__(self, config: JobConfig, base_dir: Path, source: SourceMap) -> None:
         FakeJob.config, FakeJob.base_dir, FakeJob.source = config, base_dir, source
 
-    def validate(self) -> None:
+    def validate(self) -> tuple[str, ...]:
         if FakeJob.error is not None:
             raise FakeJob.error
+        return ("stage prune: fc will be masked",)
 
     def fit(self, *, resume: bool, progress: Any) -> SimpleNamespace:
         FakeJob.resume = resume
@@ -158,7 +159,7 @@ def test_what_the_model_lacks_is_told_with_its_line(job: Path, tmp_path: Path) -
 def test_validate_says_what_is_right(job: Path, fake_job: type[FakeJob]) -> None:
     result = _invoke("validate", job)
     assert result.exit_code == 0
-    assert result.stdout == f"{job} is right: prune: L1NormPruner\n"
+    assert result.stdout == f"stage prune: fc will be masked\n{job} is right: prune: L1NormPruner\n"
 
 
 def test_other_errors_are_told_in_lines_and_end_with_1(job: Path, fake_job: type[FakeJob]) -> None:

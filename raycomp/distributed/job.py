@@ -27,7 +27,7 @@ from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.preflight import check_stages
+from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.results.summary import RunSummary
 from raycomp.storage import open_store
@@ -83,18 +83,20 @@ class CompressionJob:
         self.base_dir = Path(base_dir or ".").resolve()
         self._source = source
 
-    def validate(self) -> None:
+    def validate(self) -> tuple[str, ...]:
         """Checks all that can be checked without a cluster: the task, its model, every selection, the storage.
+
+        Returns:
+            What the job's user should know before it runs: layers that will be masked and can't be cut.
 
         Raises:
             ConfigError, TaskError, StorageError: before anything has been started.
         """
         with TemporaryDirectory() as folder:
-            self.checked(Path(folder))
+            return self.checked(Path(folder))[1].warnings
 
-    def checked(self, folder: Path) -> tuple[Task, ResolvedStage]:
-        """The task, prepared in `folder` and found to fit the job, and what the first stage's config lists mean for its
-        model; errors as in `validate`."""
+    def checked(self, folder: Path) -> tuple[Task, Checked]:
+        """The task, prepared in `folder` and found to fit the job; errors as in `validate`."""
         job = self.config
         open_store(job.storage.uri, job.storage.endpoint, job.storage.region).check()
         try:
@@ -134,7 +136,10 @@ class _Run:
             prepared = Path(stack.enter_context(TemporaryDirectory()))
             with self.watch.part("validate and prepare"):
                 self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
-                task, resolved = self.job.checked(prepared)
+                task, checked = self.job.checked(prepared)
+                resolved = checked.first
+                for warning in checked.warnings:
+                    self.progress.message(warning)
                 self.datasets = ray_datasets(task)
             with self.watch.part("start Ray"):
                 self.cluster = stack.enter_context(connect(self.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,37 +11,51 @@ from typing import Any
 from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
+from raycomp.config.compressors import PrunerSettings, ScheduleSettings
 from raycomp.core.chain import Chain
 from raycomp.core.layout import traced_shapes
 from raycomp.core.selection import resolve
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import ResolvedStage, dense_model, try_stage
+from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_context
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.user_code import user_code
+from raycomp.speedup import obstacles
 
 
-def check_stages(job: JobConfig, task: Task) -> ResolvedStage:
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a job that can run.
+
+    Args:
+        first: what the first stage's config lists mean for the model.
+        warnings: what its user should know before it runs.
+    """
+
+    first: ResolvedStage
+    warnings: tuple[str, ...]
+
+
+def check_stages(job: JobConfig, task: Task) -> Checked:
     """Builds every stage's compressors on the task's model, lets them decide once, and throws them away.
 
     A later stage's names are looked up in the dense model: speedup keeps modules and their names.
-
-    Returns:
-        What the first stage's config lists mean for the model.
 
     Raises:
         ConfigError: everything that is wrong, each with its key's path.
         TaskError: the task's own code raised.
     """
     problems = list(_order_problems(job.stages))
-    resolved = []
+    resolved, warnings = [], list[str]()
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         try:
             context = stage_context(job, index, task)
             model = dense_model(task, context.seed).to(dtype=context.dtype)
+            if job.speedup.enabled and job.speedup.exact and stage.speedup:
+                warnings += _what_stays(model, stage, context)
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
             resolved.append(made)
             problems += _unseen_problems(chain, index)
@@ -56,7 +71,29 @@ def check_stages(job: JobConfig, task: Task) -> ResolvedStage:
             )
     if problems:
         raise ConfigError(problems)
-    return resolved[0]
+    return Checked(resolved[0], tuple(dict.fromkeys(warnings)))
+
+
+def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> list[str]:
+    """Layers that will be masked and can't be cut, each with its part of the model's parameters."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    told = []
+    for settings in stage.compressors:
+        holder = settings.pruner if isinstance(settings, ScheduleSettings) else settings
+        if not isinstance(holder, PrunerSettings):
+            continue
+        try:
+            resolve(model, "pruner", holder.config_list, "config_list")
+        except ConfigError:
+            continue
+        given = [entry.model_dump(by_alias=True) for entry in holder.config_list]
+        for names, reason in obstacles(model, given, context.example).items():
+            part = sum(model.get_submodule(name).get_parameter("weight").numel() for name in names) / total
+            told.append(
+                f"stage {stage.name}: {', '.join(names)} ({part:.0%} of the parameters) will be masked and can't be "
+                f"cut: {reason}"
+            )
+    return told
 
 
 def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
-from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids, complete_config_list
+from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids, complete_config_list, obstacles
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
 from raycomp.speedup.surgery.apply import apply_plan
@@ -30,6 +30,7 @@ __all__ = [
     "complete_config_list",
     "cut_calibration",
     "dependencies",
+    "obstacles",
     "remaining_masks",
     "restored_mask",
     "verify",

@@ -227,3 +227,15 @@ def _with_followers(traced: TracedModel, config_list: Sequence[Mapping[str, Any]
             align: dict[str, Any] = {"module_name": name, "target_name": "weight"}
             result.append({"op_names": [module], "target_names": own_targets, "align": align})
     return result
+
+
+def obstacles(
+    model: nn.Module, config_list: Sequence[Mapping[str, Any]], dummy_input: Example
+) -> dict[tuple[str, ...], str]:
+    """The layers that a pruner's config list names and exact speedup can never make smaller, and why; those that go
+    together in one. Errors as in `align_followers`."""
+    entries, selected = _selected(model, config_list)
+    grouped = [name for entry, own in zip(entries, selected, strict=True) for name in own if _is_grouped_here(entry)]
+    names = [name for name in grouped if _has_channels(model, name)]
+    groups = dependencies(TracedModel.of(model, dummy_input), names).groups if names else ()
+    return {group.modules: group.obstacle for group in groups if group.obstacle is not None}

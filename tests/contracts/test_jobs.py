@@ -147,7 +147,7 @@ def finished(raw: Job, folder: Path) -> StageResult:
     """What the head node makes of a stage that was trained here; preflight lets the job pass."""
     config = parse_job(raw)
     task = build_task(config.task)
-    assert check_stages(config, task) == resolve_start(config, 0, task, StageStart())
+    assert check_stages(config, task).first == resolve_start(config, 0, task, StageStart())
     trained(raw, Keeper(folder))
     return finish(raw, folder)
 

@@ -107,3 +107,11 @@ def test_two_compressors_of_one_target_hide_no_other_problem() -> None:
         "stages[0].compressors[2].config_list[0].op_names",
         "stages[0].compressors[1]",
     ]
+
+
+def test_what_will_be_masked_and_can_not_be_cut_is_told() -> None:
+    """The last layer's outputs are the model's, 48 of 195 parameters; the first one's go."""
+    raw = job([{"type": "L1NormPruner", "config_list": [{"op_types": ["Linear"], "sparse_ratio": 0.5}]}])
+    (warning,) = check_stages(parse_job(raw), Small()).warnings
+    assert warning.startswith("stage s0: 2 (25% of the parameters) will be masked and can't be cut: ")
+    assert check_stages(parse_job({**raw, "speedup": {"enabled": False}}), Small()).warnings == ()
