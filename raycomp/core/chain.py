@@ -175,6 +175,7 @@ class Chain:
         Returns:
             What `step_fn` gave, with the loss that is to be differentiated in its place.
         """
+        self.learned.begin_batch(self.model)
         with watch("training"):
             output = step_fn()
         return with_loss(output, lambda loss: self.loss(loss, batch))

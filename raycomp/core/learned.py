@@ -94,6 +94,13 @@ class LearnedTensors:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view(gradient.shape))
 
+    def begin_batch(self, model: nn.Module) -> None:
+        """Drops the gradients of a step that was never made, as a GradScaler's is after an overflow: where no Parameter
+        of the model has a gradient, a new step begins. Scaled losses need nothing else, because Adam's steps don't
+        depend on the scale."""
+        if self._optimizer is not None and all(parameter.grad is None for parameter in model.parameters()):
+            self._optimizer.zero_grad()
+
     def step(self) -> None:
         """One optimizer step; the gradients begin anew."""
         if self._optimizer is not None:

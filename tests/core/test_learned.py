@@ -261,3 +261,25 @@ def test_what_a_side_loss_alone_uses_trains_under_ddp() -> None:
     for name, value in alone.items():
         assert torch.tensor(first[name]).allclose(torch.tensor(value), rtol=1e-6, atol=1e-9), name
     assert torch.tensor(alone["weight"]).shape == (5, 2)
+
+
+def test_a_step_that_a_gradient_scaler_skips_leaves_nothing_behind() -> None:
+    """The scaler halves its scale and leaves the step out; the next one is that of an unscaled training."""
+    found = []
+    for scaled in (False, True):
+        model = network()
+        pruner, factor = slim(model, 9)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        with pruner.chain.run(RunContext([optimizer])):
+            for overflows in (True, False) if scaled else (False,):
+                optimizer.zero_grad()
+                factor_of_loss = torch.inf if overflows else 1.0
+                step = lambda: model(batch_of(0)).square().mean() * factor_of_loss  # noqa: B023, E731
+                scaler.scale(pruner.chain.training_step(step, None)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert pruner.chain.step == 1
+        found.append(factor.detach().clone())
+    assert not torch.equal(found[0], torch.ones_like(found[0]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
