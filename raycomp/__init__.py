@@ -13,8 +13,9 @@ _PUBLIC = {
     "TorchEvaluator": "raycomp.evaluators.plain",
     "auto_set_dependency_group_ids": "raycomp.speedup",
     "load": "raycomp.pipeline.ending.load",
+    "register_template": "raycomp.core.selection",
 }
-__all__ = ["CompressionJob", "Task", "TorchEvaluator", "__version__", "auto_set_dependency_group_ids", "load"]
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,9 +57,6 @@ class HookedTargets(nn.Module):
         return [(name, target) for name, target in found if target.kind == kind]
 
 
-"""The distillers' name for it."""
-
-
 class TargetSpace:
     """All targets that stand on one model, shared by every compressor that is fused on it.
 

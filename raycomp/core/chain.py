@@ -54,7 +54,7 @@ class Chain:
         self.learned = LearnedTensors()
         self.generator = torch.Generator().manual_seed(seed)
         """Draws the same on every rank, and goes on from a checkpoint."""
-        self.compressors: list[Moments] = []
+        self.members: list[Moments] = []
         self.notes: tuple[str, ...] = ()
         self.batch = 0
         """Counts the (micro-)batches whose loss was taken: what members do in common for one is done once."""
@@ -68,21 +68,21 @@ class Chain:
 
     # Who stands on the model.
 
-    def register(self, compressor: Moments) -> None:
-        """Adds a compressor behind those that are there, and attaches its targets."""
-        compressor.attach()
-        self.compressors.append(compressor)
+    def register(self, member: Moments) -> None:
+        """Adds a compressor, or masks to keep, behind those that are there, and attaches its targets."""
+        member.attach()
+        self.members.append(member)
 
     def wrap(self) -> None:
         """Attaches every compressor's targets again after `unwrap`."""
         if not self.space.targets:
-            for compressor in self.compressors:
-                compressor.attach()
+            for member in self.members:
+                member.attach()
 
     def unwrap(self) -> None:
         """Commits factors and masks into the weights, zeros where masked, and takes everything off the model."""
-        for compressor in self.compressors:
-            compressor.commit()
+        for member in self.members:
+            member.commit()
         self.space.detach()
 
     def share(self, key: object, make: Callable[[], Any]) -> Any:
@@ -96,22 +96,22 @@ class Chain:
     @property
     def rounds(self) -> int:
         """Training runs that the compressors need, 0 where none of them needs any."""
-        return max((compressor.rounds for compressor in self.compressors), default=0)
+        return max((member.rounds for member in self.members), default=0)
 
     @property
     def wants_training(self) -> bool:
         """Whether a stage with these compressors trains; one that only calibrates doesn't."""
-        return any(compressor.wants_training for compressor in self.compressors)
+        return any(member.wants_training for member in self.members)
 
     @property
     def calibrates(self) -> bool:
         """Whether a calibration has to follow the training."""
-        return any(compressor.calibrates for compressor in self.compressors)
+        return any(member.calibrates for member in self.members)
 
     @property
     def calibration_steps(self) -> int | None:
         """Batches of the calibration; None for one pass over the training data."""
-        wanted = [compressor.calibration_steps for compressor in self.compressors if compressor.calibrates]
+        wanted = [member.calibration_steps for member in self.members if member.calibrates]
         return None if None in wanted else max(wanted, default=None)  # type: ignore[type-var]
 
     # The moments of a run.
@@ -137,9 +137,9 @@ class Chain:
         )
         begun: list[Moments] = []
         try:
-            for compressor in self.compressors:
-                compressor.begin_run(context)
-                begun.append(compressor)
+            for member in self.members:
+                member.begin_run(context)
+                begun.append(member)
             if own_loop:
                 with watch("training"):
                     yield
@@ -148,8 +148,8 @@ class Chain:
         finally:
             for handle in handles:
                 handle.remove()
-            for compressor in begun:
-                compressor.end_run()
+            for member in begun:
+                member.end_run()
 
     def begin(self) -> None:
         """Makes the decisions that need no training step; a resumed run has made them.
@@ -183,11 +183,11 @@ class Chain:
     def loss(self, loss: Tensor, batch: Any) -> Tensor:
         """The loss that is differentiated: the task's own, weighted, and what every compressor adds."""
         self.batch += 1
-        for compressor in self.compressors:
-            if compressor.loss_weight != 1:
-                loss = loss * compressor.loss_weight
-        for compressor in self.compressors:
-            term = compressor.loss_term(batch)
+        for member in self.members:
+            if member.loss_weight != 1:
+                loss = loss * member.loss_weight
+        for member in self.members:
+            term = member.loss_term(batch)
             loss = loss if term is None else loss + term
         return loss
 
@@ -201,7 +201,7 @@ class Chain:
     def rewind(self) -> None:
         """Before another round: the user's weights and statistics as they were before the first one, where a compressor
         wants it; what compressors learn goes on with a fresh optimizer."""
-        if any(compressor.rewinds for compressor in self.compressors):
+        if any(member.rewinds for member in self.members):
             self.restore_users_state(self._origin)
         self.learned.reset()
 
@@ -223,8 +223,8 @@ class Chain:
     def _before_step(self) -> None:
         """The gradients are there, reduced over the workers; the weights are those that gave them."""
         self.learned.reduce_gradients()
-        for compressor in self.compressors:
-            compressor.before_step(self.step + 1)
+        for member in self.members:
+            member.before_step(self.step + 1)
 
     def _after_step(self) -> None:
         """The optimizer has stepped: decisions that are due are made, on all ranks alike."""
@@ -234,15 +234,15 @@ class Chain:
         self._decide(Moment("step", self.step, self.round))
 
     def _decide(self, moment: Moment) -> None:
-        due = [compressor for compressor in self.compressors if compressor.is_due(moment)]
-        for turn in sorted({compressor.turn for compressor in due}):
-            deciding = [compressor for compressor in due if compressor.turn == turn]
-            reduce_([statistic for compressor in deciding for statistic in compressor.statistics()])
-            for compressor in deciding:
-                compressor.decide(moment)
+        due = [member for member in self.members if member.is_due(moment)]
+        for turn in sorted({member.turn for member in due}):
+            deciding = [member for member in due if member.turn == turn]
+            reduce_([statistic for member in deciding for statistic in member.statistics()])
+            for member in deciding:
+                member.decide(moment)
 
     def _take_notes(self) -> None:
-        told = [note for compressor in self.compressors for note in compressor.notes()]
+        told = [note for member in self.members for note in member.notes()]
         self.notes = tuple(dict.fromkeys([*self.notes, *told]))
 
     # What they have to give.
@@ -250,8 +250,8 @@ class Chain:
     def masks(self) -> Masks:
         """{module: {target: mask}}, 1 = keep, in each target's full shape; those of several pruners multiplied."""
         merged = Masks()
-        for compressor in self.compressors:
-            masks = compressor.get_masks()
+        for member in self.members:
+            masks = member.get_masks()
             for target_id, mask in masks.by_target():
                 merged.put(target_id, mask, masks.method(*target_id))
         return merged
@@ -259,14 +259,14 @@ class Chain:
     def calibration(self) -> Calibration:
         """{module: {target: {scale, zero_point, quant_dtype, …}}} of every quantizer."""
         merged: Calibration = {}
-        for compressor in self.compressors:
-            for module, targets in compressor.get_calibration_config().items():
+        for member in self.members:
+            for module, targets in member.get_calibration_config().items():
                 merged.setdefault(module, {}).update(targets)
         return merged
 
     def folds(self) -> list[tuple[str, ...]]:
         """The module names that one host runs as a single operator, as `fuse_names` gives them."""
-        return [names for compressor in self.compressors for names in compressor.folds()]
+        return [names for member in self.members for names in member.folds()]
 
     def sparsity(self) -> float:
         """The fraction of the masked parameters' and activations' elements that is zero; 0 without masks."""
@@ -296,7 +296,7 @@ class Chain:
     def settle(self) -> None:
         """Merges what the ranks are still gathering, so that rank 0's state holds all of it. A collective: every rank
         calls it before `state_dict`."""
-        settle_([statistic for compressor in self.compressors for statistic in compressor.running_statistics()])
+        settle_([statistic for member in self.members for statistic in member.running_statistics()])
 
     def state_dict(self) -> dict[str, Any]:
         """What the compressors know beside the model's own state dict: the step, schedules, running statistics."""
@@ -311,10 +311,7 @@ class Chain:
             "generator": self.generator.get_state(),
             "learned": self.learned.state_dict(),
             "origin": self._origin,
-            "compressors": [
-                {"class": type(compressor).__name__, "state": compressor.state_dict()}
-                for compressor in self.compressors
-            ],
+            "compressors": [{"class": type(member).__name__, "state": member.state_dict()} for member in self.members],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -324,7 +321,7 @@ class Chain:
             CompressionError: the state is of another format or of other compressors.
         """
         saved = [item["class"] for item in state["compressors"]]
-        here = [type(compressor).__name__ for compressor in self.compressors]
+        here = [type(member).__name__ for member in self.members]
         if state["version"] != _STATE_VERSION or saved != here:
             raise CompressionError(
                 f"the state is version {state['version']} of {saved}, "
@@ -334,6 +331,6 @@ class Chain:
         self.begun, self.calibrated, self.notes = state["begun"], state["calibrated"], tuple(state["notes"])
         self.generator.set_state(state["generator"])
         self._origin = dict(state["origin"])
-        for compressor, item in zip(self.compressors, state["compressors"], strict=True):
-            compressor.load_state_dict(item["state"])
+        for member, item in zip(self.members, state["compressors"], strict=True):
+            member.load_state_dict(item["state"])
         self.learned.load_state_dict(state["learned"])

@@ -26,7 +26,8 @@ class Compressor(Moments, ABC):
     """Compresses a model while the user's training runs.
 
     Constructing one attaches its targets to the model. A subclass says at which moments it acts by overriding them;
-    what it doesn't override does nothing.
+    what it doesn't override does nothing. This class's constructor resolves the config list, checks it and attaches, so
+    a subclass sets what these need before it calls it.
 
     Args:
         model: the model, changed in place; or a `Chain`, to fuse with the compressors on it (see `from_compressor`).
@@ -39,6 +40,8 @@ class Compressor(Moments, ABC):
     """
 
     kind: ClassVar[Kind]
+    fusion_order: ClassVar[tuple[str, ...]] = ("evaluator",)
+    """What `from_compressor` takes by position behind the config list: NNI's order, which isn't the constructor's."""
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.chain = model if isinstance(model, Chain) else Chain(model)
@@ -61,10 +64,15 @@ class Compressor(Moments, ABC):
     def from_compressor(cls, compressor: Compressor, config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
         """A compressor fused with `compressor` and all that is fused with it already.
 
-        Its other arguments are those of the class. The evaluator of the earlier compressors is kept; one given here is
-        used only where they have none.
+        Its other arguments are those of the class, by name or in NNI's order. The evaluator of the earlier compressors
+        is kept; one given here is used only where they have none.
+
+        Raises:
+            TypeError: more positional arguments than there are.
         """
-        return cls(compressor.chain, config_list, *args, **kwargs)  # type: ignore[arg-type]
+        if len(args) > len(cls.fusion_order):
+            raise TypeError(f"{cls.__name__}.from_compressor takes {', '.join(cls.fusion_order)}, not {len(args)} more")
+        return cls(compressor.chain, config_list, **dict(zip(cls.fusion_order, args, strict=False)), **kwargs)
 
     @property
     def model(self) -> nn.Module:
@@ -92,7 +100,7 @@ class Compressor(Moments, ABC):
         """
         unlimited = max_steps is None and max_epochs is None
         rounds = self.chain.rounds
-        if unlimited and not any(isinstance(each, Compressor) and each is not self for each in self.chain.compressors):
+        if unlimited and not any(isinstance(each, Compressor) and each is not self for each in self.chain.members):
             max_steps = self.steps_to_go()
         elif not unlimited and self.chain.wants_training:
             rounds = max(rounds, self.chain.round + 1)

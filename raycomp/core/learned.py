@@ -1,7 +1,7 @@
-"""What compressors learn beside the model: scores, factors, scales, translators.
+"""What compressors learn beside the model: factors, translators, and what algorithms to come learn.
 
 They belong to the chain: no Parameters of the model, so the user's optimizer, parameter names, clipping and schedules
-never meet them, nor does DDP. The chain adds up their gradients over the workers itself, and an optimizer of its own
+never meet them, nor does DDP. The chain averages their gradients over the workers itself, and an optimizer of its own
 steps them.
 """
 
@@ -21,7 +21,7 @@ LEARNING_RATE = 1e-2
 
 
 class Learns(nn.Module):
-    """A module with learned tensors: buffers that need gradients, so they move, copy and save with the model."""
+    """A module with learned tensors: buffers that need gradients, which move, copy and save with who holds it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,21 +15,22 @@ class Mask(AdoptsShapes):
     Args:
         shape: the target's shape; () for an activation, whose mask has none before the first decision.
         method: mul, add or bypass.
-        channels_last: whether an activation's channels are its last dimension, and not dimension 1.
+        has_rank: whether the mask broadcasts to the target as it is; else it is the [1, channels] of an activation
+            whose rank a forward pass has yet to show, with the channels in dimension 1.
     """
 
     mask: Tensor
 
-    def __init__(self, shape: tuple[int, ...], method: ApplyMethod = "mul", *, channels_last: bool = False) -> None:
+    def __init__(self, shape: tuple[int, ...], method: ApplyMethod = "mul", *, has_rank: bool = False) -> None:
         super().__init__()
         self.method: ApplyMethod = method
-        self.channels_last = channels_last
+        self.has_rank = has_rank
         self.register_buffer("mask", torch.ones(shape))
 
     @classmethod
     def of(cls, mask: Tensor, method: ApplyMethod) -> Mask:
         """A module that applies a mask whose shape is whole."""
-        made = cls(tuple(mask.shape), method, channels_last=True)
+        made = cls(tuple(mask.shape), method, has_rank=True)
         made.mask = mask.clone()
         return made
 
@@ -52,6 +53,6 @@ class Mask(AdoptsShapes):
 
     def _in_rank(self, mask: Tensor, rank: int) -> Tensor:
         # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
-        if self.channels_last or not 0 < mask.dim() < rank:
+        if self.has_rank or not 0 < mask.dim() < rank:
             return mask
         return mask.reshape(*mask.shape, *[1] * (rank - mask.dim()))

@@ -38,7 +38,7 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
 
 def _evaluator(chain: Chain) -> Evaluator:
     if chain.evaluator is None:
-        names = [type(each).__name__ for each in chain.compressors if each.rounds or each.calibrates]
+        names = [type(each).__name__ for each in chain.members if each.rounds or each.calibrates]
         message = f"{', '.join(names) or 'training'} needs an evaluator"
         raise CompressionError(message, remedy="pass a TorchEvaluator")
     return chain.evaluator

@@ -251,4 +251,4 @@ def _has_parameter(module: nn.Module, name: str) -> bool:
 def _no_targets(model: nn.Module, kind: Kind, names: list[str], where: str) -> Problem:
     types = sorted({type_name(model.get_submodule(name)) for name in names})
     message = f"{', '.join(types)} has no {kind} targets by default"
-    return Problem(where, message, "name them with target_names, or register_template for the class")
+    return Problem(where, message, "name them with target_names, or raycomp.register_template for the class")

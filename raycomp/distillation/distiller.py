@@ -39,6 +39,8 @@ class LayerwiseDistiller(Compressor):
 
     kind: ClassVar[Kind] = "distiller"
 
+    fusion_order = ("teacher_model", "teacher_predict", "origin_loss_lambda", "evaluator")
+
     def __init__(
         self,
         model: nn.Module | Chain,
@@ -56,15 +58,6 @@ class LayerwiseDistiller(Compressor):
         self.origin_loss_lambda = origin_loss_lambda
         self.recorders: dict[TargetId, Recorder] = {}
         super().__init__(chain, config_list, evaluator)
-
-    @classmethod
-    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> Any:
-        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, teacher_model, …)` holds."""
-        if args and isinstance(args[0], nn.Module):
-            names = ("teacher_model", "teacher_predict", "origin_loss_lambda", "evaluator")
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-            args = ()
-        return cls(compressor.chain, config_list, *args, **kwargs)
 
     def translated(self, target_id: TargetId, link: TargetId, student: Tensor, teacher: Tensor) -> Tensor:
         """What of the student is held against the teacher's output: its own, as it is."""

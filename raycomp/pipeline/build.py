@@ -1,7 +1,7 @@
 """From a stage's settings to compressors on a model.
 
-What a config list means for a model (selection, groups, align) is resolved once, on the driver or the head node; every
-worker builds its compressors from the same frozen description.
+What a config list means for a model (selection, groups, align) is resolved once per stage, on the driver or the head
+node; every worker builds its compressors from the same frozen description.
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def build_chain(
 def try_stage(
     model: nn.Module, stage: StageConfig, context: BuildContext, where: str, problems: list[Problem]
 ) -> tuple[ResolvedStage, Chain]:
-    """Resolves, builds and rehearses a stage as far as that goes, and adds to `problems` what is wrong with it."""
+    """Resolves, builds and rehearses a stage as far as that goes, and adds to `problems` what is wrong with it.
+
+    What it returns is whole where no problem was added.
+    """
     selections = _selections(model, stage, context, where, problems)
     chain = Chain(model, context.example, context.seed)
     members = _fuse(chain, stage, selections, context, where, problems)
@@ -167,7 +170,7 @@ def _fuse(
         path = f"{where}.compressors[{index}]"
         with _below(path, problems):
             _build(chain, stage.compressors[index], selection, context)
-            members[_holder(stage.compressors[index], path)[0]] = chain.compressors[-1]
+            members[_holder(stage.compressors[index], path)[0]] = chain.members[-1]
     return members
 
 
@@ -178,6 +181,7 @@ def _holder(settings: CompressorSettings, path: str) -> tuple[str, CompressorSet
 
 def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildContext) -> Selection:
     entries: Sequence[SelectionEntry] = settings.config_list  # type: ignore[attr-defined]
+    # First as the user wrote it, so that errors name his entries.
     resolve(model, settings.kind, entries, "config_list")
     if isinstance(settings, PrunerSettings):
         # With what the graph adds: channels that go together, norms and biases that follow.

@@ -166,7 +166,19 @@ def finish_stage(
     simulated, under_masks = copy.deepcopy(chain.model), without_quantizers(chain.model)
     chain.unwrap()
     masked = chain.model
-    uncut = StageResult(simulated, masked, masked, masks, masks, calibration, folds, start.plan, None, (), state.notes)
+    uncut = StageResult(
+        simulated=simulated,
+        masked=masked,
+        model=masked,
+        masks=masks,
+        kept=masks,
+        calibration=calibration,
+        folds=folds,
+        plan=start.plan,
+        verification=None,
+        unpruned=(),
+        notes=state.notes,
+    )
     if index == len(job.stages) - 1:
         uncut = _with_masks_on(uncut)
     if not (masks and job.speedup.enabled and job.stages[index].speedup):

@@ -12,5 +12,5 @@ class AGPPruner(StepwisePruner):
 
     @staticmethod
     def curve(progress: float, goal: float) -> float:
-        """The part of the goal that is due."""
+        """The fraction of the goal that is due."""
         return agp(progress, goal)

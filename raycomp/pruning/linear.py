@@ -11,5 +11,5 @@ class LinearPruner(StepwisePruner):
 
     @staticmethod
     def curve(progress: float, goal: float) -> float:
-        """The part of the goal that is due."""
+        """The fraction of the goal that is due."""
         return linear(progress, goal)

@@ -1,4 +1,7 @@
-"""From saliencies to masks: threshold → dependency → global → ratio. Pure functions, no model and no lifecycle."""
+"""From saliencies to masks: dependency groups share one; then threshold or ratio, alone or ranked over a global group.
+
+Pure functions, no model and no lifecycle.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ def make_masks(requests: Sequence[MaskRequest]) -> dict[Hashable, Tensor]:
 
 
 class _Unit:
-    """Targets that share one mask; with internal blocks, the j-th least of every block go together as one step."""
+    """Targets that share one mask, which grows in steps: of one block of each target; with `internal_metric_block`, of
+    the j-th least block of every part."""
 
     def __init__(self, members: Sequence[MaskRequest]) -> None:
         self.members = members

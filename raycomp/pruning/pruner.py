@@ -73,7 +73,7 @@ class Pruner(Compressor):
         layout = self.layouts[target_id]
         shape = layout.shape if target_kind(target_id.target) == "parameter" else ()
         assert shape is not None
-        return Mask(shape, self._settings(target_id).apply_method, channels_last=self._is_last(target_id, layout))
+        return Mask(shape, self._settings(target_id).apply_method, has_rank=self._has_rank(target_id, layout))
 
     # Its targets.
 
@@ -216,7 +216,7 @@ class Pruner(Compressor):
     def _layout(self, target_id: TargetId) -> Layout:
         return self.layouts.get(target_id) or layout_of(self.model, target_id)
 
-    def _is_last(self, target_id: TargetId, layout: Layout) -> bool:
+    def _has_rank(self, target_id: TargetId, layout: Layout) -> bool:
         """Whether the channels of an input or output are its last dimension; without an example, as classes tell."""
         dim = layout.channel_dim
         if dim is None and target_id in self.followers:
@@ -226,7 +226,7 @@ class Pruner(Compressor):
     def _leaders(self) -> list[Pruner]:
         """The compressors fused before this one whose masks its own follow."""
         sources = [follower.source for follower in self.followers.values()]
-        earlier = self.chain.compressors[: self.chain.compressors.index(self)]
+        earlier = self.chain.members[: self.chain.members.index(self)]
         return [each for each in earlier if isinstance(each, Pruner) and any(key in each.masks for key in sources)]
 
     def _request(self, target_id: TargetId, saliency: Tensor, progress: float) -> MaskRequest:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from raycomp.core.moments import Moment
 
 Curve = Callable[[float, float], float]
-"""From the progress (above 0, at most 1) and the goal to the part of the goal that is due."""
+"""From the progress t/T (above 0, at most 1) and the goal to the fraction of the goal that is due."""
 
 
 class Schedule(ABC):
@@ -24,7 +24,7 @@ class Schedule(ABC):
         """Whether optimizer step `step` (counted from 1) is one of the last `window` before a decision."""
 
     def due(self, progress: float, goal: float) -> float:
-        """The part of a goal (a sparse ratio, or 0 for a threshold) that is due."""
+        """The fraction of a goal (a sparse ratio, or 0 for a threshold) that is due."""
         return progress
 
     def is_over(self, step: int, round: int) -> bool:
@@ -124,15 +124,16 @@ class RoundEnds(Schedule):
 
 
 def linear(progress: float, goal: float) -> float:
-    """The goal grows evenly."""
+    """The fraction t/T of the goal."""
     return progress
 
 
 def agp(progress: float, goal: float) -> float:
-    """The goal × (1 − (1 − t/T)³): quick at first, slow at the end (Zhu and Gupta, arXiv:1710.01878)."""
+    """The fraction 1 − (1 − t/T)³ of the goal: quick at first, slow at the end (Zhu and Gupta, arXiv:1710.01878)."""
     return 1 - (1 - progress) ** 3
 
 
 def same_part_each_time(progress: float, goal: float) -> float:
-    """Sparsity 1 − (1 − goal)^(t/T): each time the same part of what is left (Frankle and Carbin, arXiv:1803.03635)."""
+    """The fraction of the goal that is the sparsity 1 − (1 − goal)^(t/T): each time the same part of what is left
+    (Frankle and Carbin, arXiv:1803.03635)."""
     return progress if progress == 1 or goal == 0 else (1 - (1 - goal) ** progress) / goal

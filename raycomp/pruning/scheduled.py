@@ -102,7 +102,7 @@ class StepwisePruner(ScheduledPruner):
     @staticmethod
     @abstractmethod
     def curve(progress: float, goal: float) -> float:
-        """The part of the goal that is due."""
+        """The fraction of the goal that is due."""
 
     def __init__(
         self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: Evaluator | None = None

@@ -55,6 +55,8 @@ class SlimPruner(Pruner):
         regular_scale: the weight of the penalty.
     """
 
+    fusion_order = ("training_steps", "regular_scale", "evaluator")
+
     def __init__(
         self,
         model: nn.Module | Chain,
@@ -67,15 +69,6 @@ class SlimPruner(Pruner):
         self.regular_scale = regular_scale
         self.factors: dict[TargetId, Factor] = {}
         super().__init__(model, config_list, evaluator)
-
-    @classmethod
-    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> SlimPruner:
-        """As `Compressor.from_compressor`; NNI's `(compressor, config_list, training_steps, regular_scale, evaluator)`
-        holds."""
-        if args and isinstance(args[0], int):
-            kwargs = {**dict(zip(("training_steps", "regular_scale", "evaluator"), args, strict=False)), **kwargs}
-            args = ()
-        return cls(compressor.chain, config_list, *args, **kwargs)
 
     @property
     def window(self) -> int:

@@ -32,6 +32,8 @@ class TaylorPruner(Pruner):
         training_steps: how many steps' saliencies are summed before a decision.
     """
 
+    fusion_order = ("training_steps", "evaluator")
+
     def __init__(
         self,
         model: nn.Module | Chain,
@@ -42,15 +44,6 @@ class TaylorPruner(Pruner):
         self.training_steps = training_steps
         self.sums: dict[TargetId, Statistic] = {}
         super().__init__(model, config_list, evaluator)
-
-    @classmethod
-    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> TaylorPruner:
-        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, training_steps, evaluator)` holds."""
-        if args and isinstance(args[0], int):
-            training_steps, *rest = args
-            kwargs = {"training_steps": training_steps, **({"evaluator": rest[0]} if rest else {}), **kwargs}
-            args = ()
-        return cls(compressor.chain, config_list, *args, **kwargs)
 
     @property
     def window(self) -> int:

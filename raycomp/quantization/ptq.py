@@ -13,8 +13,8 @@ from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.moments import Moment
 from raycomp.core.target import TargetId
-from raycomp.quantization.observer import RangeWatcher
 from raycomp.quantization.quantizer import Quantizer
+from raycomp.quantization.range_watcher import RangeWatcher
 
 
 class PtqQuantizer(Quantizer):
@@ -74,8 +74,3 @@ class PtqQuantizer(Quantizer):
 
     def notes(self) -> list[str]:
         return super().notes() if self.chain.calibrated else []
-
-    @classmethod
-    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> PtqQuantizer:
-        """As `Compressor.from_compressor`; NNI's order `(compressor, config_list, evaluator)` holds."""
-        return cls(compressor.chain, config_list, *args, **kwargs)

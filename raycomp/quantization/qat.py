@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -30,6 +28,8 @@ class QATQuantizer(Quantizer):
         quant_start_step: optimizer steps before which ranges are only watched.
     """
 
+    fusion_order = ("quant_start_step", "evaluator")
+
     def __init__(
         self,
         model: nn.Module | Chain,
@@ -39,15 +39,6 @@ class QATQuantizer(Quantizer):
     ) -> None:
         self.quant_start_step = quant_start_step
         super().__init__(model, config_list, evaluator)
-
-    @classmethod
-    def from_compressor(cls, compressor: Any, config_list: ConfigList, *args: Any, **kwargs: Any) -> QATQuantizer:
-        """As `Compressor.from_compressor`; NNI's `(compressor, config_list, quant_start_step, evaluator)` holds."""
-        if args and isinstance(args[0], int):
-            start, *rest = args
-            kwargs = {"quant_start_step": start, **({"evaluator": rest[0]} if rest else {}), **kwargs}
-            args = ()
-        return cls(compressor.chain, config_list, *args, **kwargs)
 
     @property
     def rounds(self) -> int:

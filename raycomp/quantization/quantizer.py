@@ -22,7 +22,7 @@ from raycomp.core.target import Target, TargetId, set_buffer_
 from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
 from raycomp.quantization.fold import fold, fold_problem, folded_weight
-from raycomp.quantization.observer import RangeWatcher, value_range
+from raycomp.quantization.range_watcher import RangeWatcher, value_range
 
 
 class Quantizer(Compressor):
@@ -179,7 +179,7 @@ class Quantizer(Compressor):
         return self.chain.space.targets.get(TargetId(host, "weight"))
 
     def _fused_twice(self) -> list[Problem]:
-        first = {name: str(type(c).__name__) for c in self.chain.compressors for names in c.folds() for name in names}
+        first = {name: str(type(c).__name__) for c in self.chain.members for names in c.folds() for name in names}
         problems = []
         for index, names in self._fuse_names():
             where = f"config_list[{index}].fuse_names"

@@ -92,7 +92,8 @@ def _figures(event: ProgressEvent) -> list[str]:
     workers = f"{event.workers} worker" + ("s" if event.workers != 1 else "")
     metrics = [f"{name} {text.number(value)}" for name, value in event.metrics.items()]
     sparsity = f"sparsity {text.percent(event.sparsity)}"
-    return [f"loss {text.number(event.loss)}", *metrics, sparsity, workers, text.seconds(event.elapsed_s)]
+    loss = [] if event.loss is None else [f"loss {text.number(event.loss)}"]
+    return [*loss, *metrics, sparsity, workers, text.seconds(event.elapsed_s)]
 
 
 def _live_lines(event: ProgressEvent) -> RenderableType:

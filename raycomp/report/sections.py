@@ -173,7 +173,10 @@ def curves(summary: RunSummary) -> str:
     events = summary.history
     names = list(dict.fromkeys(name for event in events for name in event.metrics))
     drawings = [
-        figure("Training loss", _curve("loss", [(x, e.loss) for x, e in zip(steps, events, strict=True)], marks))
+        figure(
+            "Training loss",
+            _curve("loss", [(x, e.loss) for x, e in zip(steps, events, strict=True) if e.loss is not None], marks),
+        )
     ]
     for name in names:
         points = [(x, event.metrics[name]) for x, event in zip(steps, events, strict=True) if name in event.metrics]

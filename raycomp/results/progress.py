@@ -15,7 +15,7 @@ class ProgressEvent:
         epochs: epochs of the stage.
         step: optimizer steps done in this stage.
         steps: optimizer steps of the stage.
-        loss: training loss since the event before.
+        loss: training loss since the event before; None where nothing trained.
         metrics: the task's metrics where they were just evaluated, else empty.
         sparsity: fraction of masked elements among the pruned targets, in [0, 1].
         workers: number of workers that train.
@@ -27,7 +27,7 @@ class ProgressEvent:
     epochs: int
     step: int
     steps: int
-    loss: float
+    loss: float | None
     metrics: dict[str, float]
     sparsity: float
     workers: int

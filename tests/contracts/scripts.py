@@ -71,12 +71,12 @@ class Algorithm:
     @property
     def masked(self) -> set[str]:
         """The classes of modules whose weights are half masked after training."""
-        return {kind for row in self.rows if row["type"].endswith("Pruner") for kind in masked_types(row)}
+        return {kind for row in self.rows if COMPRESSORS[row["type"]].kind == "pruner" for kind in masked_types(row)}
 
     @property
     def quantizes(self) -> bool:
         """Whether the convolutions and the linear layer have scales after training."""
-        return any(row["type"].endswith("Quantizer") for row in self.rows)
+        return any(COMPRESSORS[row["type"]].kind == "quantizer" for row in self.rows)
 
     @property
     def rounds(self) -> int:

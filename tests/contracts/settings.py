@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from raycomp.config import COMPRESSORS
+
 Settings = dict[str, Any]
 
 HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
@@ -53,10 +55,8 @@ def settings(name: str) -> Settings:
 
 def fused(name: str) -> tuple[str, ...]:
     """An algorithm with one of each other kind."""
-    pruner = name if name.endswith("Pruner") else "TaylorPruner"
-    quantizer = name if name.endswith("Quantizer") else "QATQuantizer"
-    distiller = name if name.endswith("Distiller") else "DynamicLayerwiseDistiller"
-    return pruner, quantizer, distiller
+    others = {"pruner": "TaylorPruner", "quantizer": "QATQuantizer", "distiller": "DynamicLayerwiseDistiller"}
+    return tuple((others | {COMPRESSORS[name].kind: name}).values())
 
 
 def masked_types(row: Settings) -> set[str]:

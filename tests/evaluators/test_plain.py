@@ -123,7 +123,7 @@ def test_from_compressor_takes_nnis_orders_of_arguments() -> None:
     quantizer = QATQuantizer.from_compressor(scheduled, [{"op_types": ["Linear"]}], 5)
     norms = L1NormPruner.from_compressor(quantizer, [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.25}], evaluator)
     assert (taylor.training_steps, quantizer.quant_start_step) == (3, 5)
-    assert [type(c).__name__ for c in norms.chain.compressors] == [
+    assert [type(c).__name__ for c in norms.chain.members] == [
         "DynamicLayerwiseDistiller",
         "TaylorPruner",
         "QATQuantizer",

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from raycomp.config import TaskConfig, load_job
 from raycomp.errors import TaskError
-from raycomp.pipeline import BatchPlan, Task, build_task, evaluate, open_batches, prepare_task
+from raycomp.pipeline.data.batches import BatchPlan, open_batches
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.training.metrics import evaluate
 from tests.contracts.training import chain_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

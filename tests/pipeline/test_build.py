@@ -73,7 +73,7 @@ class Probe(Moments):
         self.chain = chain
         self.contexts: list[RunContext] = []
         self.metrics: list[float] = []
-        chain.compressors.append(self)
+        chain.members.append(self)
 
     def begin_run(self, context: RunContext) -> None:
         assert context.evaluate is not None

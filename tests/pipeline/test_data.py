@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.errors import TaskError
-from raycomp.pipeline import BatchPlan, LoaderContext, MicroBatch, Task, open_batches
-from raycomp.pipeline.data.batches import rank_slice
+from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches, rank_slice
+from raycomp.pipeline.task import Task
 from tests.pipeline.ranks import gradients_of, on_ranks
 
 
@@ -36,8 +36,8 @@ def tensors(length: int) -> TensorDataset:
     return TensorDataset(torch.arange(length, dtype=torch.float64), 10 * torch.arange(length))
 
 
-def steps_of(data: Any, epoch: int = 0, skip: int = 0, task: Task | None = None, **plan: Any) -> list[list[MicroBatch]]:
-    return list(open_batches(task or Task(), data, BatchPlan(**plan)).iterate(epoch, skip))
+def steps_of(data: Any, epoch: int = 0, task: Task | None = None, **plan: Any) -> list[list[MicroBatch]]:
+    return list(open_batches(task or Task(), data, BatchPlan(**plan)).iterate(epoch))
 
 
 def numbers(step: list[MicroBatch]) -> list[float]:
@@ -105,12 +105,8 @@ def test_slices_cover_all_and_fill_rank_0_first(total: int, world: int) -> None:
     assert sizes[0] == max(sizes)
 
 
-def test_an_epoch_goes_on_from_any_step() -> None:
+def test_an_epoch_has_as_many_steps_as_it_says() -> None:
     whole = steps_of(tensors(23), epoch=2, global_batch_size=4)
-    for skip in (0, 2, 6):
-        assert list(map(numbers, steps_of(tensors(23), epoch=2, skip=skip, global_batch_size=4))) == list(
-            map(numbers, whole[skip:])
-        )
     assert open_batches(Task(), tensors(23), BatchPlan(4)).steps_per_epoch == 6 == len(whole)
 
 
@@ -235,11 +231,11 @@ def test_a_loader_is_told_its_place_and_taken_as_it_is() -> None:
         yield from ([torch.full((context.batch_size,), float(k))] for k in range(4))
 
     batches = open_batches(Task(), loader, BatchPlan(6, seed=9, accumulation=2))
-    steps = list(batches.iterate(epoch=5, skip_steps=1))
+    steps = list(batches.iterate(epoch=5))
     assert seen[-1] == LoaderContext(rank=0, world=1, batch_size=3, epoch=5, seed=9)
     assert batches.steps_per_epoch is None
     assert "taken as it is" in batches.notes[0]
-    assert [[part.batch[0][0].item() for part in step] for step in steps] == [[2.0, 3.0]]
+    assert [[part.batch[0][0].item() for part in step] for step in steps] == [[0.0, 1.0], [2.0, 3.0]]
     assert open_batches(Task(), tensors(4), BatchPlan(2)).notes == ()
 
 
@@ -278,22 +274,21 @@ def test_ray_data_comes_in_batches() -> None:
     assert [part.batch["x"].tolist() for step in steps for part in step] == [[0, 1], [2, 3], [4]]
 
 
-def _uneven_loaders(rank: int, world: int, skip: int) -> list[tuple[int, int, float, int]]:
+def _uneven_loaders(rank: int, world: int) -> list[tuple[int, int, float, int]]:
     sizes = [[3, 3, 2], [3]][rank]
 
     def loader(context: LoaderContext) -> Iterator[list[Tensor]]:
         return ([torch.zeros(size)] for size in sizes)
 
-    steps = open_batches(Task(), loader, BatchPlan(6, rank=rank, world=world)).iterate(0, skip)
+    steps = open_batches(Task(), loader, BatchPlan(6, rank=rank, world=world)).iterate(0)
     parts = [part for step in steps for part in step]
     return [(part.share.samples, part.share.total, part.loss_weight, len(part.batch[0])) for part in parts]
 
 
 def test_workers_whose_loaders_end_early_go_on_with_stand_ins() -> None:
-    first, second = on_ranks(2, _uneven_loaders, 0)
+    first, second = on_ranks(2, _uneven_loaders)
     assert first == [(3, 6, 1.0, 3), (3, 3, 2.0, 3), (2, 2, 2.0, 2)]
     assert second == [(3, 6, 1.0, 3), (0, 3, 0.0, 3), (0, 2, 0.0, 3)]
-    assert on_ranks(2, _uneven_loaders, 2) == [first[2:], second[2:]]
 
 
 def _starved(rank: int, world: int) -> str:

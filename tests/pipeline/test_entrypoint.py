@@ -9,12 +9,12 @@ import pytest
 
 from raycomp.config import TaskConfig
 from raycomp.errors import TaskError
-from raycomp.pipeline import build_task
+from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.user_code import user_code
 
 SOURCE = """
 from pathlib import Path
-from raycomp.pipeline import Task
+from raycomp.pipeline.task import Task
 from task_helper import NUMBER
 
 

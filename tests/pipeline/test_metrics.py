@@ -11,7 +11,9 @@ from torch.utils.data import TensorDataset
 
 from raycomp.core.model import evaluation_mode
 from raycomp.errors import TaskError
-from raycomp.pipeline import LoaderContext, Task, evaluate
+from raycomp.pipeline.data.batches import LoaderContext
+from raycomp.pipeline.task import Task
+from raycomp.pipeline.training.metrics import evaluate
 from tests.pipeline.ranks import on_ranks
 
 

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from raycomp.errors import TaskError
-from raycomp.pipeline import LoaderContext, Task, prepare_task
+from raycomp.pipeline.data.batches import LoaderContext
 from raycomp.pipeline.data.structure import count_samples, move_batch
+from raycomp.pipeline.task import Task, prepare_task
 from tests.pipeline.ranks import on_ranks
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0]])

@@ -80,8 +80,8 @@ class Batches(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What the report should say about the data."""
 
-    def iterate(self, epoch: int, skip_steps: int = 0) -> Iterator[list[MicroBatch]]:
-        """The steps of an epoch, from step `skip_steps` on."""
+    def iterate(self, epoch: int) -> Iterator[list[MicroBatch]]:
+        """The steps of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class GlobalBatches:
     def steps_per_epoch(self) -> int:
         return -(-self._length // self._plan.global_batch_size)
 
-    def iterate(self, epoch: int, skip_steps: int = 0) -> Iterator[list[MicroBatch]]:
-        steps = [self._step(indices) for indices in self._global_batches(epoch)[skip_steps:]]
+    def iterate(self, epoch: int) -> Iterator[list[MicroBatch]]:
+        steps = [self._step(indices) for indices in self._global_batches(epoch)]
         wanted = [part.indices for parts in steps for part in parts]
         batches = fetched_batches(
             self._task, self._dataset, wanted, self._plan.seed, epoch, num_data_workers=self._plan.num_data_workers
@@ -240,12 +240,10 @@ class LoaderBatches:
         self._plan = plan
         self.steps_per_epoch = self._count_steps()
 
-    def iterate(self, epoch: int, skip_steps: int = 0) -> Iterator[list[MicroBatch]]:
+    def iterate(self, epoch: int) -> Iterator[list[MicroBatch]]:
         with user_code(self._where):
             loader = iter(self._loader(epoch))
         last = None
-        for _ in range(skip_steps):
-            last = (self._take(loader) or [last])[-1]
         while True:
             batches = self._take(loader)
             last = batches[-1] if batches else last

@@ -92,8 +92,7 @@ def conclude(
         facts: what the report says of the run.
         folder: an empty folder.
 
-    Raises:
-        SpeedupError: the model can't be lowered.
+    What can't be lowered or exported is a note of the summary.
     """
     watch = Stopwatch(facts.timings)
     torch.set_num_threads(job.scaling.threads_per_worker)

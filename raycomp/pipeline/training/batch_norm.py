@@ -27,7 +27,7 @@ def synchronise_batch_norm_(model: nn.Module) -> list[str]:
     """Lets every batch norm of `model` train on the moments of the global batch.
 
     Comes before compressors are attached. A norm's class becomes a subclass of the same name; its parameters, buffers
-    and hooks stay, and `restore_batch_norm_` gives the class back. In evaluation, and without a process group, it
+    and hooks stay. In evaluation, and without a process group, it
     computes what it always did. While a norm trains, each of its forward and backward passes is a collective.
 
     Returns:
@@ -53,26 +53,13 @@ def synchronise_batch_norm_(model: nn.Module) -> list[str]:
     return list(norms)
 
 
-def restore_batch_norm_(model: nn.Module) -> None:
-    """Undoes `synchronise_batch_norm_`, once compressors are detached.
-
-    Raises:
-        CompressionError: a compressor is still attached to a norm.
-    """
-    for name, module in model.named_modules():
-        if is_synchronised(module):
-            if type(module).__bases__[0] is not _Synchronised:
-                raise CompressionError("a compressor is still attached", where=name, remedy="unwrap the model first")
-            module.__class__ = type(module).__bases__[1]
-
-
 def is_synchronised(module: nn.Module) -> bool:
     """Whether `module` is a batch norm that trains on the moments of the global batch."""
     return isinstance(module, _Synchronised)
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class ChannelMoments:
     """Moments of each channel over the global batch.
 
     Args:
@@ -87,7 +74,7 @@ class Moments:
 
 
 @torch.no_grad()
-def global_moments(input: Tensor) -> Moments:
+def global_moments(input: Tensor) -> ChannelMoments:
     """The moments of `input` [batch, channels, ...] over the batches of all ranks; bitwise the same on each of them.
 
     Each rank's moments are merged as Chan, Golub and LeVeque (1979) merge them, in float64, so that a mean far from
@@ -103,7 +90,7 @@ def global_moments(input: Tensor) -> Moments:
     total = counts.sum()
     merged = (counts * means).sum(0) / total
     spread = (counts * (variances + (means - merged) ** 2)).sum(0) / total
-    return Moments(merged.to(mean), spread.to(mean), total.to(mean))
+    return ChannelMoments(merged.to(mean), spread.to(mean), total.to(mean))
 
 
 def _gathered(mine: Tensor) -> Tensor:
@@ -147,7 +134,7 @@ def _synchronised_class(kind: type[_BatchNorm]) -> type[_BatchNorm]:
 
 
 @torch.no_grad()
-def _update_running_(norm: _BatchNorm, moments: Moments) -> None:
+def _update_running_(norm: _BatchNorm, moments: ChannelMoments) -> None:
     if not norm.track_running_stats or norm.running_mean is None or norm.running_var is None:
         return
     assert norm.num_batches_tracked is not None
@@ -163,7 +150,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Moments, eps: float
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, moments: ChannelMoments, eps: float
     ) -> Tensor:
         ctx.save_for_backward(input, weight, moments.mean, moments.variance, moments.count)
         ctx.eps = eps

@@ -91,7 +91,7 @@ class StageTraining:
         self.rounds = max(self.chain.rounds, 1) if self.chain.wants_training else 0
         self.steps_per_round = self._steps_per_round() if self.rounds else 0
         self.steps = self.steps_per_round * self.rounds
-        self.step, self.epoch = 0, 0
+        self.epoch = 0
         self.loss_sum, self.loss_steps = torch.zeros((), device=self.device), 0
         self.history: tuple[ProgressEvent, ...] = ()
         self.notes = self.batches.notes
@@ -137,6 +137,7 @@ class StageTraining:
                     with use_share(micro_batch.share), self._autocast(), user_code(self._call("forward")):
                         trainee.calibration_step(partial(self.task.forward, self.chain.model, batch))
         self.epoch += 1
+        self.loss_steps = 0
         self._end_epoch(last=True)
 
     def evaluate(self, model: nn.Module) -> float:
@@ -165,9 +166,8 @@ class StageTraining:
             self.loss_sum += self._step(micro_batches)
             if self.scheduler is not None:
                 self.scheduler.step()
-            self.step += 1
             self.loss_steps += 1
-            if rank() == 0 and self.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
+            if rank() == 0 and self.chain.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
                 self.listener.progress(self._event(self.epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
             if self.chain.steps_in_round >= self.steps_per_round:
@@ -203,7 +203,7 @@ class StageTraining:
 
     def _check_gradients(self) -> None:
         """DDP would fail in the next step, and name its own argument instead of the task's attribute."""
-        if self.step > 0 or self.model is self.chain.model or self.task.unused_parameters:
+        if self.chain.step > 0 or self.model is self.chain.model or self.task.unused_parameters:
             return
         with self.chain.space.as_written():
             named = list(self.chain.model.named_parameters())
@@ -218,16 +218,21 @@ class StageTraining:
     def _end_epoch(self, *, last: bool) -> None:
         if not self.training.sync_batch_norm:
             take_buffers_of_rank_0_(self.chain.model)
-        mean = self.loss_sum.double() / max(self.loss_steps, 1)
-        reduce_([Statistic(mean, "sum", "loss")])
-        metrics = self._metrics(self.chain.model)
-        event = self._event(self.epoch, float(mean) / world_size(), metrics)
+        event = self._event(self.epoch, self._mean_loss(), self._metrics(self.chain.model))
         self.history = (*self.history, event)
         if rank() == 0:
             self.listener.progress(event)
         if last or self.epoch % self.training.checkpoint_every_epochs == 0:
             self.chain.settle()
-            self.listener.checkpoint(self._state, metrics)
+            self.listener.checkpoint(self._state, event.metrics)
+
+    def _mean_loss(self) -> float | None:
+        """The epoch's, over all ranks; None where nothing trained."""
+        if not self.loss_steps:
+            return None
+        mean = self.loss_sum.double() / self.loss_steps
+        reduce_([Statistic(mean, "mean", "loss")])
+        return float(mean)
 
     def _metrics(self, model: nn.Module) -> dict[str, float]:
         with self._autocast():
@@ -254,7 +259,7 @@ class StageTraining:
         }
         notes = tuple(dict.fromkeys([*self.notes, *self.chain.notes]))
         model = self.chain.model.state_dict()
-        return StageState(self.name, self.epoch, self.step, model, training, self.history, notes)
+        return StageState(self.name, self.epoch, self.chain.step, model, training, self.history, notes)
 
     def _restore(self, state: StageState) -> None:
         self.chain.model.load_state_dict(state.model)
@@ -262,14 +267,23 @@ class StageTraining:
         self.optimizer.load_state_dict(state.training["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.training["scheduler"])
-        self.step, self.epoch, self.history = state.step, state.epoch, state.history
+        self.epoch, self.history = state.epoch, state.history
 
-    def _event(self, epoch: int, loss: float, metrics: dict[str, float]) -> ProgressEvent:
-        per_epoch = max(self.step // max(epoch, 1), 1)
+    def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
+        per_epoch = max(self.chain.step // max(epoch, 1), 1)
         epochs = (self.training.epochs or 0) * self.rounds or max(epoch, -(-self.steps // per_epoch))
         elapsed = time.monotonic() - self.started
         return ProgressEvent(
-            self.name, epoch, epochs, self.step, self.steps, loss, metrics, self.chain.sparsity(), world_size(), elapsed
+            self.name,
+            epoch,
+            epochs,
+            self.chain.step,
+            self.steps,
+            loss,
+            metrics,
+            self.chain.sparsity(),
+            world_size(),
+            elapsed,
         )
 
     def _gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
