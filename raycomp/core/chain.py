@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Chain:
         self.begun = False
         self.calibrated = False
         self._origin: dict[str, Tensor] = {}
-        self._shared: dict[object, Any] = {}
+        self._common: dict[object, Any] = {}
 
     # Who stands on the model.
 
@@ -85,11 +86,11 @@ class Chain:
             member.commit()
         self.space.detach()
 
-    def share(self, key: object, make: Callable[[], Any]) -> Any:
+    def common(self, key: object, make: Callable[[], Any]) -> Any:
         """What several compressors of this chain use in common: made once for each key."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+        if key not in self._common:
+            self._common[key] = make()
+        return self._common[key]
 
     # What they need.
 
@@ -127,12 +128,12 @@ class Chain:
             CompressionError: no optimizer, or the model is unwrapped.
         """
         own_loop = not isinstance(context, RunContext)
-        context = RunContext(context) if isinstance(context, Sequence) else context
+        context = replace(context if isinstance(context, RunContext) else RunContext(context), generator=self.generator)
         if not context.optimizers:
             raise CompressionError("a training run needs an optimizer")
         self.begin()
         handles = (
-            context.optimizers[0].register_step_pre_hook(lambda *_: self._before_step()),
+            context.optimizers[0].register_step_pre_hook(self._before_step),
             context.optimizers[-1].register_step_post_hook(lambda *_: self._after_step()),
         )
         begun: list[Moments] = []
@@ -175,6 +176,9 @@ class Chain:
         Returns:
             What `step_fn` gave, with the loss that is to be differentiated in its place.
         """
+        if not torch.is_grad_enabled():
+            # A loop that takes its validation loss by the same function.
+            return step_fn()
         self.learned.begin_batch(self.model)
         with watch("training"):
             output = step_fn()
@@ -200,10 +204,14 @@ class Chain:
 
     def rewind(self) -> None:
         """Before another round: the user's weights and statistics as they were before the first one, where a compressor
-        wants it; what compressors learn goes on with a fresh optimizer."""
+        wants it, and what compressors learn and track as well; that has a fresh optimizer in any case."""
         if any(member.rewinds for member in self.members):
             self.restore_users_state(self._origin)
+            self.learned.rewind()
+            for member in self.members:
+                member.rewind()
         self.learned.reset()
+        self._decide(Moment("begin", self.step, self.round))
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
@@ -220,8 +228,34 @@ class Chain:
         with torch.no_grad(), watch("calibration"):
             return step_fn()
 
-    def _before_step(self) -> None:
-        """The gradients are there, reduced over the workers; the weights are those that gave them."""
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The gradients are there, reduced over the workers, or will be once the closure has run, if there is one."""
+        _, *positional = args  # The first is the optimizer itself.
+        closure = kwargs.get("closure", positional[0] if positional else None)
+        if closure is None:
+            self._gather()
+            return None
+        gathering = self._gathering(closure)
+        return ((optimizer, gathering), kwargs) if positional else (args, {**kwargs, "closure": gathering})
+
+    def _gathering(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, with what is due once its backward pass is done."""
+        ran = False
+
+        def gathering() -> Any:
+            nonlocal ran
+            if ran:
+                message = "the optimizer evaluates its closure several times in a step"
+                raise CompressionError(message, remedy="use one that takes a step per gradient, such as SGD or AdamW")
+            ran = True
+            result = closure()
+            self._gather()
+            return result
+
+        return gathering
+
+    def _gather(self) -> None:
+        """The weights are those that gave the gradients."""
         self.learned.reduce_gradients()
         for member in self.members:
             member.before_step(self.step + 1)
@@ -269,8 +303,9 @@ class Chain:
         return [names for member in self.members for names in member.folds()]
 
     def sparsity(self) -> float:
-        """The fraction of the masked parameters' and activations' elements that is zero; 0 without masks."""
-        masks = [mask for _, mask in self.masks().by_target()]
+        """The fraction of the elements under masks that is masked, where masks apply; 0 without masks."""
+        found = self.masks()
+        masks = [mask for target_id, mask in found.by_target() if found.method(*target_id) != "bypass"]
         total = sum(mask.numel() for mask in masks)
         return 1 - sum(float(mask.sum()) for mask in masks) / total if total else 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -114,6 +115,11 @@ class Compressor(Moments, ABC):
         """Attaches all fused compressors' targets again after `unwrap_model`."""
         self.chain.wrap()
 
+    def as_written(self) -> AbstractContextManager[None]:
+        """Within the block the model has the parameters, names and classes that its user gave it: for building an
+        optimizer by names or modules after compressors stand on the model."""
+        return self.chain.space.as_written()
+
     def unwrap_model(self) -> None:
         """Commits the masks into the weights and takes all fused compressors off the model."""
         self.chain.unwrap()
@@ -143,3 +149,14 @@ class Compressor(Moments, ABC):
     def problem(self, selected: Selected, message: str, remedy: str = "") -> ConfigError:
         """An error about one selected target."""
         return ConfigError([Problem(selected.where, f"{selected.target_id}: {message}", remedy)])
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuses counts below 1, by their names; None stands for a count that isn't given.
+
+    Raises:
+        ConfigError: with all that are wrong.
+    """
+    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise ConfigError(Problem(name, f"got {count}", "at least 1") for name, count in wrong.items())

@@ -34,6 +34,7 @@ class Layout:
         value_channel_dim: where the channels of the module's inputs and outputs are, as far as its class tells.
         is_parameter: whether the target is a parameter.
         class_rank: of an input or output, the number of dimensions that the module's class tells.
+        is_ambiguous: whether several dimensions of an input or output may hold the channels that it follows.
     """
 
     shape: tuple[int, ...] | None
@@ -42,11 +43,18 @@ class Layout:
     value_channel_dim: int | None = None
     is_parameter: bool = True
     class_rank: int | None = None
+    is_ambiguous: bool = False
 
     @property
     def rank(self) -> int | None:
         """The number of dimensions, where it is known."""
         return self.class_rank if self.shape is None else len(self.shape)
+
+    @property
+    def output_channels(self) -> int:
+        """How many output channels a parameter has."""
+        assert self.shape is not None
+        return self.groups * self.shape[self.channel_dim or 0] if self.shape else 1
 
     @property
     def positive_channel_dim(self) -> int | None:
@@ -79,6 +87,9 @@ def layout_of(model: nn.Module, target_id: TargetId, traced: tuple[int, ...] | N
     of_values = _value_channel_dim(module)
     if target_kind(target_id.target) != "parameter":
         rank = len(module.kernel_size) + 2 if isinstance(module, _ConvNd) else None
+        if rank is not None and traced is not None and len(traced) < rank:
+            message = f"the example input gives it the shape {traced}, without a batch dimension"
+            raise CompressionError(message, where=str(target_id), remedy="give an example of two samples")
         return Layout(traced, of_values, value_channel_dim=of_values, is_parameter=False, class_rank=rank)
     shape = tuple(original_parameter(module, target_id.target).shape)
     if target_id.target != "weight" or len(shape) < 2:
@@ -98,14 +109,19 @@ def traced_shapes(model: nn.Module, target_ids: Iterable[TargetId], example: Any
     Raises:
         CompressionError: the model doesn't run on the example.
     """
-    seen: dict[TargetId, tuple[int, ...]] = {}
+    return {key: tuple(value.shape) for key, value in observed_values(model, target_ids, example).items()}
+
+
+def observed_values(model: nn.Module, target_ids: Iterable[TargetId], example: Any) -> dict[TargetId, Tensor]:
+    """The values of inputs and outputs when the model first passes them on the example; else as `traced_shapes`."""
+    seen: dict[TargetId, Tensor] = {}
     handles = []
     for target_id in target_ids:
         module = model.get_submodule(target_id.module)
 
         def note(value: Any, target_id: TargetId = target_id) -> Any:
             if isinstance(value, Tensor):
-                seen.setdefault(target_id, tuple(value.shape))
+                seen.setdefault(target_id, value.detach())
             return value
 
         if target_kind(target_id.target) == "output":

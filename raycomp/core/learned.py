@@ -54,6 +54,7 @@ class LearnedTensors:
 
     def __init__(self) -> None:
         self._groups: list[dict[str, Any]] = []
+        self._initial: list[Tensor] = []
         self._optimizer: torch.optim.Optimizer | None = None
 
     def add(self, tensors: Iterable[Tensor], learning_rate: float = LEARNING_RATE) -> None:
@@ -63,6 +64,7 @@ class LearnedTensors:
         if not new:
             return
         self._groups.append({"params": new, "lr": learning_rate})
+        self._initial += [tensor.detach().clone() for tensor in new]
         if self._optimizer is None:
             self.reset()
         else:
@@ -72,6 +74,12 @@ class LearnedTensors:
         """A fresh optimizer over the same tensors."""
         groups = [dict(group) for group in self._groups]
         self._optimizer = torch.optim.Adam(groups, weight_decay=0.0) if groups else None
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Gives every tensor the value that it was added with."""
+        for tensor, initial in zip(self._tensors(), self._initial, strict=True):
+            tensor.copy_(initial)
 
     def reduce_gradients(self) -> None:
         """Gives every worker the mean of the workers' gradients, as DDP does for Parameters. A collective.
@@ -95,9 +103,12 @@ class LearnedTensors:
                 gradient.copy_(part.view(gradient.shape))
 
     def begin_batch(self, model: nn.Module) -> None:
-        """Drops the gradients of a step that was never made, as a GradScaler's is after an overflow: where no Parameter
-        of the model has a gradient, a new step begins. Scaled losses need nothing else, because Adam's steps don't
-        depend on the scale."""
+        """Drops the gradients of a step that was never made, as a GradScaler's is after an overflow.
+
+        Where no Parameter of the model has a gradient, a new step begins: a loop that skips steps must set gradients to
+        None, as `zero_grad()` does, and not to zero. A scaled loss needs nothing else: Adam's steps don't depend on a
+        constant scale.
+        """
         if self._optimizer is not None and all(parameter.grad is None for parameter in model.parameters()):
             self._optimizer.zero_grad()
 
@@ -108,13 +119,15 @@ class LearnedTensors:
             self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state; the tensors are saved where they stand."""
-        return {} if self._optimizer is None else self._optimizer.state_dict()
+        """The optimizer's state and what `rewind` goes back to; the tensors are saved where they stand."""
+        return {} if self._optimizer is None else {"optimizer": self._optimizer.state_dict(), "initial": self._initial}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict()`."""
         if self._optimizer is not None and state:
-            self._optimizer.load_state_dict(dict(state))
+            self._optimizer.load_state_dict(state["optimizer"])
+            pairs = zip(self._tensors(), state["initial"], strict=True)
+            self._initial = [initial.to(tensor.device) for tensor, initial in pairs]
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for group in self._groups for tensor in group["params"]]

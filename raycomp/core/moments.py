@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -52,6 +53,7 @@ class RunContext:
         total_steps: of this run; None where the user's own loop says.
         example: an example input of the model; None where there is none.
         evaluate: gives the user's metric of the model as it is now; None where there is none. A collective.
+        generator: the chain's own, seeded alike on all ranks and saved with it; the chain puts it here.
     """
 
     optimizers: Sequence[Optimizer]
@@ -60,6 +62,7 @@ class RunContext:
     total_steps: int | None = None
     example: Any = None
     evaluate: Callable[[], Any] | None = None
+    generator: torch.Generator | None = None
 
 
 class Moments:
@@ -130,6 +133,9 @@ class Moments:
 
     def decide(self, moment: Moment) -> None:
         """Makes the due decision from the merged statistics."""
+
+    def rewind(self) -> None:
+        """The weights were taken back to the first ones: what it tracked of a round begins anew."""
 
     def end_run(self) -> None:
         """A training run ends, also by an error."""

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, SelectionEntry, nearest
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, canonical_target
 from raycomp.core.attach import forward_arguments, original_parameter, user_class
+from raycomp.core.channels import followed_channels
 from raycomp.core.layout import Layout, layouts
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import ConfigError, Problem
@@ -135,7 +136,11 @@ def resolve(
     problems += _tied_problems(model, selected.values())
     if problems:
         raise ConfigError(problems)
-    return Selection(tuple(entries), selected, layouts(model, selected, example))
+    placed = layouts(model, selected, example)
+    if example is not None:
+        settings = {target_id: item.settings for target_id, item in selected.items()}
+        placed |= followed_channels(model, settings, placed, example)
+    return Selection(tuple(entries), selected, placed)
 
 
 def select(model: nn.Module, entry: SelectionEntry, where: str) -> list[str]:

@@ -57,6 +57,10 @@ class Adaptive1dLayerwiseDistiller(LayerwiseDistiller):
             self._learn(key, *self._drawn(student, teacher.shape[-1]))
         return self.translators[key](student)  # type: ignore[no-any-return]
 
+    def fits(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> bool:
+        """Features may differ in number."""
+        return student[:-1] == teacher[:-1]
+
     def combine(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, Tensor]:
         """The sum over the links."""
         return {target_id: torch.stack(links).sum() for target_id, links in distances.items()}

@@ -12,6 +12,7 @@ from raycomp.config import DistillTarget, nearest
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
+from raycomp.core.layout import traced_shapes
 from raycomp.core.model import device_of
 from raycomp.core.moments import RunContext
 from raycomp.core.selection import Kind, module_names
@@ -53,7 +54,7 @@ class LayerwiseDistiller(Compressor):
         if teacher_model is None or teacher_predict is None:
             raise CompressionError(f"{type(self).__name__} needs teacher_model and teacher_predict")
         chain = model if isinstance(model, Chain) else Chain(model)
-        self.teacher: Teacher = chain.share(teacher_model, lambda: Teacher(teacher_model))
+        self.teacher: Teacher = chain.common(teacher_model, lambda: Teacher(teacher_model))
         self.teacher_predict = teacher_predict
         self.origin_loss_lambda = origin_loss_lambda
         self.recorders: dict[TargetId, Recorder] = {}
@@ -104,6 +105,25 @@ class LayerwiseDistiller(Compressor):
         """The module that keeps what a target gives."""
         return Recorder()
 
+    def rehearse(self) -> None:
+        """Holds the shapes of linked outputs against each other, as far as the example input runs through both."""
+        links = [link for target_id in self.recorders for link in self.links(target_id)]
+        try:
+            theirs = traced_shapes(self.teacher.model, links, self.chain.example)
+        except CompressionError:
+            # A teacher may take other inputs; teacher_predict knows them.
+            return
+        for target_id in self.recorders:
+            ours = self.layouts[target_id].shape
+            for link in self.links(target_id):
+                if ours is not None and link in theirs and not self.fits(ours, theirs[link]):
+                    message = f"the student gives {ours}, the teacher's {link} gives {theirs[link]}"
+                    raise self.problem(self.selected[target_id], message, "link modules whose outputs fit each other")
+
+    def fits(self, student: tuple[int, ...], teacher: tuple[int, ...]) -> bool:
+        """Whether outputs of these shapes can be held against each other."""
+        return student == teacher
+
     def begin_run(self, context: RunContext) -> None:
         links = {link for target_id in self.recorders for link in self.links(target_id)}
         self.teacher.open(links, device_of(self.model))
@@ -131,9 +151,12 @@ class LayerwiseDistiller(Compressor):
         return [self._distance(target_id, link, student, outputs.get(link, [])) for link in self.links(target_id)]
 
     def _distance(self, target_id: TargetId, link: TargetId, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        if len(student) == len(teacher):
-            pairs = zip(student, teacher, strict=True)
-            student = [self.translated(target_id, link, ours, theirs) for ours, theirs in pairs]
+        if len(student) != len(teacher):
+            message = f"it ran {len(student)} times in the training step, the teacher's {link} {len(teacher)} times"
+            remedy = "let teacher_predict run the teacher as often as the step runs the student"
+            raise CompressionError(message, where=str(target_id), remedy=remedy)
+        pairs = zip(student, teacher, strict=True)
+        student = [self.translated(target_id, link, ours, theirs) for ours, theirs in pairs]
         shapes = [tuple(value.shape) for value in student], [tuple(value.shape) for value in teacher]
         if shapes[0] != shapes[1]:
             raise CompressionError(

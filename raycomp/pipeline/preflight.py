@@ -8,12 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
 from raycomp.config.compressors import PrunerSettings, ScheduleSettings
 from raycomp.core.chain import Chain
 from raycomp.core.layout import traced_shapes
+from raycomp.core.masks import Masks
 from raycomp.core.selection import resolve
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
@@ -48,7 +50,7 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
         TaskError: the task's own code raised.
     """
     problems = list(_order_problems(job.stages))
-    resolved, warnings = [], list[str]()
+    resolved, warnings, earlier = [], list[str](), Masks()
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         try:
@@ -58,6 +60,9 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
                 warnings += _what_stays(model, stage, context)
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
             resolved.append(made)
+            problems += _method_problems(earlier, chain, index)
+            with chain.space.as_written(), user_code(f"{type(task).__name__}.optimizer()"):
+                task.optimizer(chain.model)
             problems += _unseen_problems(chain, index)
         except ConfigError as error:
             problems += error.problems
@@ -72,6 +77,17 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
     if problems:
         raise ConfigError(problems)
     return Checked(resolved[0], tuple(dict.fromkeys(warnings)))
+
+
+def _method_problems(earlier: Masks, chain: Chain, index: int) -> Iterator[Problem]:
+    """What a stage masks in another way than a stage before it, whose masks may go on into it."""
+    found = chain.masks()
+    for target_id, _ in found.by_target():
+        ours, theirs = found.method(*target_id), earlier.method(*target_id)
+        if target_id.target in earlier.get(target_id.module, {}) and ours != theirs:
+            message = f"{target_id} is masked by '{ours}', and by '{theirs}' in a stage before"
+            yield Problem(f"stages[{index}]", message, "mask it in one way")
+        earlier.put(target_id, torch.ones(()), ours)
 
 
 def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> list[str]:

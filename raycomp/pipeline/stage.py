@@ -211,7 +211,10 @@ def finish_stage(
 
 def _with_masks_on(uncut: StageResult) -> StageResult:
     """The result whose model masks its inputs and outputs by itself, as the simulation did."""
-    model, plan = with_value_masks(uncut.masked, uncut.masks)
+    try:
+        model, plan = with_value_masks(uncut.masked, uncut.masks)
+    except SpeedupError as error:
+        return replace(uncut, notes=(*uncut.notes, f"masks of inputs and outputs are not on the model: {error}"))
     return replace(uncut, model=model.eval(), plan=uncut.plan.then(plan))
 
 

@@ -98,19 +98,17 @@ def _shape_problems(follower: Follower, ours: Layout, theirs: Layout, where: str
     if dims is not None and any(dim >= len(theirs.shape) for dim in dims):
         yield Problem(where, f"dims {list(dims)} are not dimensions of {follower.source}, of shape {theirs.shape}")
         return
-    count = _channels(theirs) if dims is None else prod(theirs.shape[dim] for dim in dims)
+    count = theirs.output_channels if dims is None else prod(theirs.shape[dim] for dim in dims)
     if target_kind(follower.target_id.target) == "parameter":
         if ours.shape is not None and count != prod(ours.shape):
             message = f"{follower.target_id} of shape {ours.shape} can't follow {count} entries of {follower.source}"
             yield Problem(where, message)
+    elif ours.is_ambiguous:
+        message = f"which dimension of {follower.target_id}, of shape {ours.shape}, holds {count} channels isn't clear"
+        yield Problem(where, message, "give an example input whose dimensions differ in size")
     elif ours.shape is not None and count not in ours.shape:
         message = f"{follower.target_id} of shape {ours.shape} has no dimension of {count} channels"
         yield Problem(where, f"{message} to follow {follower.source}")
-
-
-def _channels(layout: Layout) -> int:
-    assert layout.shape is not None
-    return layout.groups * layout.shape[layout.channel_dim or 0] if layout.shape else 1
 
 
 def followed_mask(follower: Follower, mask: Tensor, ours: Layout, theirs: Layout) -> Tensor:

@@ -107,7 +107,9 @@ class Pruner(Compressor):
             else:
                 message = f"{target_id}: {type(self).__name__} can't rank inputs or outputs"
                 problems.append(Problem(selected.where, message, "align it to a parameter of a module"))
-        masked = [*self.selected, *(target_id for target_id, _ in self.chain.masks().by_target())]
+        earlier = self.chain.masks()
+        problems += self._method_problems(earlier)
+        masked = [*self.selected, *(target_id for target_id, _ in earlier.by_target())]
         sources = {follower.source for follower in self.followers.values() if follower.source in masked}
         layouts = {**{source: self._layout(source) for source in sources}, **self.layouts}
         problems += alignment_problems(self.selected, self.followers, masked, layouts)
@@ -253,6 +255,17 @@ class Pruner(Compressor):
         if target_id in self.masks:
             return self.masks[target_id].mask
         return self.chain.masks()[target_id.module][target_id.target]
+
+    def _method_problems(self, earlier: Masks) -> list[Problem]:
+        """Masks of one target multiply, which means nothing where they are applied in different ways."""
+        problems = []
+        for target_id, selected in self.selected.items():
+            ours = self._settings(target_id).apply_method
+            theirs = earlier.method(*target_id)
+            if target_id.target in earlier.get(target_id.module, {}) and ours != theirs:
+                message = f"{target_id} is masked by '{theirs}' already, not by '{ours}'"
+                problems.append(Problem(f"{selected.where}.apply_method", message, "mask it in one way"))
+        return problems
 
     def _parameter_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
         problems = []

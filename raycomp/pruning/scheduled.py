@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
+from raycomp.core.compressor import check_counts
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.masks import Masks
 from raycomp.errors import CompressionError, ConfigError, Problem
@@ -107,7 +108,8 @@ class StepwisePruner(ScheduledPruner):
     def __init__(
         self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: Evaluator | None = None
     ) -> None:
-        super().__init__(pruner, Every(interval_steps, total_times, self.curve), evaluator)
-        if pruner.window > interval_steps:
+        check_counts(interval_steps=interval_steps, total_times=total_times)
+        if isinstance(pruner, Pruner) and pruner.window > interval_steps:
             message = f"interval_steps {interval_steps} is below the pruner's training_steps {pruner.window}"
             raise ConfigError([Problem("interval_steps", message, f"at least {pruner.window}")])
+        super().__init__(pruner, Every(interval_steps, total_times, self.curve), evaluator)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import ConfigList
+from raycomp.core.compressor import ConfigList, check_counts
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.learned import Learns
 from raycomp.core.model import device_of
@@ -65,6 +65,7 @@ class SlimPruner(Pruner):
         training_steps: int = 100,
         regular_scale: float = 1.0,
     ) -> None:
+        check_counts(training_steps=training_steps)
         self.training_steps = training_steps
         self.regular_scale = regular_scale
         self.factors: dict[TargetId, Factor] = {}

@@ -59,6 +59,12 @@ class FakeQuantize(AdoptsShapes):
             self._buffers[name] = self._buffers[name].to(value.dtype)  # type: ignore[union-attr]
             set_buffer_(self, name, value)
 
+    def reset(self) -> None:
+        """Forgets the range: the identity again."""
+        for name, value in (("tracked_min", torch.inf), ("tracked_max", -torch.inf)):
+            self._buffers[name] = torch.full_like(self.get_buffer(name), value)
+        self.active = False
+
     def calibration(self) -> dict[str, Any]:
         """The target's part of a calibration config."""
         return {

@@ -67,6 +67,7 @@ class Quantizer(Compressor):
             problem = fold_problem(self.model, names, f"config_list[{index}].fuse_names")
             problems += [problem] if problem else []
         problems += self._fused_twice()
+        problems += self._quantized_twice()
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
         for target_id, selected in self.selected.items():
@@ -100,6 +101,10 @@ class Quantizer(Compressor):
         for key, (low, high) in self._folded_ranges.items():
             watched += [Statistic(low, "min", f"range of {key}"), Statistic(high, "max", f"range of {key}")]
         return watched
+
+    def rewind(self) -> None:
+        for target_id in self.watchers:
+            self.quantizers[target_id].reset()
 
     def running_statistics(self) -> list[Statistic]:
         return [statistic for watcher in self.watchers.values() for statistic in watcher.statistics()]
@@ -177,6 +182,15 @@ class Quantizer(Compressor):
 
     def _weight_target(self, host: str) -> Target | None:
         return self.chain.space.targets.get(TargetId(host, "weight"))
+
+    def _quantized_twice(self) -> list[Problem]:
+        taken = self.chain.space.targets
+        twice = [item for key, item in self.selected.items() if key in taken and taken[key].quantizer is not None]
+        remedy = "exclude it from one of the two config lists"
+        return [
+            Problem(item.where, f"{item.target_id} is quantized by {taken[item.target_id].quantized_by}", remedy)
+            for item in twice
+        ]
 
     def _fused_twice(self) -> list[Problem]:
         first = {name: str(type(c).__name__) for c in self.chain.members for names in c.folds() for name in names}

@@ -235,7 +235,8 @@ def obstacles(
     """The layers that a pruner's config list names and exact speedup can never make smaller, and why; those that go
     together in one. Errors as in `align_followers`."""
     entries, selected = _selected(model, config_list)
-    grouped = [name for entry, own in zip(entries, selected, strict=True) for name in own if _is_grouped_here(entry)]
+    applied = [entry.settings_for("weight").apply_method != "bypass" and _is_grouped_here(entry) for entry in entries]
+    grouped = [name for is_applied, own in zip(applied, selected, strict=True) for name in own if is_applied]
     names = [name for name in grouped if _has_channels(model, name)]
     groups = dependencies(TracedModel.of(model, dummy_input), names).groups if names else ()
     return {group.modules: group.obstacle for group in groups if group.obstacle is not None}

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from raycomp import Task
 from raycomp.config import parse_job
-from raycomp.errors import ConfigError
+from raycomp.errors import ConfigError, TaskError
 from raycomp.pipeline.preflight import check_stages, selection_problems
 
 
@@ -102,10 +102,10 @@ def test_targets_that_no_forward_reaches_are_named() -> None:
 
 def test_two_compressors_of_one_target_hide_no_other_problem() -> None:
     unknown = {"type": "QATQuantizer", "config_list": [{"op_names": ["9"], "target_names": ["weight"]}]}
-    known = {"type": "QATQuantizer", "config_list": [{"op_types": ["Linear"], "target_names": ["weight"]}]}
+    known = {"type": "QATQuantizer", "config_list": [{"op_names": ["0"], "target_names": ["weight"]}]}
     assert [where for where, _ in problems(job([known, known, unknown]))] == [
         "stages[0].compressors[2].config_list[0].op_names",
-        "stages[0].compressors[1]",
+        "stages[0].compressors[1].config_list[0]",
     ]
 
 
@@ -115,3 +115,35 @@ def test_what_will_be_masked_and_can_not_be_cut_is_told() -> None:
     (warning,) = check_stages(parse_job(raw), Small()).warnings
     assert warning.startswith("stage s0: 2 (25% of the parameters) will be masked and can't be cut: ")
     assert check_stages(parse_job({**raw, "speedup": {"enabled": False}}), Small()).warnings == ()
+
+
+class Wider(Small):
+    """Its teacher's first layer is wider than the student's."""
+
+    def teacher(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 3))
+
+
+def test_links_of_other_shapes_are_told_unless_a_map_is_learned() -> None:
+    both = [{"op_names": ["0", "2"]}]
+    raw = job([{"type": "DynamicLayerwiseDistiller", "config_list": both}])
+    with pytest.raises(ConfigError, match=r"the student gives \(2, 16\), the teacher's 0._output_0 gives \(2, 20\)"):
+        check_stages(parse_job(raw), Wider())
+    check_stages(parse_job(job([{"type": "Adaptive1dLayerwiseDistiller", "config_list": both}])), Wider())
+
+
+class NoOptimizer(Small):
+    def optimizer(self, model: nn.Module) -> Any:
+        return torch.optim.SGD([model.get_parameter("9.weight")], lr=0.1)
+
+
+def test_an_optimizer_that_can_not_be_built_is_told() -> None:
+    with pytest.raises(TaskError, match=r"NoOptimizer.optimizer\(\) raised AttributeError"):
+        check_stages(parse_job(job([L1])), NoOptimizer())
+
+
+def test_stages_that_mask_a_target_in_different_ways_are_told() -> None:
+    bypassed = {"type": "L1NormPruner", "config_list": [{**L1["config_list"][0], "apply_method": "bypass"}]}
+    found = problems(job([L1], [bypassed]))
+    assert {where for where, _ in found} == {"stages[1]"}
+    assert found[0][1] == "0.weight is masked by 'bypass', and by 'mul' in a stage before"

@@ -87,7 +87,7 @@ def test_a_stage_that_is_not_cut_is_cut_by_the_next(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_not_cut_hands_on_masks_of_values(tmp_path: Path) -> None:
-    """What follows conv1's channels masks relu2's output; both are there, and applied, at the end."""
+    """What follows conv2's channels masks relu2's output; both are there, and applied, at the end."""
     raw = job(
         {"compressors": [_masking_values("mul")]}, {"compressors": [tiny.distiller()]}, speedup={"enabled": False}
     )
@@ -102,9 +102,9 @@ def test_a_stage_that_is_not_cut_hands_on_masks_of_values(tmp_path: Path) -> Non
 
 
 def _masking_values(method: str) -> dict[str, Any]:
-    align = {"module_name": "conv1", "target_name": "weight"}
+    align = {"module_name": "conv2", "target_name": "weight"}
     value = {"op_names": ["relu2"], "target_names": ["_output_"], "align": align, "apply_method": method}
-    return {"type": "L1NormPruner", "config_list": [*CHANNELS["config_list"], value]}
+    return {"type": "L1NormPruner", "config_list": [{"op_names": ["conv2"], "sparse_ratio": 0.5}, value]}
 
 
 @pytest.mark.parametrize("method", ["mul", "add", "bypass"])

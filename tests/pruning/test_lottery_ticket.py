@@ -192,9 +192,10 @@ def test_masks_never_grow_back_over_the_rounds() -> None:
     assert all(bool((after <= before).all()) for before, after in pairwise(masks))
 
 
-def test_what_is_learned_beside_the_model_goes_on_with_a_fresh_optimizer() -> None:
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_what_is_learned_beside_the_model_has_a_fresh_optimizer_and_rewinds_with_it(rewinds: bool) -> None:
     pruner = SlimPruner(network(), [ENTRY], training_steps=2)
-    chain = LotteryTicketPruner(pruner, 1).chain
+    chain = LotteryTicketPruner(pruner, 1, rewinds).chain
     (factor,) = pruner.factors.values()
     optimizer = torch.optim.SGD(chain.model.parameters(), 0.1)
     with chain.run(RunContext([optimizer])):
@@ -203,8 +204,8 @@ def test_what_is_learned_beside_the_model_goes_on_with_a_fresh_optimizer() -> No
         chain.end_round()
     learned = factor.factor.detach().clone()
     assert bool((learned != 1).any())
-    assert chain.learned.state_dict()["state"] != {}
+    assert chain.learned.state_dict()["optimizer"]["state"] != {}
     chain.rewind()
-    assert torch.equal(factor.factor, learned)
-    assert chain.learned.state_dict()["state"] == {}
-    assert torch.equal(chain.space.parameter(WEIGHT), network()[0].weight)
+    assert torch.equal(factor.factor, torch.ones_like(learned) if rewinds else learned)
+    assert chain.learned.state_dict()["optimizer"]["state"] == {}
+    assert torch.equal(chain.space.parameter(WEIGHT), network()[0].weight) == rewinds

@@ -22,7 +22,7 @@ from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import RunSummary, Verification
+from raycomp.results.summary import RunSummary, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
 
 
@@ -121,7 +121,7 @@ def conclude(
         verification=_worst([outcome.verification for outcome in outcomes]),
         int8=int8_row,
         layers=figures.layer_figures(dense, masks, result),
-        unpruned=tuple(item for outcome in outcomes for item in outcome.unpruned),
+        unpruned=_last_of_each(outcomes),
         history=tuple(event for outcome in outcomes for event in outcome.history),
         timings=watch.timings,
         environment={**figures.environment(), **facts.environment, "latencies": timed_how},
@@ -131,6 +131,12 @@ def conclude(
     )
     artifact.write_summary(folder, summary)
     return Conclusion(summary, masks, result.calibration)
+
+
+def _last_of_each(outcomes: Sequence[StageOutcome]) -> tuple[Unpruned, ...]:
+    """What stayed masked, as the last stage that names it says."""
+    found = {(item.module, item.dim): item for outcome in outcomes for item in outcome.unpruned}
+    return tuple(found.values())
 
 
 def _lowered(job: JobConfig, result: StageResult, inputs: Any) -> tuple[Int8Model | None, list[str]]:

@@ -193,7 +193,8 @@ class StageTraining:
                 (objective * micro_batch.loss_weight).backward()
             total += losses[0].detach() * micro_batch.loss_weight
         self._check_gradients()
-        self.optimizer.step()
+        with user_code(f"the step of {self._call('optimizer')}"):
+            self.optimizer.step()
         return total
 
     def _training_step(self, batch: Any, losses: list[Tensor]) -> Tensor:
