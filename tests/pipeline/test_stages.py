@@ -127,20 +127,32 @@ def test_add_on_a_parameter_is_refused() -> None:
         check_stages(config, build_task(config.task))
 
 
-def test_a_model_that_fails_its_verification_is_dropped(tmp_path: Path) -> None:
-    raw = job({"compressors": [CHANNELS]})
-    train(raw, Keeper(tmp_path))
+def finished_unverified(folder: Path, **speedup: Any) -> StageResult:
+    raw = job({"compressors": [CHANNELS]}, speedup=speedup)
+    train(raw, Keeper(folder))
     verify = stage.verify
 
     def failed(*args: Any) -> Any:
         return replace(verify(*args), passed=False, relative=0.5)
 
     with patch.object(stage, "verify", failed):
-        result = finish(raw, tmp_path)
+        return finish(raw, folder)
+
+
+def test_a_model_that_fails_its_verification_is_dropped(tmp_path: Path) -> None:
+    raw, result = job({"compressors": [CHANNELS]}), finished_unverified(tmp_path)
     assert result.model.conv1.weight.shape[0] == 6
     assert result.plan.surgeries == ()
     torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
     assert any("nothing was cut" in note and "5.00e-01" in note for note in result.notes)
+
+
+def test_where_speedup_need_not_be_exact_the_difference_is_told_and_the_model_stays(tmp_path: Path) -> None:
+    result = finished_unverified(tmp_path, exact=False)
+    assert result.model.conv1.weight.shape[0] == 3
+    assert result.verification is not None
+    assert result.verification.relative == 0.5
+    assert not result.notes
 
 
 def test_the_last_stage_resolves_against_the_model_that_the_first_one_cut(tmp_path: Path) -> None:
