@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycomp.core.attach import TargetSpace, is_wrapped, user_class
+from raycomp.core.masks import apply_mask
 from raycomp.core.selection import module_names, type_name
 from raycomp.core.target import Target, TargetId
 from raycomp.errors import CompressionError
@@ -248,3 +249,10 @@ def test_values_that_are_no_floating_point_tensors_pass() -> None:
     model = nn.Sequential(nn.Embedding(3, 2))
     space_with(model, "0._input_0")
     assert model(torch.tensor([2])).shape == (1, 2)
+
+
+def test_masks_multiply_add_or_let_pass() -> None:
+    value, mask = torch.tensor([2.0, 3.0]), torch.tensor([1, 0])
+    assert apply_mask(value, mask, "mul").tolist() == [2, 0]
+    assert apply_mask(value, mask, "add").tolist() == [2, 3 - 1000]
+    assert apply_mask(value, mask, "bypass") is value

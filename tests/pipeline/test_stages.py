@@ -11,7 +11,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
+from raycomp import Task
 from raycomp.config import parse_job
 from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError
@@ -173,3 +175,34 @@ def test_kept_masks_are_no_part_of_a_state_that_lacks_them(tmp_path: Path) -> No
         "DynamicLayerwiseDistiller",
     ]
     assert {str(key) for key, _ in first.kept.by_target()} >= {str(TargetId("conv", "weight"))}
+
+
+def test_a_single_stage_that_is_not_cut_masks_its_values_by_itself(tmp_path: Path) -> None:
+    raw = job({"compressors": [_masking_values("mul")]}, speedup={"enabled": False})
+    (result,) = run(raw, tmp_path)
+    assert result.masked is not result.model
+    torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
+    assert not torch.allclose(outputs(result.masked, raw), outputs(result.simulated, raw))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lambda value: ((value,), {}), "one"),
+        (lambda value: ((value, value), {}), "two"),
+        (lambda value: ((), {"x": value}), "named"),
+    ],
+)
+def test_real_inputs_are_what_the_model_is_called_with(given: Any, expected: str) -> None:
+    class Called(Task):
+        def eval_data(self) -> TensorDataset:
+            return TensorDataset(torch.arange(10.0))
+
+        def inputs(self, batch: Any) -> Any:
+            return given(batch[0])
+
+    three = torch.tensor([0.0, 1.0, 2.0])
+    found = real_inputs(Called(), torch.float32, 3)
+    tensors = {"one": lambda: [found], "two": lambda: list(found), "named": lambda: [found["x"]]}[expected]()
+    assert len(tensors) == (2 if expected == "two" else 1)
+    assert all(torch.equal(tensor, three) for tensor in tensors)

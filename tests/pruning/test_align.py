@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.chain import Chain
 from raycomp.errors import ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner
 
@@ -155,3 +156,14 @@ def test_a_follower_must_have_as_many_entries() -> None:
     assert "fc.weight of shape (4, 4) can't follow 4 entries of conv.weight" in text
     entry = {"op_names": ["norm"], "align": {"module_name": "conv", "target_name": "weight", "dims": [4]}}
     assert "dims [4] are not dimensions of conv.weight, of shape (4, 1, 3, 3)" in refused(CONV, entry)
+
+
+def test_what_follows_an_activation_of_known_shape_is_no_problem() -> None:
+    """Its mask has entries for channels alone, of however many samples the example has."""
+    output = following("relu", "conv", target_names=["_output_"])
+    after = {"op_names": ["norm"], "target_names": ["_output_"]}
+    after["align"] = {"module_name": "relu", "target_name": "_output_0", "dims": [1]}
+    after_all = {**after, "op_names": ["fc"], "target_names": ["_input_"]}
+    after_all["align"] = {"module_name": "relu", "target_name": "_output_0"}
+    masks = L1NormPruner(Chain(Net(), torch.ones(3, 1, 9, 9)), [CONV, output, after, after_all]).compress()[1]
+    assert masks["norm"]["_output_0"].flatten().tolist() == KEPT

@@ -244,3 +244,19 @@ def test_masks_of_two_pruners_on_one_target_multiply() -> None:
     assert model.fc1.weight.tolist() == seen
     rows.unwrap_model()
     assert model.fc1.weight.tolist() == seen
+
+
+def test_a_script_that_goes_on_trains_the_steps_that_are_left() -> None:
+    pruner = TaylorPruner(Net(), [fc1(sparse_ratio=0.5)], training_steps=5)
+    assert pruner.steps_to_go() == 5
+    pruner.chain.step = 2
+    assert pruner.steps_to_go() == 3
+    pruner.chain.step = 5
+    assert pruner.steps_to_go() is None
+
+
+def test_wrapping_what_is_wrapped_adds_nothing() -> None:
+    pruner = L1NormPruner(Net(), [fc1(sparse_ratio=0.5)])
+    for _ in range(2):
+        pruner.wrap_model()
+        assert [len(target.masks) for target in pruner.chain.space.targets.values()] == [1, 1]
