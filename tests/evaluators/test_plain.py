@@ -17,7 +17,7 @@ from raycomp import TorchEvaluator
 from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
-from raycomp.errors import CompressionError
+from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import ModelSpeedup
@@ -144,6 +144,13 @@ def test_compress_without_a_length_trains_until_the_last_decision() -> None:
     assert float(masks["stem"]["weight"].mean()) == 0.5
 
 
+def test_a_distiller_trains_as_long_as_the_script_says() -> None:
+    model = network()
+    script = Script(model)
+    DynamicLayerwiseDistiller(model, LOGITS, script.evaluator, copy.deepcopy(model), teacher_predict).compress()
+    assert script.lengths == [(None, None)]
+
+
 def test_l1_alone_needs_no_training_even_where_it_could() -> None:
     model = network()
     script = Script(model)
@@ -232,6 +239,16 @@ def test_tracking_a_forward_pass_changes_no_mode_and_no_statistics() -> None:
     quantizer.track_forward(batch_of(0)[0])
     assert model.training and not model.stem_norm.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_targets_are_checked_on_the_dummy_input() -> None:
+    model = network()
+    script = Script(model)
+    outputs = [{"op_types": ["Linear"], "target_names": ["_output_0", "_output_3"]}]
+    QATQuantizer(network(), outputs, evaluator=script.evaluator)
+    evaluator = TorchEvaluator(script.train, script.optimizer, training_step, dummy_input=batch_of(0)[0])
+    with pytest.raises(ConfigError, match=r"_output_3"):
+        QATQuantizer(model, outputs, evaluator=evaluator)
 
 
 def test_an_evaluator_evaluates() -> None:

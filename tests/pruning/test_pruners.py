@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.attach import is_wrapped
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 
@@ -255,8 +256,21 @@ def test_a_script_that_goes_on_trains_the_steps_that_are_left() -> None:
     assert pruner.steps_to_go() is None
 
 
-def test_wrapping_what_is_wrapped_adds_nothing() -> None:
-    pruner = L1NormPruner(Net(), [fc1(sparse_ratio=0.5)])
+@pytest.mark.parametrize("wraps", [lambda pruner: pruner, lambda pruner: AGPPruner(pruner, 1, 1)])
+def test_wrapping_puts_every_target_back_once(wraps: Callable[[Any], Any]) -> None:
+    pruner = wraps(L1NormPruner(Net(), [fc1(sparse_ratio=0.5)]))
+    pruner.unwrap_model()
+    assert not is_wrapped(pruner.model)
     for _ in range(2):
         pruner.wrap_model()
+        assert is_wrapped(pruner.model)
         assert [len(target.masks) for target in pruner.chain.space.targets.values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "sums"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_saliencies_add_up_at_least_in_float32(weights: torch.dtype, sums: torch.dtype) -> None:
+    pruner = TaylorPruner(Net().to(weights), [fc1(sparse_ratio=0.5)], training_steps=1)
+    assert {statistic.tensor.dtype for statistic in pruner.statistics()} == {sums}
