@@ -241,8 +241,7 @@ def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = 
         module.__class__ = type(module).__bases__[0]
     module._parameters[name] = original
     known = [key for key in order if key in module._parameters]
-    later = [key for key in module._parameters if key not in order]
-    module._parameters = {key: module._parameters[key] for key in [*known, *later]}
+    module._parameters = {key: module._parameters[key] for key in [*known, *module._parameters]}
 
 
 def _parametrized(module: nn.Module) -> dict[str, nn.Parameter]:

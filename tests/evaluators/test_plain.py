@@ -17,7 +17,7 @@ from raycomp import TorchEvaluator
 from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
-from raycomp.errors import CompressionError, ConfigError
+from raycomp.errors import CompressionError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import ModelSpeedup
@@ -241,14 +241,17 @@ def test_tracking_a_forward_pass_changes_no_mode_and_no_statistics() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_targets_are_checked_on_the_dummy_input() -> None:
-    model = network()
-    script = Script(model)
-    outputs = [{"op_types": ["Linear"], "target_names": ["_output_0", "_output_3"]}]
-    QATQuantizer(network(), outputs, evaluator=script.evaluator)
-    evaluator = TorchEvaluator(script.train, script.optimizer, training_step, dummy_input=batch_of(0)[0])
-    with pytest.raises(ConfigError, match=r"_output_3"):
-        QATQuantizer(model, outputs, evaluator=evaluator)
+def test_shapes_of_outputs_are_those_on_the_dummy_input() -> None:
+    def shapes(example: Tensor | None) -> set[tuple[int, ...] | None]:
+        model = network()
+        script = Script(model)
+        evaluator = TorchEvaluator(script.train, script.optimizer, training_step, dummy_input=example)
+        outputs = [{"op_types": ["Linear"], "target_names": ["_output_"]}]
+        return {layout.shape for layout in QATQuantizer(model, outputs, evaluator=evaluator).layouts.values()}
+
+    images = batch_of(0)[0][:5]
+    assert shapes(None) == {None}
+    assert shapes(images) == {tuple(network()(images).shape)}
 
 
 def test_an_evaluator_evaluates() -> None:
