@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycomp.core.attach import TargetSpace, is_wrapped, user_class
+from raycomp.core.detached_copy import detached_copy
 from raycomp.core.masks import apply_mask
 from raycomp.core.selection import module_names, type_name
 from raycomp.core.target import Target, TargetId
@@ -256,3 +257,14 @@ def test_masks_multiply_add_or_let_pass() -> None:
     assert apply_mask(value, mask, "mul").tolist() == [2, 0]
     assert apply_mask(value, mask, "add").tolist() == [2, 3 - 1000]
     assert apply_mask(value, mask, "bypass") is value
+
+
+def test_a_detached_copy_is_dense_and_keeps_the_users_own_hook() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    expected = model(torch.ones(1, 2))
+    space_with(model, "0.weight", "0._output_0")
+    copied = detached_copy(model)
+    assert not is_wrapped(copied) and type(copied[0]) is nn.Linear
+    assert torch.equal(copied(torch.ones(1, 2)), expected)
+    assert is_wrapped(model) and not torch.equal(model(torch.ones(1, 2)), expected)

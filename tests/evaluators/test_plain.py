@@ -14,6 +14,9 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from raycomp import TorchEvaluator
+from raycomp.core.chain import Chain
+from raycomp.core.kept_masks import KeptMasks
+from raycomp.core.masks import Masks
 from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
@@ -142,6 +145,12 @@ def test_compress_without_a_length_trains_until_the_last_decision() -> None:
     _, masks = LinearPruner(L1NormPruner(model, HALF), 2, 3, script.evaluator).compress()
     assert script.lengths == [(6, None)]
     assert float(masks["stem"]["weight"].mean()) == 0.5
+    model = network()
+    script = Script(model)
+    chain = Chain(model)
+    KeptMasks(chain, Masks({"stem": {"weight": torch.ones_like(model.stem.weight)}}))
+    TaylorPruner(chain, HALF, script.evaluator, training_steps=3).compress()
+    assert script.lengths == [(3, None)]
 
 
 def test_a_distiller_trains_as_long_as_the_script_says() -> None:

@@ -233,3 +233,24 @@ def test_bypass_is_watched_and_not_quantized() -> None:
 def test_blocks_are_no_granularity_of_scales() -> None:
     with pytest.raises(ConfigError, match=r"config_list\[0\].granularity: \(2,\) is not a granularity of scales"):
         quantized(linear(), granularity=[2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "granularity", "axis"),
+    [
+        (nn.Conv2d(2, 3, 1), "out_channel", 0),
+        (nn.Conv2d(2, 3, 1), "in_channel", 1),
+        (nn.ConvTranspose2d(2, 3, 1), "out_channel", 1),
+        (nn.ConvTranspose2d(2, 3, 1), "in_channel", 0),
+        (nn.ConvTranspose2d(2, 3, 1), "default", None),
+    ],
+)
+def test_a_weights_scales_lie_along_its_channels(layer: nn.Module, granularity: str, axis: int | None) -> None:
+    entry = {"op_names": ["0"], "target_names": ["weight"], "granularity": granularity}
+    quantizer = QATQuantizer(nn.Sequential(layer), [entry])
+    quantizer.set_parameter_ranges(active=True)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    sizes = [1] * 4 if axis is not None else []
+    if axis is not None:
+        sizes[axis] = layer.weight.shape[axis]
+    assert (found["axis"], list(found["scale"].shape)) == (axis, sizes)
