@@ -81,9 +81,13 @@ def train(quantizer: QATQuantizer, steps: int, learning_rate: float = 0.05) -> l
     return losses
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_without_quantization_the_folded_model_is_the_unfolded_one(bias: bool) -> None:
+def test_without_quantization_the_folded_model_is_the_unfolded_one(bias: bool, affine: bool) -> None:
     model, plain = net(bias), net(bias)
+    if not affine:
+        for each in (model, plain):
+            each.norm.weight = each.norm.bias = None
     folded(model, NEVER)
     assert torch.allclose(model.eval()(images()), plain.eval()(images()), rtol=0, atol=1e-6)
     assert torch.allclose(model.train()(images()), plain.train()(images()), rtol=0, atol=1e-5)

@@ -222,6 +222,17 @@ def test_a_stored_calibration_can_be_taken_over() -> None:
         fresh.update_calibration_config({"0": {"wight": {}}})
 
 
+def test_a_stored_scale_is_taken_as_it_is() -> None:
+    quantizer = quantized(linear(), target_names=["weight"], quant_scheme="affine")
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    calibration = quantizer.get_calibration_config()
+    calibration["0"]["weight"] |= {"scale": torch.tensor(0.5), "zero_point": torch.tensor(3)}
+    quantizer.update_calibration_config(calibration)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    assert (float(found["scale"]), int(found["zero_point"])) == (0.5, 3)
+    assert (float(found["tracked_min"]), float(found["tracked_max"])) == (-1, 3)
+
+
 def test_bypass_is_watched_and_not_quantized() -> None:
     model = linear()
     quantizer = quantized(model, apply_method="bypass", quant_dtype="int2")
