@@ -21,7 +21,7 @@ from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError
-from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
+from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, SlimPruner, TaylorPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import ModelSpeedup
 from tests.contracts.scripts import batch_of, network
@@ -133,6 +133,19 @@ def test_from_compressor_takes_nnis_orders_of_arguments() -> None:
         "L1NormPruner",
     ]
     assert norms.evaluator is evaluator
+
+
+@pytest.mark.parametrize("kind", [TaylorPruner, SlimPruner, QATQuantizer])
+def test_from_compressor_takes_ours_and_an_evaluator_alone(kind: Any) -> None:
+    norms = [{"op_types": ["BatchNorm2d"], **({} if kind is QATQuantizer else {"sparse_ratio": 0.5})}]
+    model = network()
+    plain = kind.from_compressor(L1NormPruner(model, HALF), norms)
+    assert plain.evaluator is None
+    evaluator = Script(model).evaluator
+    given = kind.from_compressor(L1NormPruner(network(), HALF), norms, evaluator)
+    assert given.evaluator is evaluator
+    name = "quant_start_step" if kind is QATQuantizer else "training_steps"
+    assert getattr(given, name) == getattr(plain, name)
 
 
 def test_compress_without_a_length_trains_until_the_last_decision() -> None:

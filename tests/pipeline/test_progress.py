@@ -9,6 +9,8 @@ import pytest
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from raycomp.errors import TaskError
+from raycomp.pipeline import LoaderContext
 from raycomp.pipeline.training import stage_training
 from raycomp.results.progress import ProgressEvent
 from tests.contracts import tiny
@@ -33,6 +35,14 @@ class Streamed(Counting):
     def train_data(self) -> Any:
         data = super().train_data()
         return lambda context: DataLoader(data, context.batch_size)
+
+
+class Once(Streamed):
+    """Its loader can be read a single time."""
+
+    def train_data(self) -> Any:
+        batches = iter(super().train_data()(LoaderContext(0, 1, 16, 0, 0)))
+        return lambda context: batches
 
 
 class Listening(Keeper):
@@ -79,3 +89,8 @@ def test_epochs_are_those_of_all_rounds() -> None:
 def test_a_calibration_is_one_epoch() -> None:
     events = told(settings("PtqQuantizer"), steps=None, epochs=2)
     assert [(event.epoch, event.epochs) for event in events] == [(1, 1)]
+
+
+def test_a_loader_that_does_not_begin_anew_is_an_error() -> None:
+    with pytest.raises(TaskError, match="no batch in epoch 2"):
+        told(tiny.distiller(), "Once", steps=8)
