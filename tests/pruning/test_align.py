@@ -167,3 +167,13 @@ def test_what_follows_an_activation_of_known_shape_is_no_problem() -> None:
     after_all["align"] = {"module_name": "relu", "target_name": "_output_0"}
     masks = L1NormPruner(Chain(Net(), torch.ones(3, 1, 9, 9)), [CONV, output, after, after_all]).compress()[1]
     assert masks["norm"]["_output_0"].flatten().tolist() == KEPT
+
+
+def test_the_dimension_that_is_followed_counts() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([3.0, 1, 4, 2]).expand(6, 4))
+    inputs = {"op_names": ["1"], "target_names": ["weight"], "sparse_ratio": 0.5, "granularity": "in_channel"}
+    align = {"module_name": "1", "target_name": "weight", "dims": [1]}
+    bias = {"op_names": ["0"], "target_names": ["bias"], "align": align}
+    assert L1NormPruner(model, [inputs, bias]).compress()[1]["0"]["bias"].tolist() == KEPT

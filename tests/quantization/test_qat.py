@@ -222,6 +222,15 @@ def test_a_stored_calibration_can_be_taken_over() -> None:
         fresh.update_calibration_config({"0": {"wight": {}}})
 
 
+def test_weights_alone_can_be_loaded_into_a_quantized_model() -> None:
+    quantizer = quantized(linear(), target_names=["weight"])
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    weight = {"0.parametrizations.weight.original": torch.zeros(2, 2)}
+    assert not quantizer.model.load_state_dict(weight, strict=False).unexpected_keys
+    assert not quantizer.model[0].weight.any()
+    assert float(quantizer.get_calibration_config()["0"]["weight"]["tracked_max"]) == 3
+
+
 def test_a_stored_scale_is_taken_as_it_is() -> None:
     quantizer = quantized(linear(), target_names=["weight"], quant_scheme="affine")
     train(quantizer, torch.tensor([[1.0, 2.0]]))
