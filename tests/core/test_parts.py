@@ -49,6 +49,9 @@ def test_an_argument_is_met_by_index_and_by_name(key: str, expected: Any) -> Non
         ({"loss": 1, "logits": 2}, "logits", {"loss": 1, "logits": -2}),
         ({"loss": 1, "logits": 2}, "1", {"loss": 1, "logits": -2}),
         ({"loss": 1}, "logits", {"loss": 1}),
+        ({"loss": 1}, "1", {"loss": 1}),
+        ({"loss": 1}, "2", {"loss": 1}),
+        ((1, 2), "third", (1, 2)),
         (OrderedDict(loss=1, logits=2), "0", OrderedDict(loss=-1, logits=2)),
     ],
 )

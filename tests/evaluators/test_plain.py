@@ -146,6 +146,9 @@ def test_from_compressor_takes_ours_and_an_evaluator_alone(kind: Any) -> None:
     assert given.evaluator is evaluator
     name = "quant_start_step" if kind is QATQuantizer else "training_steps"
     assert getattr(given, name) == getattr(plain, name)
+    scale = [0.5] if kind is SlimPruner else []
+    nni = kind.from_compressor(L1NormPruner(network(), HALF), norms, 7, *scale, evaluator)
+    assert (getattr(nni, name), nni.evaluator) == (7, evaluator)
 
 
 def test_compress_without_a_length_trains_until_the_last_decision() -> None:
@@ -261,6 +264,14 @@ def test_tracking_a_forward_pass_changes_no_mode_and_no_statistics() -> None:
     quantizer.track_forward(batch_of(0)[0])
     assert model.training and not model.stem_norm.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_schedule_tracks_what_its_pruner_tracks() -> None:
+    model, seen = network(), []
+    pruner = AGPPruner(L1NormPruner(model, HALF), 1, 1)
+    model.register_forward_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+    pruner.track_forward(batch_of(0)[0])
+    assert seen == [(False, False)]
 
 
 def test_shapes_of_outputs_are_those_on_the_dummy_input() -> None:

@@ -157,6 +157,13 @@ def test_where_speedup_need_not_be_exact_the_difference_is_told_and_the_model_st
     assert not result.notes
 
 
+def test_the_scales_of_cut_channels_go_with_them(tmp_path: Path) -> None:
+    (result,) = run(job({"compressors": [CHANNELS, tiny.quantizer(2)]}), tmp_path)
+    assert result.model.conv1.weight.shape[0] == 3
+    assert result.calibration["conv1"]["weight"]["scale"].shape == (3, 1, 1, 1)
+    assert result.calibration["conv2"]["weight"]["scale"].shape == (6, 1, 1, 1)
+
+
 def test_the_last_stage_resolves_against_the_model_that_the_first_one_cut(tmp_path: Path) -> None:
     raw = job({"compressors": [CHANNELS]}, {"compressors": [CHANNELS]})
     first, last = run(raw, tmp_path)
