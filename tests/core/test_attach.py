@@ -259,12 +259,17 @@ def test_masks_multiply_add_or_let_pass() -> None:
     assert apply_mask(value, mask, "bypass") is value
 
 
-def test_a_detached_copy_is_dense_and_keeps_the_users_own_hook() -> None:
+def test_a_detached_copy_is_dense_and_keeps_what_is_the_users_own() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
+    parametrize.register_parametrization(model[0], "bias", Add(3.0))
     model[0].register_forward_hook(lambda module, args, output: output + 1)
     expected = model(torch.ones(1, 2))
-    space_with(model, "0.weight", "0._output_0")
+    space = space_with(model, "0.weight", "0._output_0")
     copied = detached_copy(model)
-    assert not is_wrapped(copied) and type(copied[0]) is nn.Linear
+    assert parametrize.is_parametrized(copied[0], "bias") and not parametrize.is_parametrized(copied[0], "weight")
     assert torch.equal(copied(torch.ones(1, 2)), expected)
     assert is_wrapped(model) and not torch.equal(model(torch.ones(1, 2)), expected)
+    space.detach()
+    assert not is_wrapped(model) and torch.equal(model(torch.ones(1, 2)), expected)
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    assert not torch.equal(model(torch.ones(1, 2)), expected)

@@ -122,6 +122,22 @@ def test_all_ranks_take_the_link_that_is_nearest_over_all_samples() -> None:
     assert [loss for loss, _ in on_ranks(2, nearest_on_a_rank)] == [9, 0]
 
 
+def nearest_of_equal_parts_on_a_rank(rank: int, world: int) -> float:
+    """In a user's own script there are no shares. Rank 0 is much nearer to the second link, rank 1 to the first."""
+    student, teacher = Stack(1.0), Stack(1.0, 4.0)
+    entry = {"op_names": ["layer0"], "link": ["layer0", "layer1"]}
+    distiller = DynamicLayerwiseDistiller(student, [entry], None, teacher, lambda batch, model: model(batch[1]), 0.0)
+    value = torch.full((1, 1), [4.0, 2.0][rank])
+    with distiller.chain.run([torch.optim.SGD(student.parameters(), 0.0)]):
+        student.train()(value)
+        return float(distiller.chain.loss(torch.tensor(0.0), (value, torch.ones(1, 1))).detach())
+
+
+def test_ranks_without_shares_count_alike() -> None:
+    # Distances from 1: 9 and 1; from 4: 0 and 4.
+    assert on_ranks(2, nearest_of_equal_parts_on_a_rank) == [0, 4]
+
+
 class Student(nn.Module):
     def __init__(self, form: Any) -> None:
         super().__init__()

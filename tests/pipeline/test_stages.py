@@ -164,6 +164,16 @@ def test_the_scales_of_cut_channels_go_with_them(tmp_path: Path) -> None:
     assert result.calibration["conv2"]["weight"]["scale"].shape == (6, 1, 1, 1)
 
 
+def test_a_start_has_the_precision_of_its_weights() -> None:
+    task = tiny.Tiny()
+    weights = {
+        name: value + 1e-12 if value.is_floating_point() else value
+        for name, value in task.model().double().state_dict().items()
+    }
+    found = StageStart(weights=weights).model(task, 0).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 def test_the_last_stage_resolves_against_the_model_that_the_first_one_cut(tmp_path: Path) -> None:
     raw = job({"compressors": [CHANNELS]}, {"compressors": [CHANNELS]})
     first, last = run(raw, tmp_path)

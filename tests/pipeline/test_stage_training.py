@@ -1,4 +1,4 @@
-"""What a training tells of its progress."""
+"""What a training tells of its progress, and what it asks of the user's code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from raycomp.results.progress import ProgressEvent
 from tests.contracts import tiny
 from tests.contracts.settings import settings
 from tests.contracts.training import Keeper, train
+from tests.pipeline.ranks import on_ranks
 
 
 class Counting(tiny.Tiny):
@@ -94,3 +95,33 @@ def test_a_calibration_is_one_epoch() -> None:
 def test_a_loader_that_does_not_begin_anew_is_an_error() -> None:
     with pytest.raises(TaskError, match="no batch in epoch 2"):
         told(tiny.distiller(), "Once", steps=8)
+
+
+class Spare(Counting):
+    """Has a layer that nothing uses, and doesn't say so."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{**arguments, "spare": True})
+        self.unused_parameters = False
+
+
+def test_alone_a_layer_that_nothing_uses_does_no_harm() -> None:
+    assert [event.step for event in told(tiny.distiller(), "Spare", steps=2)] == [2]
+
+
+def _spare_on_a_rank(rank: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        told(tiny.distiller(), "Spare", steps=2)
+    return str(raised.value)
+
+
+def test_on_several_workers_it_must_be_told() -> None:
+    for message in on_ranks(2, _spare_on_a_rank):
+        assert "gave no gradient to spare.weight, spare.bias" in message
+        assert "unused_parameters = True" in message
+
+
+def test_the_loss_of_a_step_is_that_of_its_micro_batches_by_their_samples() -> None:
+    """The second step has three samples left: two in the first micro-batch, one in the second."""
+    events = told(tiny.distiller(), steps=2, gradient_accumulation=2, global_batch_size=4, arguments={"samples": 7})
+    assert [event.loss for event in events] == [pytest.approx(((1 + 2) / 2 + (2 * 3 + 1 * 4) / 3) / 2)]
