@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.batch_share import BatchShare, use_share
+from raycomp.core.watching import watch
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError, ConfigError
 from tests.pipeline.ranks import on_ranks
@@ -102,6 +103,15 @@ def test_the_gradient_is_that_of_the_sum() -> None:
         optimizer.step()
     # d/df (f - 5)² at 2 is -6.
     assert float(student.layer0.factor.detach()) == pytest.approx(2.6)
+
+
+def test_after_a_run_no_output_is_held() -> None:
+    student = Stack(2.0)
+    distiller = DynamicLayerwiseDistiller(student, [{"op_names": ["layer0"]}], None, Stack(5.0), predict, 0.0)
+    with distiller.chain.run([torch.optim.SGD(student.parameters(), 0.1)]), watch("training"):
+        student.train()(torch.ones(1, 1))
+        assert [len(recorder.values) for recorder in distiller.recorders.values()] == [1]
+    assert [len(recorder.values) for recorder in distiller.recorders.values()] == [0]
 
 
 def nearest_on_a_rank(rank: int, world: int) -> tuple[float, int]:

@@ -280,7 +280,11 @@ def test_shapes_of_outputs_are_those_on_the_dummy_input() -> None:
         script = Script(model)
         evaluator = TorchEvaluator(script.train, script.optimizer, training_step, dummy_input=example)
         outputs = [{"op_types": ["Linear"], "target_names": ["_output_"]}]
-        return {layout.shape for layout in QATQuantizer(model, outputs, evaluator=evaluator).layouts.values()}
+        before = copy.deepcopy(model.train().state_dict())
+        quantizer = QATQuantizer(model, outputs, evaluator=evaluator)
+        assert model.training
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+        return {layout.shape for layout in quantizer.layouts.values()}
 
     images = batch_of(0)[0][:5]
     assert shapes(None) == {None}

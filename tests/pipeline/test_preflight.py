@@ -15,6 +15,7 @@ from raycomp.config import parse_job
 from raycomp.errors import ConfigError, TaskError
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages, selection_problems
+from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
 from tests.contracts import tiny
 
 
@@ -141,3 +142,13 @@ def test_groups_and_followers_can_be_left_to_the_config() -> None:
     assert groups == {None} and "bn1" in modules
     groups, modules = resolved(align=False)
     assert len(groups - {None}) == 1 and modules == {"conv", "conv1", "conv2"}
+
+
+def test_what_cannot_stand_together_is_refused_when_it_is_built() -> None:
+    """Each alone can be resolved."""
+    config = parse_job(job([QAT, QAT]))
+    start = StageStart()
+    resolved = resolve_start(config, 0, Small(), start)
+    with pytest.raises(ConfigError) as raised:
+        stage_chain(config, 0, Small(), start, resolved)
+    assert [problem.where for problem in raised.value.problems] == ["stages[0].compressors[1]"]

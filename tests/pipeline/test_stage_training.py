@@ -125,3 +125,20 @@ def test_the_loss_of_a_step_is_that_of_its_micro_batches_by_their_samples() -> N
     """The second step has three samples left: two in the first micro-batch, one in the second."""
     events = told(tiny.distiller(), steps=2, gradient_accumulation=2, global_batch_size=4, arguments={"samples": 7})
     assert [event.loss for event in events] == [pytest.approx(((1 + 2) / 2 + (2 * 3 + 1 * 4) / 3) / 2)]
+
+
+class Broken(Counting):
+    """One of its methods raises."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        setattr(self, method, self.raises)
+
+    def raises(self, *_: Any) -> Any:
+        raise KeyError("broken")
+
+
+@pytest.mark.parametrize("method", ["eval_data", "optimizer", "scheduler", "training_step", "metrics"])
+def test_what_the_users_code_raises_is_named(method: str) -> None:
+    with pytest.raises(TaskError, match=rf"Broken\.{method}\(\) raised KeyError"):
+        told(tiny.distiller(), "Broken", steps=2, arguments={"method": method})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raycomp.core.chain import Chain
 from raycomp.errors import ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner
+from raycomp.quantization import QATQuantizer
 
 
 class Net(nn.Module):
@@ -177,3 +178,28 @@ def test_the_dimension_that_is_followed_counts() -> None:
     align = {"module_name": "1", "target_name": "weight", "dims": [1]}
     bias = {"op_names": ["0"], "target_names": ["bias"], "align": align}
     assert L1NormPruner(model, [inputs, bias]).compress()[1]["0"]["bias"].tolist() == KEPT
+
+
+def test_what_follows_has_its_own_shape() -> None:
+    class Planes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 4)
+            self.norm = nn.LayerNorm([2, 2])
+            with torch.no_grad():
+                self.fc.weight.copy_(torch.tensor([[3.0], [1], [4], [2]]))
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.norm(self.fc(value).reshape(-1, 2, 2))
+
+    scale = following("norm", "fc", target_names=["weight"])
+    masks = L1NormPruner(Planes(), [{"op_names": ["fc"], "sparse_ratio": 0.5}, scale]).compress()[1]
+    assert masks["norm"]["weight"].tolist() == [[1, 0], [1, 0]]
+
+
+def test_a_quantizer_between_does_not_lead() -> None:
+    pruner = L1NormPruner(Net(), [CONV])
+    quantizer = QATQuantizer.from_compressor(pruner, [{"op_names": ["fc"], "target_names": ["weight"]}])
+    follower = L1NormPruner.from_compressor(quantizer, [following("norm", "conv", target_names=["weight"])])
+    follower.chain.begin()
+    assert follower.get_masks()["norm"]["weight"].tolist() == KEPT
