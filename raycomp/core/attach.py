@@ -236,10 +236,16 @@ def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = 
     if len(parametrizations) == 0:
         del module.parametrizations
         module.__class__ = type(module).__bases__[0]
+    else:
+        module.__class__ = _without_property(type(module), name)
     module._parameters[name] = original
     known = [key for key in order if key in module._parameters]
-    later = [key for key in module._parameters if key not in order]
-    module._parameters = {key: module._parameters[key] for key in [*known, *later]}
+    module._parameters = {key: module._parameters[key] for key in [*known, *module._parameters]}
+
+
+def _without_property(parametrized: type, name: str) -> type:
+    left = {key: value for key, value in vars(parametrized).items() if key not in (name, "__dict__", "__weakref__")}
+    return type(parametrized.__name__, parametrized.__bases__, left)
 
 
 def _parametrized(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -73,7 +73,11 @@ class Compressor(Moments, ABC):
         """
         if len(args) > len(cls.fusion_order):
             raise TypeError(f"{cls.__name__}.from_compressor takes {', '.join(cls.fusion_order)}, not {len(args)} more")
-        return cls(compressor.chain, config_list, **dict(zip(cls.fusion_order, args, strict=False)), **kwargs)
+        order = cls.fusion_order
+        if args and hasattr(args[0], "calibrate"):
+            # The evaluator comes first in the constructors.
+            order = ("evaluator", *(name for name in order if name != "evaluator"))
+        return cls(compressor.chain, config_list, **dict(zip(order, args, strict=False)), **kwargs)
 
     @property
     def model(self) -> nn.Module:

@@ -185,7 +185,7 @@ def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildCont
     resolve(model, settings.kind, entries, "config_list")
     if isinstance(settings, PrunerSettings):
         # With what the graph adds: channels that go together, norms and biases that follow.
-        given = [entry.model_dump(by_alias=True) for entry in entries]
+        given = [entry.model_dump() for entry in entries]
         groups, align = context.speedup.dependency_groups, context.speedup.align
         completed = complete_config_list(model, given, context.example, groups=groups, align=align)
         entries = parse_config_list("pruner", completed)

@@ -151,7 +151,7 @@ class Pruner(Compressor):
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
         for target_id in saliencies:
-            keep = made[target_id].view(self.grid(target_id)).to(torch.float32)
+            keep = made[target_id].view(self.grid(target_id))
             self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))
 
     def rehearse(self) -> None:

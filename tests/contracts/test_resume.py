@@ -40,6 +40,7 @@ def test_a_checkpoint_holds_the_progress_so_far(tmp_path: Path) -> None:
     ended = StageState.load(tmp_path / "second")
     assert [event.epoch for event in ended.history] == [1, 2, 3, 4, 5]
     assert [event.step for event in ended.history] == [4, 8, 12, 16, 18]
+    assert {(event.epochs, event.steps) for event in ended.history} == {(5, 18)}
     assert ended.history[:2] == state.history
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycomp.core.attach import TargetSpace, is_wrapped, user_class
+from raycomp.core.detached_copy import detached_copy
+from raycomp.core.masks import apply_mask
 from raycomp.core.selection import module_names, type_name
 from raycomp.core.target import Target, TargetId
 from raycomp.errors import CompressionError
@@ -248,3 +250,26 @@ def test_values_that_are_no_floating_point_tensors_pass() -> None:
     model = nn.Sequential(nn.Embedding(3, 2))
     space_with(model, "0._input_0")
     assert model(torch.tensor([2])).shape == (1, 2)
+
+
+def test_masks_multiply_add_or_let_pass() -> None:
+    value, mask = torch.tensor([2.0, 3.0]), torch.tensor([1, 0])
+    assert apply_mask(value, mask, "mul").tolist() == [2, 0]
+    assert apply_mask(value, mask, "add").tolist() == [2, 3 - 1000]
+    assert apply_mask(value, mask, "bypass") is value
+
+
+def test_a_detached_copy_is_dense_and_keeps_what_is_the_users_own() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    parametrize.register_parametrization(model[0], "bias", Add(3.0))
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    expected = model(torch.ones(1, 2))
+    space = space_with(model, "0.weight", "0._output_0")
+    copied = detached_copy(model)
+    assert parametrize.is_parametrized(copied[0], "bias") and not parametrize.is_parametrized(copied[0], "weight")
+    assert torch.equal(copied(torch.ones(1, 2)), expected)
+    assert is_wrapped(model) and not torch.equal(model(torch.ones(1, 2)), expected)
+    space.detach()
+    assert not is_wrapped(model) and torch.equal(model(torch.ones(1, 2)), expected)
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    assert not torch.equal(model(torch.ones(1, 2)), expected)

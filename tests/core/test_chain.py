@@ -153,3 +153,15 @@ def test_a_run_needs_an_optimizer_and_a_wrapped_model() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(CompressionError, match="the model is unwrapped"), pruner.chain.run([optimizer]):
         pass
+
+
+def test_a_calibration_takes_no_gradients() -> None:
+    chain, seen = Chain(Folded()), []
+    with chain.calibrating():
+        chain.calibration_step(lambda: seen.append(torch.is_grad_enabled()))
+    assert seen == [False] and torch.is_grad_enabled()
+
+
+def test_a_chain_of_nothing_is_dense_and_needs_no_training() -> None:
+    chain = Chain(Folded())
+    assert (chain.sparsity(), chain.rounds, chain.wants_training) == (0.0, 0, False)

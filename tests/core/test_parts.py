@@ -6,8 +6,9 @@ from collections import OrderedDict, namedtuple
 from typing import Any
 
 import pytest
+import torch
 
-from raycomp.core.parts import replace_input, replace_output
+from raycomp.core.parts import as_call, replace_input, replace_output
 
 Pair = namedtuple("Pair", ["first", "second"])
 
@@ -48,6 +49,9 @@ def test_an_argument_is_met_by_index_and_by_name(key: str, expected: Any) -> Non
         ({"loss": 1, "logits": 2}, "logits", {"loss": 1, "logits": -2}),
         ({"loss": 1, "logits": 2}, "1", {"loss": 1, "logits": -2}),
         ({"loss": 1}, "logits", {"loss": 1}),
+        ({"loss": 1}, "1", {"loss": 1}),
+        ({"loss": 1}, "2", {"loss": 1}),
+        ((1, 2), "third", (1, 2)),
         (OrderedDict(loss=1, logits=2), "0", OrderedDict(loss=-1, logits=2)),
     ],
 )
@@ -61,3 +65,10 @@ def test_a_part_of_an_output_is_replaced_in_its_own_class(output: Any, key: str,
 def test_a_mapping_that_cannot_be_copied_keeps_its_class() -> None:
     changed = replace_output(Fields(loss=1, logits=2), "loss", lambda value: -value)
     assert type(changed) is Fields and dict(changed) == {"loss": -1, "logits": 2}
+
+
+def test_an_example_stands_for_a_call() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    assert as_call(one) == ((one,), {})
+    assert as_call((one, two)) == as_call([one, two]) == ((one, two), {})
+    assert as_call({"left": one}) == ((), {"left": one})

@@ -186,6 +186,10 @@ def test_what_was_settled_goes_on_on_another_number_of_ranks() -> None:
     }
     assert restored_on_a_rank(0, 1, state) == expected
     assert on_ranks(3, restored_on_a_rank, state) == [expected] * 3
+    # What goes on leaves the state as it is, so that one can go on from it again.
+    for item in restored_statistics(state, torch.device("cpu")).values():
+        item.tensor.add_(1)
+    assert restored_on_a_rank(0, 1, state) == expected
 
 
 class Total(Watcher):

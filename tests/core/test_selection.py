@@ -143,3 +143,11 @@ def test_two_names_of_a_tied_parameter_are_refused() -> None:
     assert problems("pruner", prune(op_types=["Linear"]), model=model) == [
         "list[0]: 1.weight and 0.weight are one tied parameter (exclude one of them; the other holds for both)"
     ]
+
+
+@pytest.mark.parametrize("name", [f"{kind}{dim}d" for kind in ("Conv", "ConvTranspose") for dim in (1, 2, 3)])
+def test_every_convolution_has_default_targets(name: str) -> None:
+    model = nn.Sequential(getattr(nn, name)(1, 1, 1))
+    assert chosen("pruner", {"op_types": [name], "sparse_ratio": 0.5}, model=model) == ["0.weight", "0.bias"]
+    targets = ["0._input_0", "0.weight", "0.bias", "0._output_0"]
+    assert chosen("quantizer", {"op_types": [name]}, model=model) == targets

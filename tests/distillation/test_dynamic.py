@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.batch_share import BatchShare, use_share
+from raycomp.core.watching import watch
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError, ConfigError
 from tests.pipeline.ranks import on_ranks
@@ -104,6 +105,15 @@ def test_the_gradient_is_that_of_the_sum() -> None:
     assert float(student.layer0.factor.detach()) == pytest.approx(2.6)
 
 
+def test_after_a_run_no_output_is_held() -> None:
+    student = Stack(2.0)
+    distiller = DynamicLayerwiseDistiller(student, [{"op_names": ["layer0"]}], None, Stack(5.0), predict, 0.0)
+    with distiller.chain.run([torch.optim.SGD(student.parameters(), 0.1)]), watch("training"):
+        student.train()(torch.ones(1, 1))
+        assert [len(recorder.values) for recorder in distiller.recorders.values()] == [1]
+    assert [len(recorder.values) for recorder in distiller.recorders.values()] == [0]
+
+
 def nearest_on_a_rank(rank: int, world: int) -> tuple[float, int]:
     """Rank 0 alone is nearer to the first link; over all samples the second is nearer."""
     student, teacher = Stack(1.0), Stack(1.0, 4.0)
@@ -120,6 +130,22 @@ def nearest_on_a_rank(rank: int, world: int) -> tuple[float, int]:
 def test_all_ranks_take_the_link_that_is_nearest_over_all_samples() -> None:
     # Distances from 1: 0 and 9, so 27/4 in the mean; from 4: 9 and 0, so 9/4.
     assert [loss for loss, _ in on_ranks(2, nearest_on_a_rank)] == [9, 0]
+
+
+def nearest_of_equal_parts_on_a_rank(rank: int, world: int) -> float:
+    """In a user's own script there are no shares. Rank 0 is much nearer to the second link, rank 1 to the first."""
+    student, teacher = Stack(1.0), Stack(1.0, 4.0)
+    entry = {"op_names": ["layer0"], "link": ["layer0", "layer1"]}
+    distiller = DynamicLayerwiseDistiller(student, [entry], None, teacher, lambda batch, model: model(batch[1]), 0.0)
+    value = torch.full((1, 1), [4.0, 2.0][rank])
+    with distiller.chain.run([torch.optim.SGD(student.parameters(), 0.0)]):
+        student.train()(value)
+        return float(distiller.chain.loss(torch.tensor(0.0), (value, torch.ones(1, 1))).detach())
+
+
+def test_ranks_without_shares_count_alike() -> None:
+    # Distances from 1: 9 and 1; from 4: 0 and 4.
+    assert on_ranks(2, nearest_of_equal_parts_on_a_rank) == [0, 4]
 
 
 class Student(nn.Module):

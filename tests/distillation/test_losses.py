@@ -16,11 +16,14 @@ def test_mse_is_the_mean_of_squares() -> None:
 
 
 def test_kl_has_temperature_two_and_is_the_mean_over_the_batch() -> None:
-    # At temperature 2 the teacher's odds are 3 : 1 in the first sample, and like the student's in the second.
+    # At temperature 2 the odds are 3 : 1 and 1 : 4 in the first sample, and equal in the second.
     teacher = torch.tensor([[2 * math.log(3.0), 0.0], [1.0, 1.0]])
-    student = torch.zeros(2, 2)
-    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    student = torch.tensor([[0.0, 2 * math.log(4.0)], [0.0, 0.0]])
+    divergence = 0.75 * math.log(0.75 / 0.2) + 0.25 * math.log(0.25 / 0.8)
     assert float(DISTANCES["kl"](student, teacher)) == pytest.approx(4 * divergence / 2, rel=1e-6)
+    # Of sequences it is the sum over their places.
+    student, teacher = (torch.stack([value, value], dim=1) for value in (student, teacher))
+    assert float(DISTANCES["kl"](student, teacher)) == pytest.approx(4 * divergence, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(DISTANCES))

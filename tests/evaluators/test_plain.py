@@ -14,11 +14,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from raycomp import TorchEvaluator
+from raycomp.core.chain import Chain
+from raycomp.core.kept_masks import KeptMasks
+from raycomp.core.masks import Masks
 from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
 from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError
-from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
+from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, SlimPruner, TaylorPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.speedup import ModelSpeedup
 from tests.contracts.scripts import batch_of, network
@@ -132,6 +135,22 @@ def test_from_compressor_takes_nnis_orders_of_arguments() -> None:
     assert norms.evaluator is evaluator
 
 
+@pytest.mark.parametrize("kind", [TaylorPruner, SlimPruner, QATQuantizer])
+def test_from_compressor_takes_ours_and_an_evaluator_alone(kind: Any) -> None:
+    norms = [{"op_types": ["BatchNorm2d"], **({} if kind is QATQuantizer else {"sparse_ratio": 0.5})}]
+    model = network()
+    plain = kind.from_compressor(L1NormPruner(model, HALF), norms)
+    assert plain.evaluator is None
+    evaluator = Script(model).evaluator
+    given = kind.from_compressor(L1NormPruner(network(), HALF), norms, evaluator)
+    assert given.evaluator is evaluator
+    name = "quant_start_step" if kind is QATQuantizer else "training_steps"
+    assert getattr(given, name) == getattr(plain, name)
+    scale = [0.5] if kind is SlimPruner else []
+    nni = kind.from_compressor(L1NormPruner(network(), HALF), norms, 7, *scale, evaluator)
+    assert (getattr(nni, name), nni.evaluator) == (7, evaluator)
+
+
 def test_compress_without_a_length_trains_until_the_last_decision() -> None:
     model = network()
     script = Script(model)
@@ -142,6 +161,19 @@ def test_compress_without_a_length_trains_until_the_last_decision() -> None:
     _, masks = LinearPruner(L1NormPruner(model, HALF), 2, 3, script.evaluator).compress()
     assert script.lengths == [(6, None)]
     assert float(masks["stem"]["weight"].mean()) == 0.5
+    model = network()
+    script = Script(model)
+    chain = Chain(model)
+    KeptMasks(chain, Masks({"stem": {"weight": torch.ones_like(model.stem.weight)}}))
+    TaylorPruner(chain, HALF, script.evaluator, training_steps=3).compress()
+    assert script.lengths == [(3, None)]
+
+
+def test_a_distiller_trains_as_long_as_the_script_says() -> None:
+    model = network()
+    script = Script(model)
+    DynamicLayerwiseDistiller(model, LOGITS, script.evaluator, copy.deepcopy(model), teacher_predict).compress()
+    assert script.lengths == [(None, None)]
 
 
 def test_l1_alone_needs_no_training_even_where_it_could() -> None:
@@ -232,6 +264,31 @@ def test_tracking_a_forward_pass_changes_no_mode_and_no_statistics() -> None:
     quantizer.track_forward(batch_of(0)[0])
     assert model.training and not model.stem_norm.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_schedule_tracks_what_its_pruner_tracks() -> None:
+    model, seen = network(), []
+    pruner = AGPPruner(L1NormPruner(model, HALF), 1, 1)
+    model.register_forward_hook(lambda *_: seen.append((model.training, torch.is_grad_enabled())))
+    pruner.track_forward(batch_of(0)[0])
+    assert seen == [(False, False)]
+
+
+def test_shapes_of_outputs_are_those_on_the_dummy_input() -> None:
+    def shapes(example: Tensor | None) -> set[tuple[int, ...] | None]:
+        model = network()
+        script = Script(model)
+        evaluator = TorchEvaluator(script.train, script.optimizer, training_step, dummy_input=example)
+        outputs = [{"op_types": ["Linear"], "target_names": ["_output_"]}]
+        before = copy.deepcopy(model.train().state_dict())
+        quantizer = QATQuantizer(model, outputs, evaluator=evaluator)
+        assert model.training
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+        return {layout.shape for layout in quantizer.layouts.values()}
+
+    images = batch_of(0)[0][:5]
+    assert shapes(None) == {None}
+    assert shapes(images) == {tuple(network()(images).shape)}
 
 
 def test_an_evaluator_evaluates() -> None:

@@ -124,12 +124,13 @@ class Jitter(Task):
 
 @pytest.mark.parametrize("num_data_workers", [0, 2])
 def test_randomness_belongs_to_the_sample(num_data_workers: int) -> None:
-    def rows(epoch: int, rank: int, world: int) -> dict[int, list[float]]:
+    def rows(epoch: int, rank: int, world: int, seed: int = 0) -> dict[int, list[float]]:
         steps = steps_of(
             Noisy(11),
             epoch,
             task=Jitter(),
             global_batch_size=4,
+            seed=seed,
             rank=rank,
             world=world,
             num_data_workers=num_data_workers,
@@ -140,6 +141,7 @@ def test_randomness_belongs_to_the_sample(num_data_workers: int) -> None:
     alone = rows(1, 0, 1)
     assert {**rows(1, 0, 2), **rows(1, 1, 2)} == alone
     assert alone[3] != rows(2, 0, 1)[3]
+    assert alone[3] != rows(1, 0, 1, seed=1)[3]
     assert len({value for row in alone.values() for value in row}) == 11 * 4
 
 

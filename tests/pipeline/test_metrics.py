@@ -113,6 +113,16 @@ def test_a_metric_that_is_already_a_mean_is_refused() -> None:
         evaluate(Squares(), Mode(), data(0), batch_size=3)
 
 
+@pytest.mark.parametrize("method", ["forward", "metrics"])
+def test_what_the_users_code_raises_is_named(method: str) -> None:
+    def raises(*_: Any) -> Any:
+        raise KeyError("broken")
+
+    task = type("Broken", (Squares,), {method: raises})()
+    with pytest.raises(TaskError, match=rf"Broken\.{method}\(\) raised KeyError"):
+        evaluate(task, Mode(), data(3), batch_size=3)
+
+
 def test_inputs_take_the_type_that_is_asked_for() -> None:
     class Types(Squares):
         def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:

@@ -13,7 +13,10 @@ from torch.utils.data import TensorDataset
 from raycomp import Task
 from raycomp.config import parse_job
 from raycomp.errors import ConfigError, TaskError
+from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages, selection_problems
+from raycomp.pipeline.stage import StageStart, resolve_start, stage_chain
+from tests.contracts import tiny
 
 
 class Small(Task):
@@ -147,3 +150,45 @@ def test_stages_that_mask_a_target_in_different_ways_are_told() -> None:
     found = problems(job([L1], [bypassed]))
     assert {where for where, _ in found} == {"stages[1]"}
     assert found[0][1] == "0.weight is masked by 'bypass', and by 'mul' in a stage before"
+
+
+class Broken(Small):
+    """Its user's code raises."""
+
+    def example_input(self) -> torch.Tensor:
+        raise KeyError("no example")
+
+    def teacher(self) -> nn.Module:
+        raise KeyError("no weights")
+
+
+@pytest.mark.parametrize(("compressor", "method"), [(L1, "example_input"), (DISTILLER, "teacher")])
+def test_what_the_users_code_raises_is_named(compressor: dict[str, Any], method: str) -> None:
+    task = Broken() if method == "example_input" else type("Broken", (Small,), {"teacher": Broken.teacher})()
+    with pytest.raises(TaskError, match=rf"Broken\.{method}\(\) raised KeyError"):
+        check_stages(parse_job(job([compressor])), task)
+
+
+def test_groups_and_followers_can_be_left_to_the_config() -> None:
+    def resolved(**speedup: bool) -> tuple[set[str | None], set[str]]:
+        config = parse_job({**tiny.job(tiny.pruner("L1NormPruner")), "speedup": speedup})
+        (selection,) = check_stages(config, build_task(config.task)).first.selections
+        groups = {each.settings.dependency_group_id for each in selection.selected.values()}
+        return groups, {key.module for key in selection.selected}
+
+    groups, modules = resolved()
+    assert len(groups - {None}) == 1 and "bn1" in modules
+    groups, modules = resolved(dependency_groups=False)
+    assert groups == {None} and "bn1" in modules
+    groups, modules = resolved(align=False)
+    assert len(groups - {None}) == 1 and modules == {"conv", "conv1", "conv2"}
+
+
+def test_what_cannot_stand_together_is_refused_when_it_is_built() -> None:
+    """Each alone can be resolved."""
+    config = parse_job(job([QAT, QAT]))
+    start = StageStart()
+    resolved = resolve_start(config, 0, Small(), start)
+    with pytest.raises(ConfigError) as raised:
+        stage_chain(config, 0, Small(), start, resolved)
+    assert {problem.where for problem in raised.value.problems} == {"stages[0].compressors[1].config_list[0]"}

@@ -11,7 +11,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
+from raycomp import Task
 from raycomp.config import parse_job
 from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError
@@ -127,20 +129,49 @@ def test_add_on_a_parameter_is_refused() -> None:
         check_stages(config, build_task(config.task))
 
 
-def test_a_model_that_fails_its_verification_is_dropped(tmp_path: Path) -> None:
-    raw = job({"compressors": [CHANNELS]})
-    train(raw, Keeper(tmp_path))
+def finished_unverified(folder: Path, **speedup: Any) -> StageResult:
+    raw = job({"compressors": [CHANNELS]}, speedup=speedup)
+    train(raw, Keeper(folder))
     verify = stage.verify
 
     def failed(*args: Any) -> Any:
         return replace(verify(*args), passed=False, relative=0.5)
 
     with patch.object(stage, "verify", failed):
-        result = finish(raw, tmp_path)
+        return finish(raw, folder)
+
+
+def test_a_model_that_fails_its_verification_is_dropped(tmp_path: Path) -> None:
+    raw, result = job({"compressors": [CHANNELS]}), finished_unverified(tmp_path)
     assert result.model.conv1.weight.shape[0] == 6
     assert result.plan.surgeries == ()
     torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
     assert any("nothing was cut" in note and "5.00e-01" in note for note in result.notes)
+
+
+def test_where_speedup_need_not_be_exact_the_difference_is_told_and_the_model_stays(tmp_path: Path) -> None:
+    result = finished_unverified(tmp_path, exact=False)
+    assert result.model.conv1.weight.shape[0] == 3
+    assert result.verification is not None
+    assert result.verification.relative == 0.5
+    assert not result.notes
+
+
+def test_the_scales_of_cut_channels_go_with_them(tmp_path: Path) -> None:
+    (result,) = run(job({"compressors": [CHANNELS, tiny.quantizer(2)]}), tmp_path)
+    assert result.model.conv1.weight.shape[0] == 3
+    assert result.calibration["conv1"]["weight"]["scale"].shape == (3, 1, 1, 1)
+    assert result.calibration["conv2"]["weight"]["scale"].shape == (6, 1, 1, 1)
+
+
+def test_a_start_has_the_precision_of_its_weights() -> None:
+    task = tiny.Tiny()
+    weights = {
+        name: value + 1e-12 if value.is_floating_point() else value
+        for name, value in task.model().double().state_dict().items()
+    }
+    found = StageStart(weights=weights).model(task, 0).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
 def test_the_last_stage_resolves_against_the_model_that_the_first_one_cut(tmp_path: Path) -> None:
@@ -161,3 +192,34 @@ def test_kept_masks_are_no_part_of_a_state_that_lacks_them(tmp_path: Path) -> No
         "DynamicLayerwiseDistiller",
     ]
     assert {str(key) for key, _ in first.kept.by_target()} >= {str(TargetId("conv", "weight"))}
+
+
+def test_a_single_stage_that_is_not_cut_masks_its_values_by_itself(tmp_path: Path) -> None:
+    raw = job({"compressors": [_masking_values("mul")]}, speedup={"enabled": False})
+    (result,) = run(raw, tmp_path)
+    assert result.masked is not result.model
+    torch.testing.assert_close(outputs(result.model, raw), outputs(result.simulated, raw))
+    assert not torch.allclose(outputs(result.masked, raw), outputs(result.simulated, raw))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (lambda value: ((value,), {}), "one"),
+        (lambda value: ((value, value), {}), "two"),
+        (lambda value: ((), {"x": value}), "named"),
+    ],
+)
+def test_real_inputs_are_what_the_model_is_called_with(given: Any, expected: str) -> None:
+    class Called(Task):
+        def eval_data(self) -> TensorDataset:
+            return TensorDataset(torch.arange(10.0))
+
+        def inputs(self, batch: Any) -> Any:
+            return given(batch[0])
+
+    three = torch.tensor([0.0, 1.0, 2.0])
+    found = real_inputs(Called(), torch.float32, 3)
+    tensors = {"one": lambda: [found], "two": lambda: list(found), "named": lambda: [found["x"]]}[expected]()
+    assert len(tensors) == (2 if expected == "two" else 1)
+    assert all(torch.equal(tensor, three) for tensor in tensors)

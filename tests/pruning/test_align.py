@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.chain import Chain
 from raycomp.errors import ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner
+from raycomp.quantization import QATQuantizer
 
 
 class Net(nn.Module):
@@ -155,3 +157,49 @@ def test_a_follower_must_have_as_many_entries() -> None:
     assert "fc.weight of shape (4, 4) can't follow 4 entries of conv.weight" in text
     entry = {"op_names": ["norm"], "align": {"module_name": "conv", "target_name": "weight", "dims": [4]}}
     assert "dims [4] are not dimensions of conv.weight, of shape (4, 1, 3, 3)" in refused(CONV, entry)
+
+
+def test_what_follows_an_activation_of_known_shape_is_no_problem() -> None:
+    """Its mask has entries for channels alone, of however many samples the example has."""
+    output = following("relu", "conv", target_names=["_output_"])
+    after = {"op_names": ["norm"], "target_names": ["_output_"]}
+    after["align"] = {"module_name": "relu", "target_name": "_output_0", "dims": [1]}
+    after_all = {**after, "op_names": ["fc"], "target_names": ["_input_"]}
+    after_all["align"] = {"module_name": "relu", "target_name": "_output_0"}
+    masks = L1NormPruner(Chain(Net(), torch.ones(3, 1, 9, 9)), [CONV, output, after, after_all]).compress()[1]
+    assert masks["norm"]["_output_0"].flatten().tolist() == KEPT
+
+
+def test_the_dimension_that_is_followed_counts() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 6))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([3.0, 1, 4, 2]).expand(6, 4))
+    inputs = {"op_names": ["1"], "target_names": ["weight"], "sparse_ratio": 0.5, "granularity": "in_channel"}
+    align = {"module_name": "1", "target_name": "weight", "dims": [1]}
+    bias = {"op_names": ["0"], "target_names": ["bias"], "align": align}
+    assert L1NormPruner(model, [inputs, bias]).compress()[1]["0"]["bias"].tolist() == KEPT
+
+
+def test_what_follows_has_its_own_shape() -> None:
+    class Planes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(1, 4)
+            self.norm = nn.LayerNorm([2, 2])
+            with torch.no_grad():
+                self.fc.weight.copy_(torch.tensor([[3.0], [1], [4], [2]]))
+
+        def forward(self, value: Tensor) -> Tensor:
+            return self.norm(self.fc(value).reshape(-1, 2, 2))
+
+    scale = following("norm", "fc", target_names=["weight"])
+    masks = L1NormPruner(Planes(), [{"op_names": ["fc"], "sparse_ratio": 0.5}, scale]).compress()[1]
+    assert masks["norm"]["weight"].tolist() == [[1, 0], [1, 0]]
+
+
+def test_a_quantizer_between_does_not_lead() -> None:
+    pruner = L1NormPruner(Net(), [CONV])
+    quantizer = QATQuantizer.from_compressor(pruner, [{"op_names": ["fc"], "target_names": ["weight"]}])
+    follower = L1NormPruner.from_compressor(quantizer, [following("norm", "conv", target_names=["weight"])])
+    follower.chain.begin()
+    assert follower.get_masks()["norm"]["weight"].tolist() == KEPT

@@ -253,3 +253,12 @@ def test_scales_by_output_channel_of_a_grouped_transposed_convolution_are_refuse
 )
 def test_layouts_by_class(module: nn.Module, target: str, expected: Layout) -> None:
     assert layout_of(nn.Sequential(module), TargetId("0", target)) == expected
+
+
+def test_a_channel_dimension_is_counted_from_the_front_where_the_rank_is_known() -> None:
+    assert Layout((2, 5, 7), -1, is_parameter=False).positive_channel_dim == 2
+    assert Layout(None, -1, is_parameter=False, class_rank=4).positive_channel_dim == 3
+    assert Layout(None, -1, is_parameter=False).positive_channel_dim == -1
+    assert Layout((2, 5, 7), 1, is_parameter=False).positive_channel_dim == 1
+    assert Layout((2, 5, 7), 0, is_parameter=False).positive_channel_dim == 0
+    assert Layout((2, 5, 7), None, is_parameter=False).positive_channel_dim is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.attach import is_wrapped
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 
@@ -244,3 +245,32 @@ def test_masks_of_two_pruners_on_one_target_multiply() -> None:
     assert model.fc1.weight.tolist() == seen
     rows.unwrap_model()
     assert model.fc1.weight.tolist() == seen
+
+
+def test_a_script_that_goes_on_trains_the_steps_that_are_left() -> None:
+    pruner = TaylorPruner(Net(), [fc1(sparse_ratio=0.5)], training_steps=5)
+    assert pruner.steps_to_go() == 5
+    pruner.chain.step = 2
+    assert pruner.steps_to_go() == 3
+    pruner.chain.step = 5
+    assert pruner.steps_to_go() is None
+
+
+@pytest.mark.parametrize("wraps", [lambda pruner: pruner, lambda pruner: AGPPruner(pruner, 1, 1)])
+def test_wrapping_puts_every_target_back_once(wraps: Callable[[Any], Any]) -> None:
+    pruner = wraps(L1NormPruner(Net(), [fc1(sparse_ratio=0.5)]))
+    pruner.unwrap_model()
+    assert not is_wrapped(pruner.model)
+    for _ in range(2):
+        pruner.wrap_model()
+        assert is_wrapped(pruner.model)
+        assert [len(target.masks) for target in pruner.chain.space.targets.values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "sums"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+def test_saliencies_add_up_at_least_in_float32(weights: torch.dtype, sums: torch.dtype) -> None:
+    pruner = TaylorPruner(Net().to(weights), [fc1(sparse_ratio=0.5)], training_steps=1)
+    assert {statistic.tensor.dtype for statistic in pruner.statistics()} == {sums}

@@ -25,6 +25,7 @@ SQUARE = torch.arange(1.0, 17).view(4, 4)
         ("in_channel", (8, 4, 3, 3), (8, 1, 3, 3)),
         ("per_channel", (8, 4, 3, 3), (8, 1, 3, 3)),
         ("out_channel", (8,), (1,)),
+        ("in_channel", (8,), (1,)),
         ((4,), (8, 8), (1, 4)),
         ((-1, 4), (8, 8), (8, 4)),
         ((2, 4), (6, 8, 8), (1, 2, 4)),
@@ -67,6 +68,7 @@ def test_a_follower_keeps_what_the_source_keeps_any_of() -> None:
     layout = weight(3, 3)
     assert follow(source, layout, [0]).tolist() == follow(source, layout, None).tolist() == [0, 1, 1]
     assert follow(source, layout, [1]).tolist() == [0, 1, 0]
+    assert {follow(source, layout, dims).dtype for dims in (None, [0])} == {torch.float32}
     assert follow(source, weight(3, 3, channel_dim=1), None).tolist() == [0, 1, 0]
     assert follow(source, layout, [0, 1]).tolist() == source.tolist()
 

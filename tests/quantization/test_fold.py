@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raycomp.core.reduction import reduce_
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.quantization.fold import fold_factor
+from tests.pipeline.ranks import on_ranks
 
 NEVER = 10**6
 
@@ -79,9 +81,13 @@ def train(quantizer: QATQuantizer, steps: int, learning_rate: float = 0.05) -> l
     return losses
 
 
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_without_quantization_the_folded_model_is_the_unfolded_one(bias: bool) -> None:
+def test_without_quantization_the_folded_model_is_the_unfolded_one(bias: bool, affine: bool) -> None:
     model, plain = net(bias), net(bias)
+    if not affine:
+        for each in (model, plain):
+            each.norm.weight = each.norm.bias = None
     folded(model, NEVER)
     assert torch.allclose(model.eval()(images()), plain.eval()(images()), rtol=0, atol=1e-6)
     assert torch.allclose(model.train()(images()), plain.train()(images()), rtol=0, atol=1e-5)
@@ -246,3 +252,20 @@ def test_the_factor_is_gamma_over_sigma() -> None:
         norm.running_var.copy_(torch.tensor([4.0, 0.25]))
     assert fold_factor(norm).tolist() == [1.5, -2.0]
     assert fold_factor(nn.BatchNorm1d(2, affine=False, eps=0.0)).tolist() == [1, 1]
+
+
+def merged_range_on_a_rank(own: int, world: int) -> list[float]:
+    """The running variance makes the folded weight 1 and 2 times -1 and 3."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2, eps=0.0)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([-1.0, 3.0]).reshape(2, 1, 1, 1))
+        model[1].running_var.fill_(1 / (own + 1) ** 2)
+    quantizer = QATQuantizer(model, [{"op_names": ["0"], "target_names": ["weight"], "fuse_names": [("0", "1")]}])
+    reduce_(quantizer.statistics())
+    quantizer.set_parameter_ranges(active=True)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    return [float(found["tracked_min"]), float(found["tracked_max"])]
+
+
+def test_workers_whose_norms_saw_other_batches_agree_on_the_range() -> None:
+    assert on_ranks(2, merged_range_on_a_rank) == [[-2, 6]] * 2

@@ -222,6 +222,26 @@ def test_a_stored_calibration_can_be_taken_over() -> None:
         fresh.update_calibration_config({"0": {"wight": {}}})
 
 
+def test_weights_alone_can_be_loaded_into_a_quantized_model() -> None:
+    quantizer = quantized(linear(), target_names=["weight"])
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    weight = {"0.parametrizations.weight.original": torch.zeros(2, 2)}
+    assert not quantizer.model.load_state_dict(weight, strict=False).unexpected_keys
+    assert not quantizer.model[0].weight.any()
+    assert float(quantizer.get_calibration_config()["0"]["weight"]["tracked_max"]) == 3
+
+
+def test_a_stored_scale_is_taken_as_it_is() -> None:
+    quantizer = quantized(linear(), target_names=["weight"], quant_scheme="affine")
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    calibration = quantizer.get_calibration_config()
+    calibration["0"]["weight"] |= {"scale": torch.tensor(0.5), "zero_point": torch.tensor(3)}
+    quantizer.update_calibration_config(calibration)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    assert (float(found["scale"]), int(found["zero_point"])) == (0.5, 3)
+    assert (float(found["tracked_min"]), float(found["tracked_max"])) == (-1, 3)
+
+
 def test_bypass_is_watched_and_not_quantized() -> None:
     model = linear()
     quantizer = quantized(model, apply_method="bypass", quant_dtype="int2")
@@ -233,3 +253,24 @@ def test_bypass_is_watched_and_not_quantized() -> None:
 def test_blocks_are_no_granularity_of_scales() -> None:
     with pytest.raises(ConfigError, match=r"config_list\[0\].granularity: \(2,\) is not a granularity of scales"):
         quantized(linear(), granularity=[2])
+
+
+@pytest.mark.parametrize(
+    ("layer", "granularity", "axis"),
+    [
+        (nn.Conv2d(2, 3, 1), "out_channel", 0),
+        (nn.Conv2d(2, 3, 1), "in_channel", 1),
+        (nn.ConvTranspose2d(2, 3, 1), "out_channel", 1),
+        (nn.ConvTranspose2d(2, 3, 1), "in_channel", 0),
+        (nn.ConvTranspose2d(2, 3, 1), "default", None),
+    ],
+)
+def test_a_weights_scales_lie_along_its_channels(layer: nn.Module, granularity: str, axis: int | None) -> None:
+    entry = {"op_names": ["0"], "target_names": ["weight"], "granularity": granularity}
+    quantizer = QATQuantizer(nn.Sequential(layer), [entry])
+    quantizer.set_parameter_ranges(active=True)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    sizes = [1] * 4 if axis is not None else []
+    if axis is not None:
+        sizes[axis] = layer.weight.shape[axis]
+    assert (found["axis"], list(found["scale"].shape)) == (axis, sizes)

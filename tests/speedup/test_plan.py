@@ -8,6 +8,7 @@ from torch import nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup import ModelSpeedup, Plan, apply_plan, cut_calibration, verify
+from raycomp.speedup.surgery.plan import Block, BlockCut, Cut, Surgery
 from tests.speedup.cutting import row_masks
 
 
@@ -63,6 +64,24 @@ def test_scales_of_cut_channels_go() -> None:
     assert cut["0"]["_input_0"]["scale"].item() == 0.5
     assert cut["2"]["weight"]["scale"].flatten().tolist() == [0, 1, 2, 3]
     assert calibration["0"]["weight"]["scale"] is scale
+
+
+def test_scales_follow_the_cuts_of_their_own_dimension() -> None:
+    rows, columns = Cut("a.weight", 0, 3, (1, 2)), Cut("a.weight", 1, 3, (0, 1))
+    shapes = {0: (3, 1), 1: (1, 3)}
+    for axis, expected in ((0, [2, 3]), (1, [1, 2])):
+        scale = torch.tensor([1.0, 2.0, 3.0]).reshape(shapes[axis])
+        calibration = {"a": {"weight": {"scale": scale, "zero_point": torch.zeros(1, 1), "axis": axis}}}
+        cut = cut_calibration(calibration, Plan((Surgery(cuts=(rows, columns)),)))
+        assert cut["a"]["weight"]["scale"].flatten().tolist() == expected
+        assert cut["a"]["weight"]["zero_point"].shape == (1, 1)
+
+
+def test_scales_of_a_grouped_weight_follow_its_blocks() -> None:
+    blocks = BlockCut("a.weight", (4, 2), (Block((1,), (0,)), Block((2, 3), (1,))))
+    calibration = {"a": {"weight": {"scale": torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(4, 1), "axis": 0}}}
+    cut = cut_calibration(calibration, Plan((Surgery(block_cuts=(blocks,)),)))
+    assert cut["a"]["weight"]["scale"].tolist() == [[2], [3], [4]]
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

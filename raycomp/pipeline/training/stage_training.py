@@ -271,8 +271,9 @@ class StageTraining:
         self.epoch, self.history = state.epoch, state.history
 
     def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
-        per_epoch = max(self.chain.step // max(epoch, 1), 1)
-        epochs = (self.training.epochs or 0) * self.rounds or max(epoch, -(-self.steps // per_epoch))
+        # Without a length, as many steps as the epochs so far had; a calibration is one more epoch.
+        per_epoch = self.batches.steps_per_epoch or max(-(-self.chain.step // max(epoch, 1)), 1)
+        epochs = max(epoch, (self.training.epochs or -(-self.steps_per_round // per_epoch)) * self.rounds)
         elapsed = time.monotonic() - self.started
         return ProgressEvent(
             self.name,

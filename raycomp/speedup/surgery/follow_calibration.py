@@ -34,11 +34,8 @@ def _cut_target(values: Mapping[str, Any], module: str, target: str, plan: Plan)
     for each in _cuts(module, target, plan):
         for name, tensor in result.items():
             is_channelwise = isinstance(tensor, Tensor) and tensor.ndim > 0
-            if not is_channelwise:
-                continue
-            dim = axis % tensor.ndim if tensor.ndim > 1 else 0
-            if each.dim == axis and tensor.shape[dim] == each.size:
-                result[name] = tensor.index_select(dim, torch.tensor(each.keep, device=tensor.device))
+            if is_channelwise and each.dim == axis and tensor.shape[axis] == each.size:
+                result[name] = tensor.index_select(axis, torch.tensor(each.keep, device=tensor.device))
     return result
 
 

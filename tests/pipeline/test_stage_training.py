@@ -1,0 +1,144 @@
+"""What a training tells of its progress, and what it asks of the user's code."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from raycomp.errors import TaskError
+from raycomp.pipeline import LoaderContext
+from raycomp.pipeline.training import stage_training
+from raycomp.results.progress import ProgressEvent
+from tests.contracts import tiny
+from tests.contracts.settings import settings
+from tests.contracts.training import Keeper, train
+from tests.pipeline.ranks import on_ranks
+
+
+class Counting(tiny.Tiny):
+    """The loss is 1, 2, 3, …; 49 samples in batches of 16 are 4 steps an epoch."""
+
+    count = 0
+
+    def training_step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.count += 1
+        loss = super().training_step(model, batch)
+        return loss - loss.detach() + self.count
+
+
+class Streamed(Counting):
+    """The same, of a length that nobody knows."""
+
+    def train_data(self) -> Any:
+        data = super().train_data()
+        return lambda context: DataLoader(data, context.batch_size)
+
+
+class Once(Streamed):
+    """Its loader can be read a single time."""
+
+    def train_data(self) -> Any:
+        batches = iter(super().train_data()(LoaderContext(0, 1, 16, 0, 0)))
+        return lambda context: batches
+
+
+class Listening(Keeper):
+    """Keeps all news."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[ProgressEvent] = []
+
+    def progress(self, event: ProgressEvent) -> None:
+        self.events.append(event)
+
+
+def told(compressor: dict[str, Any], task: str = "Counting", every_s: float = 1e9, **training: Any) -> Any:
+    raw = tiny.job(compressor, **training)
+    raw["task"]["entrypoint"] = f"{__name__}:{task}"
+    listener = Listening()
+    with patch.object(stage_training, "_EVENT_EVERY_S", every_s):
+        train(raw, listener)
+    return listener.events
+
+
+def test_in_an_epoch_the_mean_loss_so_far_is_told_and_at_its_end_the_metrics() -> None:
+    events = told(tiny.distiller(), every_s=-1.0, steps=6)
+    first = [(1, step, False) for step in (1, 2, 3, 4)]
+    found = [(event.epoch, event.step, bool(event.metrics)) for event in events]
+    assert found == [*first, (1, 4, True), (2, 5, False), (2, 6, True)]
+    assert [event.loss for event in events] == pytest.approx([1, 1.5, 2, 2.5, 2.5, 5, 5.5])
+
+
+@pytest.mark.parametrize("task", ["Counting", "Streamed"])
+def test_a_last_epoch_that_is_cut_short_is_one_of_those_foretold(task: str) -> None:
+    events = told(tiny.distiller(), task, steps=18)
+    assert [event.epoch for event in events] == [1, 2, 3, 4, 5]
+    assert {(event.epochs, event.steps) for event in events} == {(5, 18)}
+
+
+def test_epochs_are_those_of_all_rounds() -> None:
+    events = told(settings("LotteryTicketPruner"), steps=None, epochs=2)
+    assert [event.epoch for event in events] == [1, 2, 3, 4, 5, 6]
+    assert {(event.epochs, event.steps) for event in events} == {(6, 24)}
+
+
+def test_a_calibration_is_one_epoch() -> None:
+    events = told(settings("PtqQuantizer"), steps=None, epochs=2)
+    assert [(event.epoch, event.epochs) for event in events] == [(1, 1)]
+
+
+def test_a_loader_that_does_not_begin_anew_is_an_error() -> None:
+    with pytest.raises(TaskError, match="no batch in epoch 2"):
+        told(tiny.distiller(), "Once", steps=8)
+
+
+class Spare(Counting):
+    """Has a layer that nothing uses, and doesn't say so."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{**arguments, "spare": True})
+        self.unused_parameters = False
+
+
+def test_alone_a_layer_that_nothing_uses_does_no_harm() -> None:
+    assert [event.step for event in told(tiny.distiller(), "Spare", steps=2)] == [2]
+
+
+def _spare_on_a_rank(rank: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        told(tiny.distiller(), "Spare", steps=2)
+    return str(raised.value)
+
+
+def test_on_several_workers_it_must_be_told() -> None:
+    for message in on_ranks(2, _spare_on_a_rank):
+        assert "gave no gradient to spare.weight, spare.bias" in message
+        assert "unused_parameters = True" in message
+
+
+def test_the_loss_of_a_step_is_that_of_its_micro_batches_by_their_samples() -> None:
+    """The second step has three samples left: two in the first micro-batch, one in the second."""
+    events = told(tiny.distiller(), steps=2, gradient_accumulation=2, global_batch_size=4, arguments={"samples": 7})
+    assert [event.loss for event in events] == [pytest.approx(((1 + 2) / 2 + (2 * 3 + 1 * 4) / 3) / 2)]
+
+
+class Broken(Counting):
+    """One of its methods raises."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        setattr(self, method, self.raises)
+
+    def raises(self, *_: Any) -> Any:
+        raise KeyError("broken")
+
+
+@pytest.mark.parametrize("method", ["eval_data", "optimizer", "scheduler", "training_step", "metrics"])
+def test_what_the_users_code_raises_is_named(method: str) -> None:
+    with pytest.raises(TaskError, match=rf"Broken\.{method}\(\) raised KeyError"):
+        told(tiny.distiller(), "Broken", steps=2, arguments={"method": method})
