@@ -6,6 +6,7 @@ python jobs/benchmark.py fashion    # Fashion-MNIST at 50 % of channels and int8
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -78,6 +79,11 @@ def _time_steps(rank: int, workers: int, batch: int, rounds: int, folder: str) -
                 times[name].append(time.perf_counter() - begun)
     if rank == 0:
         Path(folder, "times.json").write_text(json.dumps(times))
+    # No rank takes the connection down while another still uses it, nor while a DDP model holds it.
+    del step
+    variants.clear()
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
