@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from raycomp.core.loss import with_loss
 from raycomp.core.masks import Masks
 from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Calibration, Moment, Moments, RunContext
+from raycomp.core.optimizer_steps import around_steps
 from raycomp.core.reduction import reduce_, settle_
 from raycomp.core.watching import watch
 from raycomp.errors import CompressionError
@@ -121,8 +122,8 @@ class Chain:
     def run(self, context: RunContext | Sequence[Optimizer]) -> Iterator[None]:
         """A training run: within the block every step of the optimizers is a step of the compressors.
 
-        With several optimizers an iteration begins with the first one's step and ends with the last one's. A loop that
-        gives its optimizers alone, and calls `loss` itself, is watched whole.
+        See `around_steps` for several optimizers, and for closures. A loop that gives its optimizers alone, and calls
+        `loss` itself, is watched whole.
 
         Raises:
             CompressionError: no optimizer, or the model is unwrapped.
@@ -132,23 +133,15 @@ class Chain:
         if not context.optimizers:
             raise CompressionError("a training run needs an optimizer")
         self.begin()
-        handles = (
-            context.optimizers[0].register_step_pre_hook(self._before_step),
-            context.optimizers[-1].register_step_post_hook(lambda *_: self._after_step()),
-        )
         begun: list[Moments] = []
         try:
-            for member in self.members:
-                member.begin_run(context)
-                begun.append(member)
-            if own_loop:
-                with watch("training"):
+            with around_steps(context.optimizers, self._before_step, self._after_step):
+                for member in self.members:
+                    member.begin_run(context)
+                    begun.append(member)
+                with watch("training") if own_loop else nullcontext():
                     yield
-            else:
-                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for member in begun:
                 member.end_run()
 
@@ -228,34 +221,8 @@ class Chain:
         with torch.no_grad(), watch("calibration"):
             return step_fn()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The gradients are there, reduced over the workers, or will be once the closure has run, if there is one."""
-        _, *positional = args  # The first is the optimizer itself.
-        closure = kwargs.get("closure", positional[0] if positional else None)
-        if closure is None:
-            self._gather()
-            return None
-        gathering = self._gathering(closure)
-        return ((optimizer, gathering), kwargs) if positional else (args, {**kwargs, "closure": gathering})
-
-    def _gathering(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure, with what is due once its backward pass is done."""
-        ran = False
-
-        def gathering() -> Any:
-            nonlocal ran
-            if ran:
-                message = "the optimizer evaluates its closure several times in a step"
-                raise CompressionError(message, remedy="use one that takes a step per gradient, such as SGD or AdamW")
-            ran = True
-            result = closure()
-            self._gather()
-            return result
-
-        return gathering
-
-    def _gather(self) -> None:
-        """The weights are those that gave the gradients."""
+    def _before_step(self) -> None:
+        """The gradients are there, reduced over the workers; the weights are those that gave them."""
         self.learned.reduce_gradients()
         for member in self.members:
             member.before_step(self.step + 1)
