@@ -274,3 +274,10 @@ def test_a_weights_scales_lie_along_its_channels(layer: nn.Module, granularity: 
     if axis is not None:
         sizes[axis] = layer.weight.shape[axis]
     assert (found["axis"], list(found["scale"].shape)) == (axis, sizes)
+
+
+def test_each_channel_of_an_input_has_its_own_range() -> None:
+    quantizer = quantized(linear(), target_names=["_input_"], granularity="per_channel")
+    train(quantizer, torch.tensor([[1.0, -2.0], [3.0, 5.0]]))
+    found = quantizer.get_calibration_config()["0"]["_input_0"]
+    assert (found["axis"], found["tracked_min"].tolist(), found["tracked_max"].tolist()) == (1, [[1, -2]], [[3, 5]])
