@@ -21,7 +21,7 @@ from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_chain
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.pipeline.training.stage_training import StageTraining
+from raycomp.pipeline.training.loop import StageTraining
 from raycomp.results.progress import ProgressEvent
 
 

@@ -23,7 +23,7 @@ from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, resolv
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.pipeline.training.stage_training import StageTraining
+from raycomp.pipeline.training.loop import StageTraining
 from raycomp.results.progress import ProgressEvent
 from tests.pipeline.ranks import on_ranks
 
