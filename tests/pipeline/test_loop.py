@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from raycomp.errors import TaskError
 from raycomp.pipeline import LoaderContext
-from raycomp.pipeline.training import stage_training
+from raycomp.pipeline.training import loop
 from raycomp.results.progress import ProgressEvent
 from tests.contracts import tiny
 from tests.contracts.settings import settings
@@ -61,7 +61,7 @@ def told(compressor: dict[str, Any], task: str = "Counting", every_s: float = 1e
     raw = tiny.job(compressor, **training)
     raw["task"]["entrypoint"] = f"{__name__}:{task}"
     listener = Listening()
-    with patch.object(stage_training, "_EVENT_EVERY_S", every_s):
+    with patch.object(loop, "_EVENT_EVERY_S", every_s):
         train(raw, listener)
     return listener.events
 
