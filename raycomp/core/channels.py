@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -57,29 +58,29 @@ def fitting_dims(layout: Layout, source: Layout, dims: tuple[int, ...] | None) -
 def _changed_dim(
     model: nn.Module, source: str, theirs: Layout, target_id: TargetId, layout: Layout, example: Any
 ) -> int | None:
-    if theirs.value_channel_dim is None:
+    dim = theirs.value_channel_dim
+    if dim is None:
         return None
     before = observed_values(model, [target_id], example)[target_id]
-    hook = model.get_submodule(source).register_forward_hook(
-        lambda module, args, output: pytree.tree_map_only(Tensor, _first_changed(theirs.value_channel_dim), output)
-    )
-    try:
-        after = observed_values(model, [target_id], example)[target_id]
-    finally:
-        hook.remove()
-    changed = before != after
+    changed = torch.zeros_like(before, dtype=torch.bool)
+    # Far to both sides: an activation may clip one of them.
+    for factor in (-10.0, 10.0):
+        hook = model.get_submodule(source).register_forward_hook(partial(_move_first, dim, factor))
+        try:
+            changed |= before != observed_values(model, [target_id], example)[target_id]
+        finally:
+            hook.remove()
     alone = [dim for dim in range(1, changed.dim()) if _only_first(changed, dim)]
     return alone[0] if len(alone) == 1 else None
 
 
-def _first_changed(dim: int | None) -> Any:
-    def change(value: Tensor) -> Tensor:
-        assert dim is not None
+def _move_first(dim: int, factor: float, module: nn.Module, args: Any, output: Any) -> Any:
+    def moved(value: Tensor) -> Tensor:
         changed = value.clone()
-        changed.select(dim, 0).add_(1.0)
+        changed.select(dim, 0).add_(factor * (1 + value.abs().max()))
         return changed
 
-    return change
+    return pytree.tree_map_only(Tensor, moved, output)
 
 
 def _only_first(changed: Tensor, dim: int) -> bool:

@@ -49,6 +49,11 @@ def test_tokens_of_a_linear_layer_stay_tokens() -> None:
     assert mask_of(model, torch.randn(2, 6, 4)).shape == (1, 1, 6)
 
 
+def test_a_channel_that_an_activation_clips_is_found_all_the_same() -> None:
+    model = Between(nn.Conv1d(4, 6, 1), lambda value: torch.relu(value - 5).transpose(1, 2))
+    assert mask_of(model, torch.randn(2, 4, 6)).shape == (1, 1, 6)
+
+
 def test_what_mixes_channels_is_refused() -> None:
     mixing = torch.randn(6, 6)
     model = Between(nn.Linear(4, 6), lambda value: (value @ mixing).transpose(1, 2))
