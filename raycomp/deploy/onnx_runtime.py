@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from raycomp.deploy.onnx_export import METADATA_KEY, require_onnx
+from raycomp.deploy.onnx_file import METADATA_KEY, require_onnx
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import bind, flatten, rebuild
 
@@ -123,6 +123,21 @@ def load_onnx(path: str | Path, *, threads: int | None = None, cuda: bool = Fals
     except OSError as error:
         raise SpeedupError(f"cannot read {path}: {error.strerror}", where=str(path)) from error
     return OnnxModule(model, threads=threads, cuda=cuda)
+
+
+def takes(model: bytes, inputs: Sequence[Tensor]) -> bool:
+    """Whether ONNX Runtime runs the model on these tensors.
+
+    Raises:
+        SpeedupError: ONNX Runtime is missing or cannot load the model.
+    """
+    session = _session(model, threads=1, cuda=False)
+    names = [each.name for each in session.get_inputs()]
+    try:
+        session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    except Exception:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

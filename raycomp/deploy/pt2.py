@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,20 @@ from torch.export.pt2_archive._package import PT2ArchiveReader
 from torch.export.pt2_archive._package import load_pt2 as load_archive
 
 from raycomp.deploy.pt2_archive import check_archive
+from raycomp.deploy.sizes import ExportReport, describe_fixed, leaf_names
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example
-from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
+from raycomp.speedup.graph.example import Example, with_attributes
+from raycomp.speedup.graph.program import (
+    as_float32,
+    cause_of,
+    example_as_float32,
+    export_program,
+    quiet,
+)
 
 _METADATA_FILE = "raycomp.json"
 _KEPT_METADATA = ("nn_module_stack", "torch_fn", "val")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """How a model was exported.
-
-    Args:
-        dynamic_batch: whether the file takes any batch size; else only that of the example.
-    """
-
-    dynamic_batch: bool
 
 
 class ProgramModule(nn.Module):
@@ -53,31 +49,34 @@ class ProgramModule(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the program."""
-        return self.program(*args, **kwargs)
+        """Runs the program; what the model returned in a class with names comes as `Outputs`."""
+        return with_attributes(self.program(*args, **kwargs))
 
 
-def export_pt2(model: nn.Module, example: Example, path: str | Path) -> ExportReport:
+def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Sequence[Example] = ()) -> ExportReport:
     """Writes the model in eval mode and float32 as a `torch.export` archive, which needs no Python source to run.
 
-    The batch is dynamic where the model allows it. The archive holds no pickle: no example inputs, and weights as raw
-    bytes; stack traces, which name the exporting machine's files, are left out.
+    The batch is dynamic where the model allows it, and so are the sizes in which the inputs differ. The archive holds
+    no pickle: no example inputs, and weights as raw bytes; stack traces, which name the exporting machine's files, are
+    left out.
 
     Args:
         model: any model in any dtype on any device; a copy of it is exported.
         example: the input to trace with.
         path: the file to write, ending in `.pt2`.
+        others: further inputs, of other lengths or image sizes.
 
     Raises:
         SpeedupError: the model cannot be exported, or its archive would not pass `load_pt2`.
     """
-    program, dynamic = export_program(as_float32(model), example_as_float32(example))
+    exported = export_program(as_float32(model), example_as_float32(example), [*map(example_as_float32, others)])
+    program = exported.program
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
-    described = json.dumps({"dynamic_batch": dynamic, "versions": versions()})
+    described = json.dumps({"dynamic_batch": exported.dynamic_batch, "versions": versions()})
     buffer = io.BytesIO()
     try:
         with quiet():
@@ -86,7 +85,7 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path) -> ExportRe
         raise SpeedupError(f"{type(model).__name__} cannot be saved: {cause_of(error)}", where=str(path)) from error
     check_archive(_reader(buffer.getvalue(), str(path)), str(path))
     Path(path).write_bytes(buffer.getvalue())
-    return ExportReport(dynamic)
+    return ExportReport(exported.dynamic_batch, describe_fixed(exported.fixed, leaf_names(model, example)))
 
 
 def load_pt2(path: str | Path) -> ProgramModule:
