@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from raycomp.speedup.graph.value_masks import (
     value_masks,
 )
 from raycomp.speedup.rules import RULES
-from raycomp.speedup.rules.base import Kept, Rule
+from raycomp.speedup.rules.base import Kept, Registry, Rule, tolerating
 from raycomp.speedup.surgery.apply import cut
 from raycomp.speedup.surgery.build import absorb_constants, build
 from raycomp.speedup.surgery.graph_code import CannotRewriteError
@@ -60,6 +60,7 @@ class ModelSpeedup:
             training bypassed the mask; `inexact_difference` says by how much.
         customized_rules: rules for further operators, by their names (`my_library.my_operator`).
         graph_module: a graph module with the same parameters, traced in place of a model that can't be exported.
+        others: further inputs, of other lengths or image sizes, which the smaller model takes as the given one does.
 
     After `speedup_model`: `plan`, `unpruned`, `inexact_difference` (relative to the outputs' range), `simulated` (the
     masked model).
@@ -77,6 +78,7 @@ class ModelSpeedup:
         exact: bool = True,
         customized_rules: Mapping[str, Rule] | None = None,
         graph_module: fx.GraphModule | None = None,
+        others: Sequence[Example] = (),
     ) -> None:
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
@@ -85,6 +87,7 @@ class ModelSpeedup:
         self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
+        self._others = tuple(others)
         self._exact = exact
         self._masks = trained if exact else _never_bypassed(trained)
         self._masked = self.simulated if exact else masked_copy(model, self._masks)
@@ -95,12 +98,15 @@ class ModelSpeedup:
 
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model."""
+        return tolerating(self._rules, self._speedup)
+
+    def _speedup(self, rules: Registry) -> nn.Module:
         graph = trace(self._traced, self._example)
         tensors = run(graph)
         masked = masked_elements(graph, self._traced, self._masks)
-        pins = training_pins(graph, self._traced, self._example, self._rules)
+        pins = training_pins(graph, self._traced, self._example, rules)
         for rigid in (False, True):
-            analysis = analyse(graph, self._rules, tensors, masked, pins=pins, exact=self._exact, rigid=rigid)
+            analysis = analyse(graph, rules, tensors, masked, pins=pins, exact=self._exact, rigid=rigid)
             made = self._operate(analysis, allow_rewrite=not rigid)
             if made is not None:
                 model, surgery = made
@@ -112,7 +118,7 @@ class ModelSpeedup:
 
     def _operate(self, analysis: Analysis, allow_rewrite: bool) -> tuple[nn.Module, Surgery] | None:
         """The cut model: live, or behind a rewritten forward; None where neither gives the right outputs."""
-        surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
+        surgery = build(analysis.graph, analysis.rules, analysis.atoms, analysis.decision, self._traced)
         live = copy.deepcopy(self._masked)
         absorb_constants(live, analysis.decision)
         cut(live, surgery)
@@ -134,7 +140,7 @@ class ModelSpeedup:
     def _rewritten(self, live: nn.Module, analysis: Analysis) -> tuple[fx.GraphModule, dict[str, Any]] | None:
         kept = Kept(analysis.atoms, analysis.decision.removed)
         try:
-            return rewrite(live, self._traced, self._example, analysis.graph, self._rules, kept)
+            return rewrite(live, self._traced, self._example, analysis.graph, analysis.rules, kept, self._others)
         except (CannotRewriteError, SpeedupError):
             return None
 
@@ -157,7 +163,7 @@ class ModelSpeedup:
         tolerance = _TOLERANCES.get(dtype, _ROUGH_TOLERANCE)
         pairs = []
         sizes = list(dict.fromkeys((1, 2, batch_size(self._example))))
-        for example in (self._example, _jittered(self._example)):
+        for example in (self._example, _jittered(self._example), *self._others):
             for size in sizes:
                 resized = with_batch_size(example, size)
                 try:
