@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -129,8 +130,12 @@ def latencies_s(
     *,
     warmup: int = 5,
     threads: int | None = None,
+    limit_s: float = math.inf,
 ) -> dict[str, float]:
     """Like `latency_s` for several models, called in turn (A B C A B C), so that the machine's moods hit all alike.
+
+    Args:
+        limit_s: no turn is begun after this time, warm-up included; where it ends the warm-up, the last turn counts.
 
     Returns:
         the median seconds of each model.
@@ -139,21 +144,22 @@ def latencies_s(
         raise SpeedupError(f"nothing to time: {len(models)} models, {runs} runs")
     args, kwargs = as_call(with_batch_size(example, batch_size))
     times: dict[str, list[float]] = {name: [] for name in models}
-    before = torch.get_num_threads()
+    before, begun = torch.get_num_threads(), time.perf_counter()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         with torch.no_grad():
             for run in range(warmup + runs):
+                if run and time.perf_counter() - begun > limit_s:
+                    break
                 for name, model in models.items():
                     start = time.perf_counter()
                     model(*args, **kwargs)
                     _wait(args, kwargs)
-                    if run >= warmup:
-                        times[name].append(time.perf_counter() - start)
+                    times[name].append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: statistics.median(seconds[warmup:] or seconds[-1:]) for name, seconds in times.items()}
 
 
 def _wait(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def comparison(models: Sequence[ModelFigures]) -> tuple[Row, ...]:
     """Metrics, parameters, MACs, file size and latencies of all models; the first one is the measure of the others."""
     if not models:
         return ()
-    rows = [_metric_row(name, models) for name in models[0].metrics]
+    rows = [_metric_row(name, models) for name in dict.fromkeys(name for model in models for name in model.metrics)]
     rows.append(_size_row("parameters", models, lambda model: model.parameters, text.count))
     rows.append(_size_row("MACs", models, lambda model: model.macs, text.count))
     rows.append(_size_row("file size", models, lambda model: model.file_bytes, text.size))
@@ -59,11 +59,12 @@ def load_line(artifact_uri: str) -> str:
 
 
 def _metric_row(name: str, models: Sequence[ModelFigures]) -> Row:
-    dense = models[0].metrics[name]
+    dense = models[0].metrics.get(name)
     cells = [Cell(text.number(dense))]
     for model in models[1:]:
         value = model.metrics.get(name)
-        cells.append(Cell(text.number(value), "" if value is None else text.difference(value - dense)))
+        against = "" if value is None or dense is None else text.difference(value - dense)
+        cells.append(Cell(text.number(value), against))
     return Row(name, tuple(cells))
 
 
