@@ -168,7 +168,8 @@ def show(uri: str) -> None:
         lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
     else:
         lines = [f"{manifest.job}  {manifest.run}"]
-    lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri)}"]
+    alone = bool(manifest.figures.get("runs_alone", True))
+    lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri, alone)}"]
     for line in lines:
         console.print(Text(line), soft_wrap=True)
     console.print(files_table({name: (file.bytes, file.sha256) for name, file in manifest.files.items()}))

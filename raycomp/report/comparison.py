@@ -53,9 +53,16 @@ def verification_text(summary: RunSummary) -> str:
     )
 
 
-def load_line(artifact_uri: str) -> str:
-    """The one line of Python that loads a stored model."""
-    return f"import raycomp; model = raycomp.load({artifact_uri!r})"
+def load_line(artifact_uri: str, runs_alone: bool = True) -> str:
+    """The one line of Python that loads a stored model.
+
+    Args:
+        artifact_uri: where it is.
+        runs_alone: whether it holds a program that runs without the model's source.
+    """
+    if runs_alone:
+        return f"import raycomp; model = raycomp.load({artifact_uri!r})"
+    return f"import raycomp; model = raycomp.load({artifact_uri!r}, model)  # model: from the task's model()"
 
 
 def _metric_row(name: str, models: Sequence[ModelFigures]) -> Row:

@@ -127,7 +127,7 @@ def result(summary: RunSummary) -> str:
     forms = facts({model.name: _FORMS[model.name] for model in summary.models if model.name in _FORMS})
     load = ""
     if summary.artifact_uri:
-        load = paragraph("To use it:") + code_block(load_line(summary.artifact_uri))
+        load = paragraph("To use it:") + code_block(load_line(summary.artifact_uri, summary.runs_alone))
     return section("Result", shown, note, forms, load)
 
 

@@ -43,7 +43,7 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
     console.print()
     _plain(console, f"{ARTIFACT_LABEL}{artifact_uri}")
     _plain(console, f"report    {report_path}")
-    _plain(console, f"load      {load_line(artifact_uri)}")
+    _plain(console, f"load      {load_line(artifact_uri, summary.runs_alone)}")
 
 
 def files_table(files: Mapping[str, tuple[int, str]]) -> Table:

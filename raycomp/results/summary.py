@@ -120,6 +120,7 @@ class RunSummary:
         environment: what the run stood on (versions, processor, nodes), shown as it is.
         config_yaml: the job file as it was run.
         artifact_uri: where the result is stored.
+        runs_alone: whether it holds a program that runs without the model's source.
     """
 
     job: str
@@ -136,6 +137,7 @@ class RunSummary:
     warnings: tuple[str, ...] = ()
     config_yaml: str = ""
     artifact_uri: str = ""
+    runs_alone: bool = True
 
     # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
@@ -151,7 +153,7 @@ class RunSummary:
 
     def figures(self) -> dict[str, Any]:
         """The results without history, layers and job file, as plain JSON values: what a manifest carries."""
-        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings"}
+        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings", "runs_alone"}
         figures: dict[str, Any] = json.loads(_ADAPTER.dump_json(self, include=kept))
         return figures
 

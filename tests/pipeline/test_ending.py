@@ -18,9 +18,10 @@ from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import StageStart, resolve_start
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.report import render_report
+from raycomp.report.comparison import load_line
 from raycomp.results.summary import RunSummary
 from raycomp.speedup import RULES, Plan, apply_plan
-from raycomp.storage import load_tensors
+from raycomp.storage import load_tensors, open_store, publish
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, train
 
@@ -118,3 +119,32 @@ def test_a_rule_that_raises_leaves_its_channels_and_the_job_ends(
     reasons = {item.module: item.reason for item in summary.unpruned}
     assert reasons["conv1"] == "the speedup rule for aten.conv2d raised ZeroDivisionError: it failed"
     assert summary.verification is not None and summary.verification.passed
+
+
+@pytest.mark.parametrize("runs_alone", [True, False])
+def test_the_line_that_loads_the_model_works(
+    runs_alone: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runs_alone:
+        monkeypatch.setattr(artifact, "export_pt2", fail)
+    files = tmp_path / "files"
+    files.mkdir()
+    summary = ended(checkpoint, files)
+    assert summary.runs_alone is runs_alone
+    fields = {
+        "job": "tiny",
+        "run": "run",
+        "created": "now",
+        "lineage": {},
+        "versions": {},
+        "figures": summary.figures(),
+    }
+    publish(open_store(str(tmp_path / "store")), "run", files, fields)
+    task = build_task(parse_job(RAW).task)
+    known: dict[str, Any] = {"model": task.model()}
+    line = load_line(str(tmp_path / "store" / "run"), summary.runs_alone)
+    exec(line, known)
+    images = torch.stack([image for image, _ in task.eval_data()])
+    with torch.no_grad():
+        assert known["model"](images).shape == (21, 3)
+    assert (type(known["model"]) is type(task.model())) is not runs_alone

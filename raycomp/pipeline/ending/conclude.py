@@ -133,6 +133,7 @@ def conclude(
         environment={**figures.environment(), **facts.environment, "latencies": timed_how},
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,
+        runs_alone=(folder / artifact.PROGRAM).exists(),
     )
     return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -42,11 +42,12 @@ def export(model: nn.Module, example: Example, dynamic_shapes: Any = None) -> Ex
         SpeedupError: torch can't export the model for this example.
     """
     args, kwargs = as_call(example)
+    module = _without_graph(model)
     # torch.export knows no classes but its own; a hook leaves the names of parameters and arguments as they are.
-    hook = model.register_forward_hook(lambda _module, _args, output: plain(output))
+    hook = module.register_forward_hook(lambda _module, _args, output: plain(output))
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise SpeedupError(
             f"{type(model).__name__} cannot be exported: {cause_of(error)}",
@@ -54,6 +55,18 @@ def export(model: nn.Module, example: Example, dynamic_shapes: Any = None) -> Ex
         ) from error
     finally:
         hook.remove()
+
+
+def _without_graph(model: nn.Module) -> nn.Module:
+    """A graph module as a module like any other, which shares all with it: torch.export would run its nodes instead of
+    calling it, past its hooks.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return model
+    kind: type[nn.Module] = type(type(model).__name__, (nn.Module,), {"forward": type(model).forward})
+    module = kind.__new__(kind)
+    module.__dict__.update(model.__dict__)
+    return module
 
 
 @dataclass(frozen=True)
