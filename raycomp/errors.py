@@ -78,6 +78,23 @@ class CompressionError(RaycompError):
     """A compressor was used in a way that can't work: wrong order of calls, a missing evaluator, diverged state."""
 
 
+class NotFiniteError(CompressionError):
+    """A loss, gradient, weight or statistic is infinite or no number.
+
+    Args:
+        message: which, and in which step.
+        began: the layer, compressor or batch where it began; None where this process can't tell.
+    """
+
+    def __init__(self, message: str, *, began: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(f"{message}; it began in {began}" if began else message, remedy=remedy or _LESS)
+        self.what = message
+        self.began = began
+
+
+_LESS = "look at that batch's values, or lower the learning rate"
+
+
 class SpeedupError(RaycompError):
     """A model can't be traced, cut, verified, lowered or exported."""
 

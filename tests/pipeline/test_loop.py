@@ -6,10 +6,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from raycomp.errors import TaskError
+from raycomp.core.reduction import rank, world_size
+from raycomp.errors import NotFiniteError, TaskError
 from raycomp.pipeline import LoaderContext
 from raycomp.pipeline.training import loop
 from raycomp.results.progress import ProgressEvent
@@ -142,3 +144,38 @@ class Broken(Counting):
 def test_what_the_users_code_raises_is_named(method: str) -> None:
     with pytest.raises(TaskError, match=rf"Broken\.{method}\(\) raised KeyError"):
         told(tiny.distiller(), "Broken", steps=2, arguments={"method": method})
+
+
+class Diverging(tiny.Tiny):
+    """From the seventh step on, the last worker meets a pixel that is no number."""
+
+    steps = 0
+
+    def training_step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.steps += 1
+        images, target = batch
+        if self.steps > 6 and rank() == world_size() - 1:
+            images = images.clone()
+            images[0, 0, 0, 0] = torch.nan
+        return super().training_step(model, (images, target))
+
+
+def _diverges(number: int, world: int) -> tuple[str, int]:
+    raw = tiny.job(tiny.pruner(training_steps=2), steps=12)
+    raw["task"]["entrypoint"] = f"{__name__}:Diverging"
+    keeper = Keeper()
+    with pytest.raises(NotFiniteError) as raised:
+        train(raw, keeper)
+    return str(raised.value), len(keeper.metrics)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_step_that_is_not_finite_ends_the_training_on_all_ranks(world: int) -> None:
+    """The last rank's batch is bad; all say so alike, with the step and the last checkpoint before it."""
+    told = on_ranks(world, _diverges) if world > 1 else [_diverges(0, 1)]
+    for message, checkpoints in told:
+        assert message == (
+            "in step 7 the loss is not finite; it began in the batch (look at that batch's values, or lower the "
+            "learning rate; the checkpoint of epoch 1 is good)"
+        )
+        assert checkpoints == 1

@@ -18,10 +18,11 @@ from raycomp.config import EvaluationConfig, TrainingConfig
 from raycomp.core.batch_share import use_share
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Trainee
+from raycomp.core.finite import THE_BATCH
 from raycomp.core.moments import RunContext
-from raycomp.core.reduction import Statistic, rank, reduce_, world_size
+from raycomp.core.reduction import Statistic, gathered, rank, reduce_, world_size
 from raycomp.core.rounds import conduct
-from raycomp.errors import ConfigError, Problem, TaskError
+from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
 from raycomp.pipeline.data.samples import sample_seed
@@ -91,14 +92,17 @@ class StageTraining:
         self.rounds = max(self.chain.rounds, 1) if self.chain.wants_training else 0
         self.steps_per_round = self._steps_per_round() if self.rounds else 0
         self.steps = self.steps_per_round * self.rounds
-        self.epoch = 0
+        self.epoch = self.saved_epoch = 0
         self.loss_sum, self.loss_steps = torch.zeros((), device=self.device), 0
         self.history: tuple[ProgressEvent, ...] = ()
         self.notes = self.batches.notes
         self.reset()
         if resume is not None:
             self._restore(resume)
-        conduct(self.chain, self.rounds)
+        try:
+            conduct(self.chain, self.rounds)
+        except NotFiniteError as error:
+            raise self._told_by_all(error) from None
 
     # What the compressors ask for.
 
@@ -202,6 +206,15 @@ class StageTraining:
             losses.append(self.task.training_step(self.model, batch))
         return losses[0]
 
+    def _told_by_all(self, error: NotFiniteError) -> NotFiniteError:
+        """The same on every rank; all meet it at once, and the one whose samples did it knows where it began."""
+        told = gathered((error.what, error.began))
+        what, began = min(told, key=lambda each: (each[1] is None, each[1] != THE_BATCH))
+        saved = (
+            f"the checkpoint of epoch {self.saved_epoch} is good" if self.saved_epoch else "there is no checkpoint yet"
+        )
+        return NotFiniteError(what, began=began, remedy=f"{error.remedy}; {saved}")
+
     def _check_gradients(self) -> None:
         """DDP would fail in the next step, and name its own argument instead of the task's attribute."""
         if self.chain.step > 0 or self.model is self.chain.model or self.task.unused_parameters:
@@ -224,7 +237,9 @@ class StageTraining:
         if rank() == 0:
             self.listener.progress(event)
         if last or self.epoch % self.training.checkpoint_every_epochs == 0:
+            self.chain.check_weights()
             self.chain.settle()
+            self.saved_epoch = self.epoch
             self.listener.checkpoint(self._state, event.metrics)
 
     def _mean_loss(self) -> float | None:
@@ -269,6 +284,7 @@ class StageTraining:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.training["scheduler"])
         self.epoch, self.history = state.epoch, state.history
+        self.saved_epoch = state.epoch
 
     def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
         # Without a length, as many steps as the epochs so far had; a calibration is one more epoch.
