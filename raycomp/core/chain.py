@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raycomp.core.attach import TargetSpace, is_wrapped
+from raycomp.core.batch_share import weighted_loss
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.finite import Pass, are_finite, check_statistics, gradients_error, spreading, weights_error
 from raycomp.core.learned import LearnedTensors
@@ -185,7 +186,8 @@ class Chain:
         return with_loss(output, lambda loss: self.loss(loss, batch, step_fn))
 
     def loss(self, loss: Tensor, batch: Any, step_fn: Callable[[], Any] | None = None) -> Tensor:
-        """The loss that is differentiated: the task's own, weighted, and what every compressor adds.
+        """The loss that is differentiated: the task's own and what every compressor adds, as this rank's part of those
+        of the global batch (see `BatchShare`).
 
         Args:
             loss: the task's.
@@ -193,6 +195,7 @@ class Chain:
             step_fn: repeats the forward pass.
         """
         self.batch += 1
+        loss = weighted_loss(loss)
         losses = {"the loss": loss.detach()}
         for member in self.members:
             if member.loss_weight != 1:

@@ -25,8 +25,7 @@ from raycomp.core.moments import Moments
 from raycomp.core.selection import Selection, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task
-from raycomp.pipeline.user_code import user_code
+from raycomp.pipeline.task import Task, given
 from raycomp.speedup import complete_config_list
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -64,15 +63,12 @@ class BuildContext:
     @cached_property
     def example(self) -> Any:
         """The task's example input, on the device and in the dtype of the model."""
-        with user_code(f"{type(self.task).__name__}.example_input()"):
-            example = self.task.example_input()
-        return move_batch(example, self.device, self.dtype)
+        return move_batch(given(self.task, "example_input", self.seed), self.device, self.dtype)
 
     @cached_property
     def teacher(self) -> nn.Module | None:
         """The task's teacher, the same one for all distillers."""
-        with user_code(f"{type(self.task).__name__}.teacher()"):
-            teacher = self.task.teacher()
+        teacher = given(self.task, "teacher", self.seed)
         return None if teacher is None else teacher.to(device=self.device, dtype=self.dtype)
 
 
@@ -83,11 +79,12 @@ def weight_dtype(training: TrainingConfig) -> torch.dtype:
 
 def dense_model(task: Task, seed: int) -> nn.Module:
     """The task's model, the same in every process."""
-    torch.manual_seed(seed)
-    with user_code(f"{type(task).__name__}.model()"):
-        model = task.model()
+    model = given(task, "model", seed)
     if not isinstance(model, nn.Module):
         raise RaycompError(f"Task.model() gave {type(model).__name__}", remedy="return a torch.nn.Module")
+    # Hugging Face's models say which loss they bring.
+    loss_fn = getattr(model, "loss_function", None)
+    task.shifts_labels = task.shifts_labels or getattr(loss_fn, "__name__", None) == "ForCausalLMLoss"
     return model
 
 

@@ -22,7 +22,7 @@ from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_context
-from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.task import Task, given, prepare_task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import obstacles
 
@@ -138,8 +138,8 @@ def _steps(task: Task, training: TrainingConfig) -> int | None:
     """The optimizer steps of a training, where they can be told without reading the data."""
     if training.steps is not None:
         return training.steps
+    data = given(task, "train_data", training.seed)
     with user_code(f"{type(task).__name__}.train_data()"):
-        data = task.train_data()
         if not is_map_style(data):
             return None
         return (training.epochs or 1) * -(-len(data) // training.global_batch_size)

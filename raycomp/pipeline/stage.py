@@ -21,7 +21,7 @@ from raycomp.pipeline.build import BuildContext, ResolvedStage, build_chain, den
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.masks_file import load_masks, save_masks
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.summary import Unpruned, Verification
@@ -220,8 +220,8 @@ def _with_masks_on(uncut: StageResult) -> StageResult:
 
 def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
     """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
+    data = given(task, "eval_data")
     with user_code(f"{type(task).__name__}.eval_data()"):
-        data = task.eval_data()
         if is_map_style(data):
             batch = task.collate([data[position] for position in range(min(count, len(data)))])
         else:

@@ -1,8 +1,7 @@
 """Global batches: the k-th of an epoch is the same set of samples on any number of workers.
 
-A rank takes its slice of it, and its loss weighs as much as its share of the samples: an uneven or a last small batch
-is right, no sample is repeated to pad. A rank without samples takes part with a stand-in that weighs nothing, so that
-collectives meet.
+A rank takes its slice of it; an uneven or a last small batch is right, no sample is repeated to pad. A rank without
+samples takes part with a stand-in that weighs nothing, so that collectives meet.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from raycomp.core.batch_share import BatchShare
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.samples import fetched_batches, sample_seed
+from raycomp.pipeline.data.samples import fetched_batches
+from raycomp.pipeline.data.seeds import derived_seed
 from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.user_code import user_code
 
@@ -60,13 +60,10 @@ class MicroBatch(NamedTuple):
     Args:
         batch: collated samples; a stand-in where `share.samples` is 0.
         share: this rank's samples among those of all ranks in this micro-batch.
-        loss_weight: multiply the mean loss over `batch` by it: gradients that are averaged over the ranks (as DDP does)
-            and summed over the micro-batches are then those of the mean loss over the global batch.
     """
 
     batch: Any
     share: BatchShare
-    loss_weight: float
 
 
 class Batches(Protocol):
@@ -181,27 +178,26 @@ class GlobalBatches:
             self._task, self._dataset, wanted, self._plan.seed, epoch, num_data_workers=self._plan.num_data_workers
         )
         for parts in steps:
-            yield [MicroBatch(next(batches), part.share, part.loss_weight) for part in parts]
+            yield [MicroBatch(next(batches), part.share) for part in parts]
 
     def _global_batches(self, epoch: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(sample_seed(self._plan.seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self._plan.seed, epoch))
         return torch.split(torch.randperm(self._length, generator=generator), self._plan.global_batch_size)
 
     def _step(self, indices: Tensor) -> list[_Part]:
         pieces = (indices[rank_slice(len(indices), i, self._plan.accumulation)] for i in range(self._plan.accumulation))
-        return [self._part(piece, len(indices)) for piece in pieces if len(piece)]
+        return [self._part(piece) for piece in pieces if len(piece)]
 
-    def _part(self, indices: Tensor, step_samples: int) -> _Part:
+    def _part(self, indices: Tensor) -> _Part:
         mine = indices[rank_slice(len(indices), self._plan.rank, self._plan.world)]
         share = BatchShare(samples=len(mine), total=len(indices))
         # Two stand-ins, because a batch norm that is not synchronised refuses a single value per channel.
-        return _Part(mine if len(mine) else indices[:1].expand(2), share, len(mine) / step_samples * self._plan.world)
+        return _Part(mine if len(mine) else indices[:1].expand(2), share)
 
 
 class _Part(NamedTuple):
     indices: Tensor
     share: BatchShare
-    loss_weight: float
 
 
 def _check_length(length: int, task_name: str) -> None:
@@ -275,7 +271,7 @@ class LoaderBatches:
         for i, (count, total) in enumerate(zip(counts, totals, strict=True)):
             if total:
                 batch = batches[i] if i < len(batches) else last
-                yield MicroBatch(batch, BatchShare(count, total), count / sum(totals) * self._plan.world)
+                yield MicroBatch(batch, BatchShare(count, total))
 
     def _count_steps(self) -> int | None:
         with user_code(self._where):

@@ -23,7 +23,7 @@ from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
 from raycomp.errors import SpeedupError
 from raycomp.pipeline.stage import StageResult, real_inputs
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures
 from raycomp.speedup.graph.example import describe, flatten
@@ -122,7 +122,7 @@ def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
     return evaluate(
         task,
         module,
-        task.eval_data(),
+        given(task, "eval_data"),
         batch_size=evaluation.batch_size,
         dtype=dtype,
         max_samples=evaluation.max_samples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raycomp.config import EvaluationConfig, TrainingConfig
-from raycomp.core.batch_share import use_share
+from raycomp.core.batch_share import BatchShare, use_share, weighted_loss
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Trainee
 from raycomp.core.finite import THE_BATCH
@@ -25,12 +25,13 @@ from raycomp.core.rounds import conduct
 from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
-from raycomp.pipeline.data.samples import sample_seed
+from raycomp.pipeline.data.seeds import derived_seed, seed_everything
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.parallel import data_parallel, take_buffers_of_rank_0_
+from raycomp.pipeline.training.shares import weighted_shares
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
 
@@ -134,11 +135,13 @@ class StageTraining:
 
     def calibrate(self, trainee: Trainee, max_steps: int | None = None) -> None:
         """Passes the training batches through the model, forward only, and saves what came of it."""
+        seed_everything(derived_seed(self.training.seed, self.epoch, rank()))
         with trainee.calibrating():
             for micro_batches in islice(self.batches.iterate(self.epoch), max_steps):
                 for micro_batch in micro_batches:
                     batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
-                    with use_share(micro_batch.share), self._autocast(), user_code(self._call("forward")):
+                    share = self._with_positions(micro_batch.share, batch)
+                    with use_share(share), self._autocast(), user_code(self._call("forward")):
                         trainee.calibration_step(partial(self.task.forward, self.chain.model, batch))
         self.epoch += 1
         self.loss_steps = 0
@@ -163,7 +166,7 @@ class StageTraining:
 
     def _epoch(self) -> None:
         # Seeding each epoch makes a resumed run draw what an undisturbed one draws (dropout).
-        torch.manual_seed(sample_seed(self.training.seed, self.epoch, rank()))
+        seed_everything(derived_seed(self.training.seed, self.epoch, rank()))
         self.chain.model.train()
         self.loss_sum, self.loss_steps, last_event = torch.zeros((), device=self.device), 0, time.monotonic()
         for micro_batches in self.batches.iterate(self.epoch):
@@ -187,19 +190,23 @@ class StageTraining:
         """One optimizer step; returns this rank's part of the global batch's loss, times the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for index, micro_batch in enumerate(micro_batches):
+        for index, share in enumerate(weighted_shares(self.task, micro_batches)):
             last = index == len(micro_batches) - 1
-            with self._gradients(self.model, last), use_share(micro_batch.share):
-                batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
+            batch = move_batch(micro_batches[index].batch, self.device, self._input_dtype)
+            with self._gradients(self.model, last), use_share(self._with_positions(share, batch)):
                 losses: list[Tensor] = []
                 with self._autocast():
                     objective = self.chain.training_step(partial(self._training_step, batch, losses), batch)
-                (objective * micro_batch.loss_weight).backward()
-            total += losses[0].detach() * micro_batch.loss_weight
+                objective.backward()
+                total += weighted_loss(losses[0].detach())
         self._check_gradients()
         with user_code(f"the step of {self._call('optimizer')}"):
             self.optimizer.step()
         return total
+
+    def _with_positions(self, share: BatchShare, batch: Any) -> BatchShare:
+        with user_code(self._call("attention_mask")):
+            return replace(share, positions=self.task.attention_mask(batch))
 
     def _training_step(self, batch: Any, losses: list[Tensor]) -> Tensor:
         with user_code(self._call("training_step")):
@@ -337,8 +344,7 @@ class StageTraining:
     def _data(self, split: str) -> Any:
         if split in self.data:
             return self.data[split]
-        with user_code(self._call(f"{split}_data")):
-            return getattr(self.task, f"{split}_data")()
+        return given(self.task, f"{split}_data", self.training.seed)
 
     def _call(self, method: str) -> str:
         return f"{type(self.task).__name__}.{method}()"

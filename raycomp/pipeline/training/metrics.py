@@ -15,6 +15,7 @@ from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style, rank_slice
 from raycomp.pipeline.data.samples import fetched_batches
+from raycomp.pipeline.data.seeds import restored_generators, seed_everything
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
@@ -59,7 +60,9 @@ def evaluate(
     view = _View(rank, world, batch_size, max_samples, num_data_workers)
     sums: dict[str, Tensor] = {}
     count = 0
-    with evaluation_mode(plain):
+    with evaluation_mode(plain), restored_generators():
+        # A forward that draws in evaluation, too, is judged by the same draws wherever it is judged.
+        seed_everything(rank)
         for batch, wanted in _batches(task, data, view):
             moved = move_batch(batch, device, dtype)
             with user_code(f"{type(task).__name__}.forward()"):
