@@ -23,9 +23,11 @@ from raycomp.core.kept_masks import KeptMasks
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Moments
 from raycomp.core.selection import Selection, resolve
+from raycomp.distillation.teacher import Predict
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import complete_config_list
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -70,6 +72,16 @@ class BuildContext:
         """The task's teacher, the same one for all distillers."""
         teacher = given(self.task, "teacher", self.seed)
         return None if teacher is None else teacher.to(device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def teacher_predict(self) -> Predict:
+        """The task's `teacher_predict`, one function for all distillers."""
+
+        def predict(batch: Any, teacher: nn.Module) -> Any:
+            with user_code(f"{type(self.task).__name__}.teacher_predict()"):
+                return self.task.teacher_predict(batch, teacher)
+
+        return predict
 
 
 def weight_dtype(training: TrainingConfig) -> torch.dtype:
@@ -198,7 +210,7 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
     if Need.TEACHER in settings.registration.needs:
         if context.teacher is None:
             raise CompressionError("the task has no teacher", remedy="define teacher(self) in the task")
-        values |= {"teacher_model": context.teacher, "teacher_predict": context.task.teacher_predict}
+        values |= {"teacher_model": context.teacher, "teacher_predict": context.teacher_predict}
     return kind(chain, selection, **values)
 
 

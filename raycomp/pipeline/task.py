@@ -191,7 +191,10 @@ class Task:
         return AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1e-3)
 
     def scheduler(self, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
-        """A learning-rate schedule, stepped after every optimizer step. Default: none."""
+        """A learning-rate schedule, stepped after every optimizer step. Default: none.
+
+        `ReduceLROnPlateau` is stepped after every epoch, with the main metric: of an accuracy, give it `mode="max"`.
+        """
         return None
 
     def example_input(self) -> Tensor | tuple[Any, ...] | dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -17,12 +18,13 @@ from ray import tune
 from ray.tune.experiment import Trial
 from rich.table import Table
 
+from raycomp.config import nearest
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
 from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.trainer import Progress, Silent
-from raycomp.errors import ClusterError
+from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.report import render_sweep, sweep_table
 from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact
@@ -95,8 +97,17 @@ def sweep(
         ClusterError: Ray can't be reached, or has not what a trial needs. A trial that fails is no error of the sweep.
     """
     plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
-    CompressionJob(plan.trials[0].job, plan.base_dir).validate()
+    _check(plan)
     return _Sweep(plan, progress or Silent()).run(resume)
+
+
+def _check(plan: SweepPlan) -> None:
+    """The first trial's job is one that can run, and its task gives the metric that is compared."""
+    with TemporaryDirectory() as folder:
+        _, checked = CompressionJob(plan.trials[0].job, plan.base_dir).checked(Path(folder))
+    wanted = plan.config.metric
+    if wanted is not None and checked.metrics and wanted not in checked.metrics:
+        raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])
 
 
 class _Sweep:

@@ -244,7 +244,8 @@ class LoaderBatches:
             batches = self._take(loader)
             last = batches[-1] if batches else last
             counts = torch.zeros(self._plan.accumulation, dtype=torch.int64)
-            counts[: len(batches)] = torch.tensor([self._task.count_samples(batch) for batch in batches])
+            with user_code(f"{type(self._task).__name__}.count_samples()"):
+                counts[: len(batches)] = torch.tensor([self._task.count_samples(batch) for batch in batches])
             totals, starved = counts.clone(), torch.tensor(int(last is None))
             reduce_([Statistic(totals, "sum"), Statistic(starved, "max")])
             if not totals.any():

@@ -69,7 +69,8 @@ def evaluate(
                 output = task.forward(plain, moved)
             with user_code(f"{type(task).__name__}.metrics()"):
                 values = task.metrics(output, moved)
-            present = task.count_samples(moved)
+            with user_code(f"{type(task).__name__}.count_samples()"):
+                present = task.count_samples(moved)
             _add(sums, values, present, wanted)
             count += min(wanted, present)
     return _means(sums, count, world, type(task).__name__)
@@ -94,7 +95,8 @@ def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
         part = rank_slice(left, view.rank, view.world)
         left = part.stop - part.start
     for batch in _loaded(task, data, view):
-        present = task.count_samples(batch)
+        with user_code(f"{type(task).__name__}.count_samples()"):
+            present = task.count_samples(batch)
         yield batch, present if left is None else min(present, left)
         if left is not None:
             left -= min(present, left)
@@ -103,7 +105,8 @@ def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
 
 
 def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
-    total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
+    with user_code(f"{type(task).__name__}.eval_data(): len()"):
+        total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
     if total == 0:
         return
     mine = torch.arange(total)[rank_slice(total, view.rank, view.world)]
