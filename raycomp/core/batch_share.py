@@ -38,6 +38,11 @@ class BatchShare:
     positions: Tensor | None = field(default=None, compare=False)
 
 
+def rank_slice(total: int, rank: int, world: int) -> slice:
+    """The contiguous part of `total` samples that a rank takes; sizes differ by one at most, rank 0 has the largest."""
+    return slice(-(-total * rank // world), -(-total * (rank + 1) // world))
+
+
 _SHARE: ContextVar[BatchShare | None] = ContextVar("raycomp_batch_share", default=None)
 
 

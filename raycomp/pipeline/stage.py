@@ -18,7 +18,7 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.errors import SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, build_chain, dense_model, resolve_stage, weight_dtype
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.batches import first_batch
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.masks_file import load_masks, save_masks
 from raycomp.pipeline.task import Task, given
@@ -222,9 +222,6 @@ def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
     """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
     data = given(task, "eval_data")
     with user_code(f"{type(task).__name__}.eval_data()"):
-        if is_map_style(data):
-            batch = task.collate([data[position] for position in range(min(count, len(data)))])
-        else:
-            batch = next(iter(as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0))))
+        batch = first_batch(task, data, count)
         args, kwargs = task.inputs(move_batch(batch, "cpu", dtype))
     return kwargs if kwargs else args[0] if len(args) == 1 else args

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from raycomp.errors import TaskError
 from raycomp.pipeline.data import structure
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.batches import first_batch
 from raycomp.pipeline.data.seeds import restored_generators, seed_everything
 from raycomp.pipeline.user_code import user_code
 
@@ -202,7 +202,7 @@ class Task:
 
         Default: `inputs` of the first two training samples.
         """
-        args, kwargs = self.inputs(self._first_batch(self.train_data()))
+        args, kwargs = self.inputs(first_batch(self, self.train_data(), 2))
         if args and kwargs:
             raise self._undefined("example_input", "can't hold both positional and named inputs")
         if kwargs:
@@ -223,12 +223,6 @@ class Task:
         except TaskError:
             return None
         return found if isinstance(found, Tensor) and found.ndim and _are_integers(found) else None
-
-    def _first_batch(self, data: Any) -> Any:
-        if is_map_style(data):
-            return self.collate([data[index] for index in range(min(2, len(data)))])
-        loader: Iterable[Any] = as_loader_factory(self, data)(LoaderContext(0, 1, 2, 0, 0))
-        return next(iter(loader))
 
     def _required(self, method: str) -> TaskError:
         return TaskError(f"the task has no {method}()", where=type(self).__name__, remedy=f"define {method}(self)")

@@ -12,9 +12,10 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from raycomp.core.batch_share import BatchShare, use_share, weighted_loss
+from raycomp.core.batch_share import BatchShare, rank_slice, use_share, weighted_loss
+from raycomp.core.reduction import rank as own_rank
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches, rank_slice
+from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.shares import weighted_shares
 from tests.pipeline.ranks import gradients_of, on_ranks
@@ -258,6 +259,59 @@ class Stream(IterableDataset[Tensor]):
 def test_a_stream_is_read_in_batches_of_its_epoch() -> None:
     steps = steps_of(Stream(), epoch=2, global_batch_size=2)
     assert list(map(numbers, steps)) == [[20.0, 21.0], [22.0, 23.0], [24.0]]
+
+
+class NoisyStream(IterableDataset[Tensor]):
+    """Eleven samples, drawn from the generators that everybody draws from."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.rand(()) + random.random() + float(np.random.rand()) for _ in range(11))
+
+    def __len__(self) -> int:
+        return 11
+
+
+class Selfish(NoisyStream):
+    """Gives each worker samples of its own."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.tensor(float(own_rank() * 100 + k)) for k in range(11))
+
+
+def _noisy(own: int, world: int, num_data_workers: int = 0) -> Any:
+    torch.manual_seed(own)
+    plan = BatchPlan(4, 7, own, world, num_data_workers=num_data_workers)
+    batches = open_batches(Task(), NoisyStream(), plan)
+    found = []
+    for step in batches.iterate(1):
+        torch.rand(own + 1)  # what training draws in between
+        found.append((step[0].batch.tolist()[: step[0].share.samples], step[0].share.samples, step[0].share.total))
+    return batches.steps_per_epoch, batches.notes, found
+
+
+@pytest.mark.parametrize("num_data_workers", [0, 1, 3])
+def test_a_stream_is_shared_out_and_nothing_is_seen_twice(num_data_workers: int) -> None:
+    """11 samples in global batches of 4, 4 and 3; with 5 workers some have no part in a batch."""
+    steps, notes, alone = _noisy(0, 1, num_data_workers)
+    assert (steps, notes) == (3, ())
+    assert [samples for _, samples, _ in alone] == [4, 4, 3]
+    for world in (2, 5):
+        ranks = [found for _, _, found in on_ranks(world, _noisy, num_data_workers)]
+        for k in range(3):
+            assert list(chain.from_iterable(found[k][0] for found in ranks)) == alone[k][0]
+            assert {found[k][2] for found in ranks} == {alone[k][1]}
+
+
+def _selfish(own: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        list(open_batches(Task(), Selfish(), BatchPlan(4, rank=own, world=world)).iterate(0))
+    return str(raised.value)
+
+
+def test_a_stream_that_differs_between_workers_is_an_error_everywhere() -> None:
+    for message in on_ranks(2, _selfish):
+        assert "gives one worker other samples than another" in message
+        assert "a function of LoaderContext" in message
 
 
 class Shard:

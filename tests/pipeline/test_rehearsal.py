@@ -119,5 +119,5 @@ def test_the_check_of_a_job_rehearses() -> None:
         def train_data(self) -> TensorDataset:
             return TensorDataset(torch.zeros(0, 1, 6, 6), torch.zeros(0, dtype=torch.long))
 
-    with pytest.raises(TaskError, match="the train data is empty"):
+    with pytest.raises(TaskError, match="the data is empty"):
         check_stages(config, Empty())

@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,12 +35,41 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def restored_generators() -> Iterator[None]:
     """The generators of `seed_generators` are after the block as they were before it."""
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    states = _states()
     try:
         yield
     finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])
+        _set_states(states)
+
+
+class OwnGenerators:
+    """States of the global generators for code that runs in between, and goes on each time where it was.
+
+    Args:
+        seed: what it begins with.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with restored_generators():
+            seed_generators(seed)
+            self._states = _states()
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within the block, what is drawn is drawn from these."""
+        with restored_generators():
+            _set_states(self._states)
+            yield
+            self._states = _states()
+
+
+def _states() -> tuple[Any, Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+
+
+def _set_states(states: tuple[Any, Any, Any]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if states[2] is not None:
+        sys.modules["numpy"].random.set_state(states[2])

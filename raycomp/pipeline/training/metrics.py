@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
+from raycomp.core.batch_share import rank_slice
 from raycomp.core.model import evaluation_mode
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style, rank_slice
+from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.data.samples import fetched_batches
 from raycomp.pipeline.data.seeds import restored_generators, seed_everything
+from raycomp.pipeline.data.streams import StreamView, slices
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
@@ -90,6 +93,9 @@ def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
     if is_map_style(data):
         yield from _indexed_batches(task, data, view)
         return
+    if isinstance(data, IterableDataset):
+        yield from _streamed_batches(task, data, view)
+        return
     left = view.max_samples
     if left is not None:
         part = rank_slice(left, view.rank, view.world)
@@ -116,8 +122,16 @@ def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, 
     yield from zip(fetched, counts, strict=True)
 
 
+def _streamed_batches(task: Task, data: IterableDataset[Any], view: _View) -> Iterator[tuple[Any, int]]:
+    total = view.batch_size * view.world
+    stream = StreamView(total, view.rank, view.world, most=view.max_samples, num_data_workers=view.num_data_workers)
+    with user_code(f"{type(task).__name__}.eval_data()"):
+        for batch, samples, _ in slices(task, data, stream):
+            yield batch, samples
+
+
 def _loaded(task: Task, data: Any, view: _View) -> Iterator[Any]:
-    factory = as_loader_factory(task, data, view.num_data_workers)
+    factory = as_loader_factory(task, data)
     with user_code(f"{type(task).__name__}.eval_data()"):
         loader: Iterable[Any] = factory(LoaderContext(view.rank, view.world, view.batch_size, 0, 0))
         yield from loader
