@@ -78,6 +78,20 @@ class CompressionError(RaycompError):
     """A compressor was used in a way that can't work: wrong order of calls, a missing evaluator, diverged state."""
 
 
+class FoldError(CompressionError):
+    """Modules that are fused don't run as one.
+
+    Args:
+        message: what uses which module's output.
+        names: of the fused modules.
+        remedy: what can be fused.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...], remedy: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.names = names
+
+
 class NotFiniteError(CompressionError):
     """A loss, gradient, weight or statistic is infinite or no number.
 

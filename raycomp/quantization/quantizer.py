@@ -13,15 +13,15 @@ from raycomp.config import QuantizeEntry, QuantizeTarget, nearest
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
-from raycomp.core.layout import Layout
+from raycomp.core.layout import Layout, traced_shapes
 from raycomp.core.model import device_of
 from raycomp.core.moments import Calibration, Moment, Turn
 from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_
-from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, FoldError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
-from raycomp.quantization.fold import fold, fold_problem, folded_weight
+from raycomp.quantization.fold import fold, fold_problem, folded_weight, is_activation
 from raycomp.quantization.range_watcher import RangeWatcher, value_range
 
 
@@ -131,6 +131,17 @@ class Quantizer(Compressor):
         for key, watcher in self.watchers.items():
             watcher.load_gathered(state["gathered"][str(key)], device_of(self.model))
 
+    def rehearse(self) -> None:
+        """Runs the example through what is fused: modules that aren't each given what the one before gives are told."""
+        if not self.folds() or self.chain.example is None:
+            return
+        try:
+            traced_shapes(self.model, (), self.chain.example)
+        except FoldError as error:
+            index = next(index for index, names in self._fuse_names() if names == error.names)
+            where = f"config_list[{index}].fuse_names"
+            raise ConfigError([Problem(where, error.message, error.remedy or "")]) from None
+
     # What it has to give.
 
     def folds(self) -> list[tuple[str, ...]]:
@@ -193,11 +204,14 @@ class Quantizer(Compressor):
         ]
 
     def _fused_twice(self) -> list[Problem]:
-        first = {name: str(type(c).__name__) for c in self.chain.members for names in c.folds() for name in names}
+        # An activation has no state: it may stand behind several hosts, called once for each.
+        activations = {name for name, module in self.model.named_modules() if is_activation(module)}
+        first = {name: type(c).__name__ for c in self.chain.members for names in c.folds() for name in names}
         problems = []
         for index, names in self._fuse_names():
             where = f"config_list[{index}].fuse_names"
-            problems += [Problem(where, f"{name} is fused already by {first[name]}") for name in names if name in first]
+            twice = [name for name in names if name in first and name not in activations]
+            problems += [Problem(where, f"{name} is fused already by {first[name]}") for name in twice]
             first |= dict.fromkeys(names, where)
         return problems
 
