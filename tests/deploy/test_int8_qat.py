@@ -94,3 +94,26 @@ def test_an_activations_second_call_is_in_the_integer_model() -> None:
     assert simulated.min() == real.min() == 0
     assert sqnr_db(simulated, real) > 30
     assert sqnr_db(expected, real) > 15
+
+
+def test_a_grouped_transposed_convolution_by_output_channel_is_lowered_with_its_rounding() -> None:
+    """No integer kernel takes its scales: the weight keeps the numbers of its grid, as floats."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)), torch.randn(2, 4, 5, 5)
+    weight = {"quant_dtype": "int3", "granularity": "out_channel"}
+    config = [
+        {"op_names": ["0"], "target_names": ["weight"], **weight},
+        {"op_names": ["1"], "target_names": ["_input_", "weight", "_output_"]},
+    ]
+    quantizer = QATQuantizer(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with quantizer.chain.run([optimizer]):
+        for _ in range(3):
+            model(images).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        simulated, calibration = model.eval()(images), quantizer.get_calibration_config()
+        quantizer.unwrap_model()
+        real = lower_int8(model, calibration, [], images, reduce_range=False).as_module()(images)
+        dense = model(images)
+    assert sqnr_db(simulated, real) > 35 > 25 > sqnr_db(dense, real)

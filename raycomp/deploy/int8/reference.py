@@ -18,7 +18,7 @@ from raycomp.core.attach import TargetSpace
 from raycomp.core.folding import Hosted
 from raycomp.core.target import TargetId
 from raycomp.deploy.int8.fold import fold_
-from raycomp.deploy.int8.grid import Grid, grid_of
+from raycomp.deploy.int8.grid import Grid, grid_of, in_blocks, on_blocks_grid
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.program import as_float32
 
@@ -104,6 +104,11 @@ def simulate_int8(
         _check(copied, bias)
         parameter = copied.get_submodule(host).get_parameter("bias")
         parameter.data = grid_of(grids.pop(bias), str(bias)).fake_quantize(parameter.data)
+    for target_id in [key for key, entry in grids.items() if not key.target.startswith("_") and in_blocks(entry)]:
+        # No kernel takes such scales: the weight keeps the numbers of its grid, as floats.
+        _check(copied, target_id)
+        parameter = copied.get_submodule(target_id.module).get_parameter(target_id.target)
+        parameter.data = on_blocks_grid(parameter.data, grids.pop(target_id), str(target_id))
     space = TargetSpace(copied)
     fold_(space, folds)
     for target_id, entry in grids.items():
