@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -290,9 +290,12 @@ class Chain:
             for member in deciding:
                 member.decide(moment)
 
+    def tell(self, notes: Iterable[str]) -> None:
+        """Keeps what the user should be told, once."""
+        self.notes = tuple(dict.fromkeys([*self.notes, *notes]))
+
     def _take_notes(self) -> None:
-        told = [note for member in self.members for note in member.notes()]
-        self.notes = tuple(dict.fromkeys([*self.notes, *told]))
+        self.tell(note for member in self.members for note in member.notes())
 
     # What they have to give.
 

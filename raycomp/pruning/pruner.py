@@ -150,9 +150,10 @@ class Pruner(Compressor):
                 raise NotFiniteError(f"the saliency of {target_id} is not finite")
         requests = [self._request(target_id, saliency, progress) for target_id, saliency in saliencies.items()]
         try:
-            made = make_masks(requests)
+            made, notes = make_masks(requests)
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
+        self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)
         for target_id in saliencies:
             keep = made[target_id].view(self.grid(target_id))
             self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))
