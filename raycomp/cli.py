@@ -174,7 +174,9 @@ def show(uri: str) -> None:
             lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
         else:
             lines = [f"{manifest.job}  {manifest.run}"]
-        for line in [*lines, f"created {manifest.created}", f"load    {load_line(artifact.uri)}"]:
+        alone = bool(manifest.figures.get("runs_alone", True))
+        lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri, alone)}"]
+        for line in lines:
             print_line(console, line)
         sizes = {name: (file.bytes, file.sha256) for name, file in manifest.files.items()}
         console.print(Visible(files_table(sizes)))

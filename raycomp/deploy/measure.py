@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from raycomp.core.model import evaluation_mode
 from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example, with_batch_size
+from raycomp.speedup.graph.program import cause_of, quiet
 
 _VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx512vnni", "avxvnni"})
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -73,29 +78,65 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example: Example) -> int:
-    """Multiply-accumulates of one forward with one sample: half the FLOPs that `torch.utils.flop_counter` counts.
+    """Multiply-accumulates of one forward with one sample: of all its convolutions and products of matrices.
 
-    Convolutions, matrix products and attention are counted; additions, norms and activations are not.
+    Those within recurrent layers and attention count, too. Additions, norms and activations don't.
 
     Raises:
         SpeedupError: the model cannot run on the example.
     """
     args, kwargs = as_call(with_batch_size(example, 1))
-    training = [(module, module.training) for module in model.modules()]
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FURTHER_PRODUCTS)
     try:
-        model.eval()
-        with torch.no_grad(), counter:
+        with evaluation_mode(model), torch.no_grad(), _plain_kernels(), counter:
             model(*args, **kwargs)
     except Exception as error:
         raise SpeedupError(
-            f"{type(model).__name__} cannot run on one sample of the example: {str(error).splitlines()[0]}",
+            f"{type(model).__name__} cannot run on one sample of the example: {cause_of(error)}",
             remedy="the example must be an input of this model, with the batch in dimension 0",
         ) from error
-    finally:
-        for module, mode in training:
-            module.training = mode
     return counter.get_total_flops() // 2
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Recurrent layers and attention as the products they consist of, not as one operator that no counter knows."""
+    fused_layers = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with quiet(), torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused_layers)
+
+
+def _flops_of_vectors(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """Of a matrix or vector times a vector."""
+    return 2 * math.prod(left)
+
+
+def _flops_of_added_vectors(_added: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return _flops_of_vectors(left, right)
+
+
+def _flops_of_added_batches(_added: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(left) * int(right[-1])
+
+
+def _flops_of_trilinear(first: Any, second: Any, *_: Any, **__: Any) -> int:
+    """Of `nn.Bilinear`: like a linear layer on all products of both inputs, each weight once for each sample."""
+    return 2 * int(first[0]) * math.prod(second)
+
+
+_FURTHER_PRODUCTS = {
+    torch.ops.aten.mv: _flops_of_vectors,
+    torch.ops.aten.dot: _flops_of_vectors,
+    torch.ops.aten.vdot: _flops_of_vectors,
+    torch.ops.aten.addmv: _flops_of_added_vectors,
+    torch.ops.aten.addbmm: _flops_of_added_batches,
+    torch.ops.aten._trilinear: _flops_of_trilinear,
+}
+"""What `torch.utils.flop_counter` lacks; each takes the operands' shapes."""
 
 
 def latency_s(
@@ -129,8 +170,12 @@ def latencies_s(
     *,
     warmup: int = 5,
     threads: int | None = None,
+    limit_s: float = math.inf,
 ) -> dict[str, float]:
     """Like `latency_s` for several models, called in turn (A B C A B C), so that the machine's moods hit all alike.
+
+    Args:
+        limit_s: no turn is begun after this time, warm-up included; where it ends the warm-up, the last turn counts.
 
     Returns:
         the median seconds of each model.
@@ -139,21 +184,22 @@ def latencies_s(
         raise SpeedupError(f"nothing to time: {len(models)} models, {runs} runs")
     args, kwargs = as_call(with_batch_size(example, batch_size))
     times: dict[str, list[float]] = {name: [] for name in models}
-    before = torch.get_num_threads()
+    before, begun = torch.get_num_threads(), time.perf_counter()
     try:
         if threads is not None:
             torch.set_num_threads(threads)
         with torch.no_grad():
             for run in range(warmup + runs):
+                if run and time.perf_counter() - begun > limit_s:
+                    break
                 for name, model in models.items():
                     start = time.perf_counter()
                     model(*args, **kwargs)
                     _wait(args, kwargs)
-                    if run >= warmup:
-                        times[name].append(time.perf_counter() - start)
+                    times[name].append(time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return {name: statistics.median(seconds[warmup:] or seconds[-1:]) for name, seconds in times.items()}
 
 
 def _wait(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,50 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.parts import as_call
-from raycomp.deploy.versions import versions
+from raycomp.deploy.onnx_file import OnnxSignature, require_onnx, to_bytes
+from raycomp.deploy.onnx_runtime import takes
+from raycomp.deploy.sizes import ExportReport, describe_fixed
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example, Tree, bind, describe, flatten, parameter_names, rebuild
-from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
+from raycomp.speedup.graph.program import (
+    OpenProgram,
+    as_float32,
+    cause_of,
+    example_as_float32,
+    export_program,
+    quiet,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET = 21
-METADATA_KEY = "raycomp"
-_EXTRA = ("onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class OnnxSignature:
-    """How the exported model was called, as it travels in the file's metadata.
-
-    Args:
-        parameters: names of `forward`'s positional parameters, in order.
-        inputs: description of the arguments by name.
-        outputs: description of what the model returns.
-        dynamic_batch: whether any batch size can be run; else only that of the example.
-    """
-
-    parameters: tuple[str, ...]
-    inputs: Tree
-    outputs: Tree
-    dynamic_batch: bool
-
-
-def require_onnx() -> None:
-    """Checks that the packages of the `int8` extra are installed.
-
-    Raises:
-        SpeedupError: one of them is missing; the remedy says what to install.
-    """
-    for name in _EXTRA:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise SpeedupError(
-                f"ONNX export and int8 need {name}, which cannot be imported: {error}",
-                remedy="pip install 'raycomp[int8]'",
-            ) from error
 
 
 class _FlatCall(nn.Module):
@@ -73,6 +46,14 @@ class _FlatCall(nn.Module):
         with torch.no_grad():
             self.outputs = describe(model(*args, **kwargs))
 
+    def flat(self, example: Example) -> tuple[Tensor, ...] | None:
+        """Another input's tensors; None where it has another structure."""
+        args, kwargs = as_call(example)
+        try:
+            return tuple(flatten(self.inputs, bind(self.names, args, kwargs)))
+        except TypeError:
+            return None
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         bound = rebuild(self.inputs, iter(tensors))
         names = list(bound)
@@ -81,20 +62,57 @@ class _FlatCall(nn.Module):
         return tuple(flatten(self.outputs, output))
 
 
-def export_to_ir(model: nn.Module, example: Example) -> tuple[ir.Model, OnnxSignature]:
-    """Exports an eval-mode float32 CPU model through `torch.export`; the batch is dynamic where the model allows it.
+@dataclass(frozen=True)
+class OnnxExport:
+    """A model as an ONNX graph that is not a file yet.
+
+    Args:
+        graph: the graph; it may be changed before `serialized`.
+        signature: how it is called.
+        opened: the program that it was made from.
+        names: of the inputs.
+    """
+
+    graph: ir.Model
+    signature: OnnxSignature
+    opened: OpenProgram
+    names: tuple[str, ...]
+
+    def serialized(self, extra: dict[str, Any]) -> tuple[bytes, tuple[str, ...]]:
+        """The file's bytes, and the sizes that it takes alone though the inputs that it was exported for differ there.
+
+        The inputs of other sizes are run in ONNX Runtime, since an operator's ONNX form may bake in what its own
+        signature leaves open.
+
+        Args:
+            extra: further metadata.
+
+        Raises:
+            SpeedupError: more than the 2 GB that one ONNX file can hold.
+        """
+        content, fixed = to_bytes(self.graph, self.signature, extra), self.opened.fixed
+        if not fixed and not all(takes(content, as_call(other)[0]) for other in self.opened.others):
+            fixed = self.opened.varying
+        return content, describe_fixed(fixed, self.names)
+
+
+def export_to_ir(model: nn.Module, example: Example, others: Sequence[Example] = ()) -> OnnxExport:
+    """Exports an eval-mode float32 CPU model through `torch.export`.
+
+    The batch is dynamic where the model allows it, and so are the sizes in which the inputs differ.
 
     Raises:
         SpeedupError: the packages are missing, or the model cannot be exported.
     """
     require_onnx()
     call = _FlatCall(model, example).eval()
-    program, dynamic = export_program(call, call.tensors)
+    opened = export_program(call, call.tensors, [flat for each in others if (flat := call.flat(each)) is not None])
+    names = _tensor_names(call.inputs)
     with quiet():
         try:
             exported = torch.onnx.export(
-                program,
-                input_names=_tensor_names(call.inputs),
+                opened.program,
+                input_names=names,
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
@@ -106,9 +124,9 @@ def export_to_ir(model: nn.Module, example: Example) -> tuple[ir.Model, OnnxSign
                 remedy="an operator has no ONNX form, or the model's control flow depends on its data",
             ) from error
     assert exported is not None
-    signature = OnnxSignature(call.names, call.inputs, call.outputs, dynamic)
+    signature = OnnxSignature(call.names, call.inputs, call.outputs, opened.dynamic_batch)
     _tidy_(exported.model, signature)
-    return exported.model, signature
+    return OnnxExport(exported.model, signature, opened, tuple(names))
 
 
 def _tensor_names(tree: Tree, prefix: str = "") -> list[str]:
@@ -135,40 +153,19 @@ def _tidy_(model: ir.Model, signature: OnnxSignature) -> None:
     model.metadata_props.clear()
 
 
-def to_bytes(model: ir.Model, signature: OnnxSignature, extra: dict[str, Any]) -> bytes:
-    """The serialized model, with its signature, the libraries' versions and `extra` in its metadata.
-
-    Raises:
-        SpeedupError: more than the 2 GB that one ONNX file can hold.
-    """
-    import onnx_ir as ir
-
-    for node in model.graph:
-        for output in node.outputs:
-            if not output.is_graph_output():
-                # Runtimes infer them; in a small model they weigh more than they tell.
-                output.type, output.shape = None, None
-    described = {"signature": asdict(signature), "versions": versions(), **extra}
-    model.metadata_props[METADATA_KEY] = json.dumps(described)
-    model.producer_name = "raycomp"
-    try:
-        serialized: bytes = ir.to_proto(model).SerializeToString()
-    except ValueError as error:
-        raise SpeedupError(f"the model does not fit into one ONNX file: {cause_of(error)}") from error
-    return serialized
-
-
-def export_onnx(model: nn.Module, example: Example, path: str | Path) -> OnnxSignature:
-    """Writes the model as float32 ONNX, with a dynamic batch where it allows one.
+def export_onnx(model: nn.Module, example: Example, path: str | Path, others: Sequence[Example] = ()) -> ExportReport:
+    """Writes the model as float32 ONNX, open in the batch and in the sizes in which the inputs differ where it can be.
 
     Args:
         model: any model in any dtype on any device; a copy of it is exported in eval mode and float32.
         example: the input to trace with.
         path: the file to write.
+        others: further inputs, of other lengths or image sizes.
 
     Raises:
         SpeedupError: the packages are missing, or the model cannot be exported.
     """
-    graph, signature = export_to_ir(as_float32(model), example_as_float32(example))
-    Path(path).write_bytes(to_bytes(graph, signature, {}))
-    return signature
+    exported = export_to_ir(as_float32(model), example_as_float32(example), [*map(example_as_float32, others)])
+    content, fixed = exported.serialized({})
+    Path(path).write_bytes(content)
+    return ExportReport(exported.opened.dynamic_batch, fixed)

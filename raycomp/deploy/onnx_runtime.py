@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raycomp.deploy.onnx_check import check_onnx
-from raycomp.deploy.onnx_export import METADATA_KEY, require_onnx
+from raycomp.deploy.onnx_file import METADATA_KEY, require_onnx
 from raycomp.deploy.signature import count_tensors, read_description
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import bind, flatten, rebuild
@@ -134,6 +134,21 @@ def load_onnx(path: str | Path, *, threads: int | None = None, cuda: bool = Fals
     require_onnx()
     check_onnx(model, str(path))
     return OnnxModule(model, threads=threads, cuda=cuda)
+
+
+def takes(model: bytes, inputs: Sequence[Tensor]) -> bool:
+    """Whether ONNX Runtime runs the model on these tensors.
+
+    Raises:
+        SpeedupError: ONNX Runtime is missing or cannot load the model.
+    """
+    session = _session(model, threads=1, cuda=False)
+    names = [each.name for each in session.get_inputs()]
+    try:
+        session.run(None, {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)})
+    except Exception:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from raycomp.deploy.pt2_program import InputSizes, build_program, input_sizes
 from raycomp.deploy.pt2_tensors import read_tensors
 from raycomp.deploy.pt2_unread import check_unread
 from raycomp.deploy.signature import Signature, count_tensors, read_description
+from raycomp.deploy.sizes import ExportReport, describe_fixed, leaf_names
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example, bind, describe, flatten, parameter_names, rebuild
@@ -26,17 +26,6 @@ from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float
 from raycomp.storage.documents import parse_document
 
 _KEPT_METADATA = ("nn_module_stack", "torch_fn", "val")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """How a model was exported.
-
-    Args:
-        dynamic_batch: whether the file takes any batch size; else only that of the example.
-    """
-
-    dynamic_batch: bool
 
 
 class ProgramError(SpeedupError, RuntimeError):
@@ -96,29 +85,32 @@ class ProgramModule(nn.Module):
                     raise ProgramError(message, where=name, remedy="the model was exported for these sizes")
 
 
-def export_pt2(model: nn.Module, example: Example, path: str | Path) -> ExportReport:
+def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Sequence[Example] = ()) -> ExportReport:
     """Writes the model in eval mode and float32 as a `torch.export` archive, which needs no Python source to run.
 
-    The batch is dynamic where the model allows it. The archive holds no pickle: no example inputs, and weights as raw
-    bytes; stack traces, which name the exporting machine's files, are left out.
+    The batch is dynamic where the model allows it, and so are the sizes in which the inputs differ. The archive holds
+    no pickle: no example inputs, and weights as raw bytes; stack traces, which name the exporting machine's files, are
+    left out.
 
     Args:
         model: any model in any dtype on any device; a copy of it is exported.
         example: the input to trace with.
         path: the file to write, ending in `.pt2`.
+        others: further inputs, of other lengths or image sizes.
 
     Raises:
         SpeedupError: the model cannot be exported, or its archive would not pass `load_pt2`.
     """
     model, example = as_float32(model), example_as_float32(example)
-    program, dynamic = export_program(model, example)
+    exported = export_program(model, example, [*map(example_as_float32, others)])
+    program = exported.program
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
-    signature = {**_signature(model, example), "dynamic_batch": dynamic}
-    described = json.dumps({"dynamic_batch": dynamic, "versions": versions(), "signature": signature})
+    signature = {**_signature(model, example), "dynamic_batch": exported.dynamic_batch}
+    described = json.dumps({"dynamic_batch": exported.dynamic_batch, "versions": versions(), "signature": signature})
     buffer = io.BytesIO()
     try:
         with quiet():
@@ -127,7 +119,7 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path) -> ExportRe
         raise SpeedupError(f"{type(model).__name__} cannot be saved: {cause_of(error)}", where=str(path)) from error
     _read(buffer.getvalue(), str(path))
     Path(path).write_bytes(buffer.getvalue())
-    return ExportReport(dynamic)
+    return ExportReport(exported.dynamic_batch, describe_fixed(exported.fixed, leaf_names(model, example)))
 
 
 def _signature(model: nn.Module, example: Example) -> dict[str, Any]:

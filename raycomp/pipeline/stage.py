@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,12 @@ from raycomp.core.attach import without_quantizers
 from raycomp.core.chain import Chain
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
-from raycomp.errors import SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, build_chain, dense_model, resolve_stage, weight_dtype
-from raycomp.pipeline.data.batches import first_batch
-from raycomp.pipeline.data.structure import move_batch
+from raycomp.pipeline.inputs import differing_inputs, real_inputs
 from raycomp.pipeline.masks_file import load_masks, save_masks
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.notes import Notes
+from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.pipeline.user_code import user_code
 from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup import (
     ModelSpeedup,
@@ -183,45 +180,42 @@ def finish_stage(
         uncut = _with_masks_on(uncut)
     if not (masks and job.speedup.enabled and job.stages[index].speedup):
         return uncut
-    example = stage_context(job, index, task).example
-    name = f"stage {job.stages[index].name}"
-    try:
-        speedup = ModelSpeedup(masked, example, masks, exact=job.speedup.exact)
-        smaller = speedup.speedup_model().eval()
-    except SpeedupError as error:
-        # A training is not lost to a model that can't be traced: the masked one is published.
-        return replace(uncut, notes=(*state.notes, f"{name}: nothing was cut: {error}"))
-    dtype = weight_dtype(job.training_for(job.stages[index]))
-    verification = verify(under_masks, smaller, [real_inputs(task, dtype)], job.speedup.tolerance)
+    notes = Notes(*uncut.notes)
+    # A training is not lost to a model that can't be cut, whatever the reason: the masked one goes on.
+    with notes.instead_of(f"stage {job.stages[index].name}: nothing was cut"):
+        return _cut(job, index, task, start.plan, uncut, under_masks)
+    return replace(uncut, notes=notes())
+
+
+def _cut(
+    job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResult, under_masks: nn.Module
+) -> StageResult:
+    """The stage's result with what is masked cut out; the one without, if the cut model isn't the simulated one."""
+    context = stage_context(job, index, task)
+    others = differing_inputs(task, context.dtype)
+    speedup = ModelSpeedup(uncut.masked, context.example, uncut.masks, exact=job.speedup.exact, others=others)
+    smaller = speedup.speedup_model().eval()
+    verification = verify(under_masks, smaller, [real_inputs(task, context.dtype), *others], job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (
-            f"{name}: the sped-up model differed from the simulated one by "
+            f"stage {job.stages[index].name}: the sped-up model differed from the simulated one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
         )
-        return replace(tried, notes=(*state.notes, note))
+        return replace(tried, notes=(*uncut.notes, note))
     return replace(
         tried,
         model=smaller,
-        kept=remaining_masks(masks, speedup.plan),
-        calibration=cut_calibration(calibration, speedup.plan),
-        plan=start.plan.then(speedup.plan),
+        kept=remaining_masks(uncut.masks, speedup.plan),
+        calibration=cut_calibration(uncut.calibration, speedup.plan),
+        plan=before.then(speedup.plan),
     )
 
 
 def _with_masks_on(uncut: StageResult) -> StageResult:
     """The result whose model masks its inputs and outputs by itself, as the simulation did."""
-    try:
+    notes = Notes(*uncut.notes)
+    with notes.instead_of("masks of inputs and outputs are not on the model"):
         model, plan = with_value_masks(uncut.masked, uncut.masks)
-    except SpeedupError as error:
-        return replace(uncut, notes=(*uncut.notes, f"masks of inputs and outputs are not on the model: {error}"))
-    return replace(uncut, model=model.eval(), plan=uncut.plan.then(plan))
-
-
-def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
-    """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
-    data = given(task, "eval_data")
-    with user_code(f"{type(task).__name__}.eval_data()"):
-        batch = first_batch(task, data, count)
-        args, kwargs = task.inputs(move_batch(batch, "cpu", dtype))
-    return kwargs if kwargs else args[0] if len(args) == 1 else args
+        return replace(uncut, model=model.eval(), plan=uncut.plan.then(plan))
+    return replace(uncut, notes=notes())

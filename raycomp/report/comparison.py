@@ -30,7 +30,7 @@ def comparison(models: Sequence[ModelFigures]) -> tuple[Row, ...]:
     """Metrics, parameters, MACs, file size and latencies of all models; the first one is the measure of the others."""
     if not models:
         return ()
-    rows = [_metric_row(name, models) for name in models[0].metrics]
+    rows = [_metric_row(name, models) for name in dict.fromkeys(name for model in models for name in model.metrics)]
     rows.append(_size_row("parameters", models, lambda model: model.parameters, text.count))
     rows.append(_size_row("MACs", models, lambda model: model.macs, text.count))
     rows.append(_size_row("file size", models, lambda model: model.file_bytes, text.size))
@@ -53,17 +53,25 @@ def verification_text(summary: RunSummary) -> str:
     )
 
 
-def load_line(artifact_uri: str) -> str:
-    """The one line of Python that loads a stored model."""
-    return f"import raycomp; model = raycomp.load({artifact_uri!r})"
+def load_line(artifact_uri: str, runs_alone: bool = True) -> str:
+    """The one line of Python that loads a stored model.
+
+    Args:
+        artifact_uri: where it is.
+        runs_alone: whether it holds a program that runs without the model's source.
+    """
+    if runs_alone:
+        return f"import raycomp; model = raycomp.load({artifact_uri!r})"
+    return f"import raycomp; model = raycomp.load({artifact_uri!r}, model)  # model: from the task's model()"
 
 
 def _metric_row(name: str, models: Sequence[ModelFigures]) -> Row:
-    dense = models[0].metrics[name]
+    dense = models[0].metrics.get(name)
     cells = [Cell(text.number(dense))]
     for model in models[1:]:
         value = model.metrics.get(name)
-        cells.append(Cell(text.number(value), "" if value is None else text.difference(value - dense)))
+        against = "" if value is None or dense is None else text.difference(value - dense)
+        cells.append(Cell(text.number(value), against))
     return Row(name, tuple(cells))
 
 

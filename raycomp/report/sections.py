@@ -127,7 +127,7 @@ def result(summary: RunSummary) -> str:
     forms = facts({model.name: _FORMS[model.name] for model in summary.models if model.name in _FORMS})
     load = ""
     if summary.artifact_uri:
-        load = paragraph("To use it:") + code_block(load_line(summary.artifact_uri))
+        load = paragraph("To use it:") + code_block(load_line(summary.artifact_uri, summary.runs_alone))
     return section("Result", shown, note, forms, load)
 
 
@@ -158,11 +158,15 @@ def int8(summary: RunSummary) -> str:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
         "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against the simulated ones",
-        "Metric": f"{text.difference(figures.metric_difference)} against simulated",
+        "Metric": f"{_difference(figures.metric_difference)} against simulated",
         "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of the "
         f"{text.size(figures.float_weight_bytes)} that they take in float32",
     }
     return section("Integer arithmetic", facts(pairs), paragraph(hardware))
+
+
+def _difference(value: float | None) -> str:
+    return text.number(None) if value is None else text.difference(value)
 
 
 def curves(summary: RunSummary) -> str:

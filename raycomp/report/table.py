@@ -59,7 +59,7 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
     console.print()
     print_line(console, f"{ARTIFACT_LABEL}{artifact_uri}")
     print_line(console, f"report    {report_path}")
-    print_line(console, f"load      {load_line(artifact_uri)}")
+    print_line(console, f"load      {load_line(artifact_uri, summary.runs_alone)}")
 
 
 def files_table(files: Mapping[str, tuple[int, str]]) -> Table:

@@ -20,9 +20,10 @@ class ModelFigures:
     Args:
         name: "dense", "simulated", "sped-up" or "int8".
         metrics: the task's metrics, averaged over all evaluated samples; the first is the one that headlines show.
+            Empty where the model could not be evaluated.
         parameters: number of elements of all parameters.
         macs: multiply-accumulates for one sample; None where they could not be counted.
-        file_bytes: size of the stored model.
+        file_bytes: size of the stored model; None where it could not be stored.
         latency_s: batch size (as text, since JSON keys are) -> median seconds for one call.
     """
 
@@ -30,7 +31,7 @@ class ModelFigures:
     metrics: dict[str, float]
     parameters: int
     macs: int | None
-    file_bytes: int
+    file_bytes: int | None
     latency_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -62,7 +63,7 @@ class Int8Figures:
 
     Args:
         sqnr_db: signal to quantization noise of the real against the simulated outputs, in dB.
-        metric_difference: int8 metric minus simulated metric.
+        metric_difference: int8 metric minus simulated metric; None where one of them is not known.
         weight_bytes: bytes of the stored int8 weights.
         float_weight_bytes: bytes of the same weights in float32.
         vnni: whether the CPU that measured has VNNI instructions (dot products of int8).
@@ -70,7 +71,7 @@ class Int8Figures:
     """
 
     sqnr_db: float
-    metric_difference: float
+    metric_difference: float | None
     weight_bytes: int
     float_weight_bytes: int
     vnni: bool
@@ -119,6 +120,7 @@ class RunSummary:
         environment: what the run stood on (versions, processor, nodes), shown as it is.
         config_yaml: the job file as it was run.
         artifact_uri: where the result is stored.
+        runs_alone: whether it holds a program that runs without the model's source.
     """
 
     job: str
@@ -135,6 +137,7 @@ class RunSummary:
     warnings: tuple[str, ...] = ()
     config_yaml: str = ""
     artifact_uri: str = ""
+    runs_alone: bool = True
 
     # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
@@ -150,7 +153,7 @@ class RunSummary:
 
     def figures(self) -> dict[str, Any]:
         """The results without history, layers and job file, as plain JSON values: what a manifest carries."""
-        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings"}
+        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings", "runs_alone"}
         figures: dict[str, Any] = json.loads(_ADAPTER.dump_json(self, include=kept))
         return figures
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,16 +32,19 @@ from raycomp.speedup.graph.value_masks import (
     value_masks,
 )
 from raycomp.speedup.rules import RULES
-from raycomp.speedup.rules.base import Kept, Rule
+from raycomp.speedup.rules.base import Kept, Registry, Rule, tolerating
 from raycomp.speedup.surgery.apply import cut
 from raycomp.speedup.surgery.build import absorb_constants, build
 from raycomp.speedup.surgery.graph_code import CannotRewriteError
 from raycomp.speedup.surgery.plan import Plan, Surgery
+from raycomp.speedup.surgery.pretrained import settle_config_
 from raycomp.speedup.surgery.rewrite import rewrite
 from raycomp.speedup.verify import compare, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
+_WORTH_A_CLASS = 0.1
+"""The part of all parameters that must go beyond what the user's own forward allows, to replace one that takes more."""
 
 
 class ModelSpeedup:
@@ -49,7 +53,8 @@ class ModelSpeedup:
     The result gives the masked model's outputs: the next bias absorbs what is constant where that is exact,
     what no output depends on goes, and everything else stays and is named in `unpruned`. The user's classes and
     hierarchy stay, too, unless the forward states sizes as constants; then the result is a graph module, over the same
-    layers under the same names. The model that was given is left as it is.
+    layers under the same names, which is called as the example is. A forward that takes more than the example gives
+    (labels) is only replaced where a tenth of the parameters depends on it. The model that was given is left as it is.
 
     Args:
         model: a model without compressors on it.
@@ -60,6 +65,7 @@ class ModelSpeedup:
             training bypassed the mask; `inexact_difference` says by how much.
         customized_rules: rules for further operators, by their names (`my_library.my_operator`).
         graph_module: a graph module with the same parameters, traced in place of a model that can't be exported.
+        others: further inputs, of other lengths or image sizes, which the smaller model takes as the given one does.
 
     After `speedup_model`: `plan`, `unpruned`, `inexact_difference` (relative to the outputs' range), `simulated` (the
     masked model).
@@ -77,6 +83,7 @@ class ModelSpeedup:
         exact: bool = True,
         customized_rules: Mapping[str, Rule] | None = None,
         graph_module: fx.GraphModule | None = None,
+        others: Sequence[Example] = (),
     ) -> None:
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
@@ -85,6 +92,7 @@ class ModelSpeedup:
         self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
+        self._others = tuple(others)
         self._exact = exact
         self._masks = trained if exact else _never_bypassed(trained)
         self._masked = self.simulated if exact else masked_copy(model, self._masks)
@@ -95,24 +103,46 @@ class ModelSpeedup:
 
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model."""
+        return tolerating(self._rules, self._speedup)
+
+    def _speedup(self, rules: Registry) -> nn.Module:
         graph = trace(self._traced, self._example)
         tensors = run(graph)
         masked = masked_elements(graph, self._traced, self._masks)
-        pins = training_pins(graph, self._traced, self._example, self._rules)
+        pins = training_pins(graph, self._traced, self._example, rules)
+        made: list[tuple[Analysis, nn.Module, Surgery]] = []
         for rigid in (False, True):
-            analysis = analyse(graph, self._rules, tensors, masked, pins=pins, exact=self._exact, rigid=rigid)
-            made = self._operate(analysis, allow_rewrite=not rigid)
-            if made is not None:
-                model, surgery = made
-                self.unpruned = unpruned(analysis, self._traced, self._masks)
-                return self._finish(model, surgery)
-        analysis.decision.keep_all("the cut model's outputs differed from the masked model's, so nothing was cut")
+            analysis = analyse(graph, rules, tensors, masked, pins=pins, exact=self._exact, rigid=rigid)
+            operated = self._operate(analysis, allow_rewrite=not rigid)
+            if operated is not None:
+                made.append((analysis, *operated))
+            if made and not self._loses_arguments(made[0][2]):
+                break
+        if not made:
+            analysis.decision.keep_all("the cut model's outputs differed from the masked model's, so nothing was cut")
+            made.append((analysis, copy.deepcopy(self._masked), Surgery()))
+        analysis, model, surgery = self._preferred(made)
         self.unpruned = unpruned(analysis, self._traced, self._masks)
-        return self._finish(copy.deepcopy(self._masked), Surgery())
+        return self._finish(model, surgery)
+
+    def _loses_arguments(self, surgery: Surgery) -> bool:
+        """Whether a rewritten forward, which is called as the example is, takes less than the user's own."""
+        if surgery.graph is None:
+            return False
+        args, kwargs = as_call(self._example)
+        forward = inspect.signature(self._traced.forward)
+        return bool(forward.parameters.keys() - forward.bind(*args, **kwargs).arguments.keys())
+
+    def _preferred(self, made: Sequence[tuple[Analysis, nn.Module, Surgery]]) -> tuple[Analysis, nn.Module, Surgery]:
+        """The model of the user's own class with all its arguments, unless that keeps too much of what could go."""
+        smallest, whole = made[0], made[-1]
+        sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (smallest[1], whole[1])]
+        of_all = sum(parameter.numel() for parameter in self._masked.parameters())
+        return smallest if sizes[1] - sizes[0] > _WORTH_A_CLASS * of_all else whole
 
     def _operate(self, analysis: Analysis, allow_rewrite: bool) -> tuple[nn.Module, Surgery] | None:
         """The cut model: live, or behind a rewritten forward; None where neither gives the right outputs."""
-        surgery = build(analysis.graph, self._rules, analysis.atoms, analysis.decision, self._traced)
+        surgery = build(analysis.graph, analysis.rules, analysis.atoms, analysis.decision, self._traced)
         live = copy.deepcopy(self._masked)
         absorb_constants(live, analysis.decision)
         cut(live, surgery)
@@ -134,7 +164,7 @@ class ModelSpeedup:
     def _rewritten(self, live: nn.Module, analysis: Analysis) -> tuple[fx.GraphModule, dict[str, Any]] | None:
         kept = Kept(analysis.atoms, analysis.decision.removed)
         try:
-            return rewrite(live, self._traced, self._example, analysis.graph, self._rules, kept)
+            return rewrite(live, self._traced, self._example, analysis.graph, analysis.rules, kept, self._others)
         except (CannotRewriteError, SpeedupError):
             return None
 
@@ -149,6 +179,7 @@ class ModelSpeedup:
         for each in (model, self.simulated):
             for name, module in each.named_modules():
                 module.training = self._modes.get(name, self._modes[""])
+        settle_config_(model, [each for each in (surgery,) if not each.is_empty])
         return model
 
     def _agrees(self, expected: nn.Module, model: nn.Module) -> bool:
@@ -157,7 +188,7 @@ class ModelSpeedup:
         tolerance = _TOLERANCES.get(dtype, _ROUGH_TOLERANCE)
         pairs = []
         sizes = list(dict.fromkeys((1, 2, batch_size(self._example))))
-        for example in (self._example, _jittered(self._example)):
+        for example in (self._example, _jittered(self._example), *self._others):
             for size in sizes:
                 resized = with_batch_size(example, size)
                 try:

@@ -68,10 +68,12 @@ def _run(order: TrialOrder) -> tuple[TrialFigures, dict[str, float]]:
 def trial_figures(order: TrialOrder, result: JobResult) -> TrialFigures:
     """The row of a job that ended: the figures of its last form, int8 where there is one."""
     final = result.summary.models[-1]
-    name = order.metric or next(iter(final.metrics))
+    name = order.metric or next(iter(final.metrics), "")
     value = final.metrics.get(name)
     error = ""
-    if value is None:
+    if not final.metrics:
+        error = "the final model could not be evaluated; its report says why"
+    elif value is None:
         error = f"the task gives no metric '{name}' ({nearest(name, final.metrics)})"
     elif not math.isfinite(value):
         value, error = None, f"{name} is {value}"

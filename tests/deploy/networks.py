@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.parts import as_call
+
 Calibration = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -86,7 +88,7 @@ def entry(
 
 def calibrate(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | dict[str, Tensor],
     layers: Sequence[str],
     *,
     folds: Sequence[Sequence[str]] = (),
@@ -124,8 +126,9 @@ def calibrate(
             dims = tuple(range(1, w.ndim))
             low, high = (w.amin(dims, True), w.amax(dims, True)) if per_channel else (w.amin(), w.amax())
             calibration[name]["weight"] = entry(low, high, *weight, axis=0 if per_channel else None)
+    args, kwargs = as_call(x)
     with torch.no_grad():
-        model(x)
+        model(*args, **kwargs)
     for handle in handles:
         handle.remove()
     return calibration

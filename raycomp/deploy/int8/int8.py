@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from raycomp.deploy.int8.reference import lowering, simulate_int8
 from raycomp.deploy.measure import hardware
-from raycomp.deploy.onnx_export import OnnxSignature, export_to_ir, to_bytes
+from raycomp.deploy.onnx_export import export_to_ir
+from raycomp.deploy.onnx_file import OnnxSignature
 from raycomp.deploy.onnx_runtime import Execution, OnnxModule, execution
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example
@@ -32,6 +33,7 @@ class Int8Model:
         reduce_range: whether 8-bit weights were put on 7-bit grids.
         vnni: whether this machine multiplies 8-bit integers without saturation.
         grown_scales: weights whose learned scale had to grow so that the bias fits into int32.
+        fixed: sizes that it takes alone, though the inputs that it was exported for differ there.
     """
 
     onnx: bytes
@@ -41,6 +43,7 @@ class Int8Model:
     reduce_range: bool
     vnni: bool
     grown_scales: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Writes the ONNX file."""
@@ -72,6 +75,7 @@ def lower_int8(
     folds: Sequence[Sequence[str]],
     example: Example,
     *,
+    others: Sequence[Example] = (),
     reduce_range: bool | None = None,
 ) -> Int8Model:
     """Lowers a model to integers on the grids of its calibration.
@@ -85,6 +89,7 @@ def lower_int8(
         calibration: scales and zero points of each module's targets.
         folds: which modules (batch norms, activations) the first of each tuple hosts.
         example: an input to trace with.
+        others: further inputs, of other lengths or image sizes: what differs stays open where it can.
         reduce_range: 8-bit weights as 7-bit ones of twice the scale. Without VNNI, sums of two products saturate at 16
             bits otherwise; None decides by this machine.
 
@@ -98,20 +103,24 @@ def lower_int8(
         raise SpeedupError("the calibration is empty: nothing was quantized", remedy="run a quantizer first")
     reference = simulate_int8(model, calibration, folds, reduce_range=reduced)
     with lowering():
-        graph, signature = export_to_ir(reference, example_as_float32(example))
+        exported = export_to_ir(reference, example_as_float32(example), [*map(example_as_float32, others)])
     from raycomp.deploy.int8.qdq import to_qdq_
 
-    grown = to_qdq_(graph)
-    tensors = [value.const_value for value in graph.graph.initializers.values() if value.const_value is not None]
+    grown = to_qdq_(exported.graph)
+    content, fixed = exported.serialized({"reduce_range": reduced})
+    tensors = [
+        value.const_value for value in exported.graph.graph.initializers.values() if value.const_value is not None
+    ]
     state = [*model.parameters(), *model.buffers()]
     return Int8Model(
-        onnx=to_bytes(graph, signature, {"reduce_range": reduced}),
-        signature=signature,
+        onnx=content,
+        signature=exported.signature,
         weight_bytes=sum(tensor.nbytes for tensor in tensors),
         float_weight_bytes=4 * sum(tensor.numel() for tensor in state),
         reduce_range=reduced,
         vnni=machine.vnni,
         grown_scales=grown,
+        fixed=fixed,
     )
 
 

@@ -115,22 +115,26 @@ def open_batches(task: SampleSource, data: Any, plan: BatchPlan) -> Batches:
     return LoaderBatches(task, as_loader_factory(task, data), plan)
 
 
+def batches_of(task: SampleSource, data: Any, count: int) -> Iterator[Any]:
+    """Batches of `count` samples, unshuffled, of data in whatever form; errors are the user's own."""
+    if is_map_style(data):
+        for first in range(0, len(data), count):
+            yield task.collate([data[index] for index in range(first, min(first + count, len(data)))])
+    elif isinstance(data, IterableDataset):
+        yield from (each.batch for each in slices(task, data, StreamView(count)))
+    else:
+        yield from as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0))
+
+
 def first_batch(task: SampleSource, data: Any, count: int) -> Any:
-    """A batch of the first `count` samples or, where there are fewer, of all; errors are the user's own.
+    """The first batch of `count` samples; errors are the user's own.
 
     Raises:
-        TaskError: there are none.
+        TaskError: there is none.
     """
-    if is_map_style(data):
-        samples = [data[index] for index in range(min(count, len(data)))]
-        batch = task.collate(samples) if samples else None
-    elif isinstance(data, IterableDataset):
-        batch = next((each.batch for each in slices(task, data, StreamView(count))), None)
-    else:
-        batch = next(iter(as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0))), None)
-    if batch is None:
-        raise TaskError("the data is empty", where=type(task).__name__)
-    return batch
+    for batch in batches_of(task, data, count):
+        return batch
+    raise TaskError("the data is empty", where=type(task).__name__)
 
 
 def is_map_style(data: Any) -> bool:

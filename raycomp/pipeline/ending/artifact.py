@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from raycomp.core.masks import Masks
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.pt2 import export_pt2
-from raycomp.errors import SpeedupError
 from raycomp.pipeline.masks_file import save_masks
+from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult
 from raycomp.report.html import write_report
 from raycomp.results.summary import RunSummary
@@ -35,19 +36,32 @@ REPORT, SUMMARY, PLAN, MASKS, CALIBRATION, MODEL, PROGRAM, ONNX, INT8 = (
 )
 
 
-def write_models(folder: Path, result: StageResult, int8: Int8Model | None, example: Any) -> tuple[str, ...]:
-    """Writes the sped-up model in every form, and returns what could not be written and why."""
-    notes = []
+def write_models(
+    folder: Path, result: StageResult, int8: Int8Model | None, example: Any, others: Sequence[Any], notes: Notes
+) -> None:
+    """Writes the sped-up model in every form.
+
+    Args:
+        folder: where.
+        result: the last stage's.
+        int8: the int8 model, if there is one.
+        example: an input to trace with.
+        others: further inputs, of other sizes.
+        notes: hears what could not be written, and which files take one size alone.
+    """
     save_tensors(folder / MODEL, dict(result.model.state_dict()))
     (folder / PLAN).write_text(result.plan.to_json())
     for name, export in ((PROGRAM, export_pt2), (ONNX, export_onnx)):
-        try:
-            export(result.model, example, folder / name)
-        except SpeedupError as error:
-            notes.append(f"there is no {name}: {error}")
+        with notes.instead_of(f"there is no {name}"):
+            _say_sizes(name, export(result.model, example, folder / name, others).fixed, notes)
     if int8 is not None:
         int8.save(folder / INT8)
-    return tuple(notes)
+        _say_sizes(INT8, int8.fixed, notes)
+
+
+def _say_sizes(name: str, fixed: Sequence[str], notes: Notes) -> None:
+    if fixed:
+        notes.say(f"{name} takes {', '.join(fixed)} alone, where real batches differ: pad or resize to it")
 
 
 def write_statistics(folder: Path, masks: Masks, final: StageResult) -> None:
@@ -57,11 +71,23 @@ def write_statistics(folder: Path, masks: Masks, final: StageResult) -> None:
     (folder / CALIBRATION).write_text(json.dumps(content, indent=1))
 
 
-def write_summary(folder: Path, summary: RunSummary) -> None:
-    """Writes the report, the summary, the job file and the history of the metrics."""
+def write_summary(folder: Path, summary: RunSummary, notes: Notes) -> RunSummary:
+    """Writes the report, the summary, the job file and the history of the metrics.
+
+    Returns:
+        The summary with a note on each of them that could not be written.
+    """
     (folder / "job.yaml").write_text(summary.config_yaml)
-    (folder / SUMMARY).write_text(summary.to_json())
-    write_report(summary, folder / REPORT)
+    with notes.instead_of("there is no metrics.parquet"):
+        _write_history(folder / "metrics.parquet", summary)
+    with notes.instead_of("there is no report"):
+        write_report(replace(summary, warnings=notes()), folder / REPORT)
+    told = replace(summary, warnings=notes())
+    (folder / SUMMARY).write_text(told.to_json())
+    return told
+
+
+def _write_history(path: Path, summary: RunSummary) -> None:
     names = list(dict.fromkeys(name for event in summary.history for name in event.metrics))
     rows = [
         {
@@ -76,7 +102,7 @@ def write_summary(folder: Path, summary: RunSummary) -> None:
         }
         for event in summary.history
     ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "metrics.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def _plain(value: Any) -> Any:

@@ -15,14 +15,15 @@ from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model, lower_int8
-from raycomp.errors import SpeedupError
 from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
-from raycomp.pipeline.stage import StageResult, StageStart, finish_stage, real_inputs
+from raycomp.pipeline.inputs import differing_inputs, real_inputs
+from raycomp.pipeline.notes import Notes
+from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import RunSummary, Unpruned, Verification
+from raycomp.results.summary import LayerFigures, RunSummary, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
 
 
@@ -92,27 +93,32 @@ def conclude(
         facts: what the report says of the run.
         folder: an empty folder.
 
-    What can't be lowered or exported is a note of the summary.
+    Whatever fails here is a note of the summary: a training is never lost to its ending.
     """
     watch = Stopwatch(facts.timings)
     torch.set_num_threads(job.scaling.threads_per_worker)
     with watch.part("speed up and verify"):
         result = finish_stage(job, len(job.stages) - 1, task, start, resolved, state)
     outcomes = [*(outcome for outcome, _, _ in earlier), StageOutcome.of(result, state)]
+    notes = Notes(*(note for outcome in outcomes for note in outcome.notes))
     masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
-    inputs = real_inputs(task, torch.float32, 2)
+    example, *others = _inputs(task, notes)
     with watch.part("lower to int8"):
-        int8, int8_notes = _lowered(job, result, inputs)
+        int8 = _lowered(job, result, example, others, notes)
+    with watch.part("write the artifact"):
+        artifact.write_models(folder, result, int8, example, others, notes)
+        artifact.write_statistics(folder, masks, result)
     with watch.part("measure"):
         forms = figures.Forms(dense, result.simulated, result.masked, result.model, int8)
-        rows, timed_how, timing_notes = figures.model_figures(job, task, forms)
-        int8_row = None if int8 is None else figures.int8_figures(task, result, int8, rows)
-    with watch.part("write the artifact"):
-        export_notes = artifact.write_models(folder, result, int8, inputs)
-        artifact.write_statistics(folder, masks, result)
-    stage_notes = [note for outcome in outcomes for note in outcome.notes]
-    notes = [*stage_notes, *int8_notes, *timing_notes, *export_notes]
+        rows, timed_how = figures.model_figures(job, task, forms, example, folder / artifact.ONNX, notes)
+        int8_row = None
+        if int8 is not None:
+            with notes.instead_of("int8 is not compared with the simulated quantization"):
+                int8_row = figures.int8_figures(task, forms, int8, rows)
+    layers: tuple[LayerFigures, ...] = ()
+    with notes.instead_of("the layers are not listed"):
+        layers = figures.layer_figures(dense, masks, result)
     summary = RunSummary(
         job=job.name,
         run=facts.run,
@@ -120,17 +126,23 @@ def conclude(
         models=rows,
         verification=_worst([outcome.verification for outcome in outcomes]),
         int8=int8_row,
-        layers=figures.layer_figures(dense, masks, result),
+        layers=layers,
         unpruned=_last_of_each(outcomes),
         history=tuple(event for outcome in outcomes for event in outcome.history),
         timings=watch.timings,
         environment={**figures.environment(), **facts.environment, "latencies": timed_how},
-        warnings=tuple(dict.fromkeys(notes)),
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,
+        runs_alone=(folder / artifact.PROGRAM).exists(),
     )
-    artifact.write_summary(folder, summary)
-    return Conclusion(summary, masks, result.calibration)
+    return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
+
+
+def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
+    """What the models are exported for and measured with: an input, and others where sizes differ."""
+    with notes.instead_of("the evaluation data can't be read, and the models are exported for the example input"):
+        return differing_inputs(task, torch.float32) or (real_inputs(task, torch.float32, 2),)
+    return (task.example_input(),)
 
 
 def _last_of_each(outcomes: Sequence[StageOutcome]) -> tuple[Unpruned, ...]:
@@ -139,22 +151,24 @@ def _last_of_each(outcomes: Sequence[StageOutcome]) -> tuple[Unpruned, ...]:
     return tuple(found.values())
 
 
-def _lowered(job: JobConfig, result: StageResult, inputs: Any) -> tuple[Int8Model | None, list[str]]:
-    """The int8 model, None where none is wanted or the model can't be lowered, and what should be said of it."""
+def _lowered(
+    job: JobConfig, result: StageResult, example: Any, others: Sequence[Any], notes: Notes
+) -> Int8Model | None:
+    """The int8 model, None where none is wanted or the model can't be lowered."""
     if not job.wants_int8:
-        return None, []
+        return None
     wanted = job.int8.reduce_range
     reduce_range = None if wanted == "auto" else bool(wanted)
-    try:
-        int8 = lower_int8(result.model, result.calibration, result.folds, inputs, reduce_range=reduce_range)
-    except SpeedupError as error:
-        return None, [f"there is no int8 model: {error}"]
-    notes = []
-    if int8.float_layers:
-        notes.append(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
-    if int8.grown_scales:
-        notes.append(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
-    return int8, notes
+    with notes.instead_of("there is no int8 model"):
+        int8 = lower_int8(
+            result.model, result.calibration, result.folds, example, others=others, reduce_range=reduce_range
+        )
+        if int8.float_layers:
+            notes.say(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
+        if int8.grown_scales:
+            notes.say(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
+        return int8
+    return None
 
 
 def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,21 +19,27 @@ from torch import Tensor, nn
 
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
+from raycomp.core.model import evaluation_mode
 from raycomp.core.parts import as_call
 from raycomp.core.selection import module_names
 from raycomp.deploy.int8 import Int8Model, sqnr_db
 from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
-from raycomp.errors import SpeedupError
-from raycomp.pipeline.stage import StageResult, real_inputs
+from raycomp.pipeline.data.seeds import restored_generators
+from raycomp.pipeline.data.structure import move_batch
+from raycomp.pipeline.inputs import real_inputs
+from raycomp.pipeline.notes import Notes
+from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.task import Task, given
-from raycomp.pipeline.training.metrics import evaluate
+from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures
 from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
 
 _SQNR_SAMPLES = 256
+_TIMING_S = 10.0
+"""How long the forms are timed with one batch size, in turn; the simulation apart from them is run once."""
 
 
 @dataclass(frozen=True)
@@ -42,44 +52,70 @@ class Forms:
     sped_up: nn.Module
     int8: Int8Model | None
 
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The forms by their names, as modules to run."""
+        modules = {"dense": self.dense, "simulated": self.simulated, "sped-up": self.sped_up}
+        return modules if self.int8 is None else {**modules, "int8": self.int8.as_module(threads=1)}
 
-def model_figures(job: JobConfig, task: Task, forms: Forms) -> tuple[tuple[ModelFigures, ...], str, tuple[str, ...]]:
-    """One row per form; what their latencies are of; and what could not be measured as it should."""
-    modules = {"dense": forms.dense, "simulated": forms.simulated, "sped-up": forms.sped_up}
-    plain = {"dense": forms.dense, "simulated": forms.masked, "sped-up": forms.sped_up, "int8": forms.sped_up}
-    sizes = {name: _stored_bytes(plain[name]) for name in modules}
-    if forms.int8 is not None:
-        modules["int8"] = forms.int8.as_module(threads=1)
-        sizes["int8"] = len(forms.int8.onnx)
-    timed, timed_how, notes = _timed(task, modules)
-    example = _single(real_inputs(task, torch.float32))
-    latency = {
-        str(size): _latencies_s(timed, example, size, job.evaluation.latency_runs)
-        for size in (1, job.evaluation.latency_batch_size)
-    }
-    rows = tuple(
+    @cached_property
+    def plain(self) -> dict[str, nn.Module]:
+        """The model below each form, whose parameters and multiply-accumulates it has."""
+        return {"dense": self.dense, "simulated": self.masked, "sped-up": self.sped_up, "int8": self.sped_up}
+
+
+def model_figures(
+    job: JobConfig, task: Task, forms: Forms, example: Any, sped_up_onnx: Path, notes: Notes
+) -> tuple[tuple[ModelFigures, ...], str]:
+    """One row per form, and what their latencies are of. What can't be measured is left out, and a note says so.
+
+    Args:
+        job: the job.
+        task: the user's.
+        forms: the forms.
+        example: an input that all of them take.
+        sped_up_onnx: the sped-up model's ONNX file, if it could be written.
+        notes: hears what could not be measured.
+    """
+    modules, plain = forms.modules, forms.plain
+    metrics: dict[str, dict[str, float]] = {}
+    with notes.instead_of("no form is evaluated"):
+        metrics = _metrics(job, task, modules, notes)
+    macs: dict[str, int] = {}
+    sizes = {} if forms.int8 is None else {"int8": len(forms.int8.onnx)}
+    for name in modules:
+        with notes.instead_of(f"the MACs of the {name} model are not counted"):
+            macs[name] = count_macs(plain[name], move_batch(example, "cpu", _dtype(plain[name])))
+        with notes.instead_of(f"the size of the {name} model is unknown"):
+            sizes.setdefault(name, _stored_bytes(plain[name]))
+    latency: dict[str, dict[str, float]] = {name: {} for name in modules}
+    timed, timed_how = _timed(modules, example, sped_up_onnx, notes)
+    for size in (1, job.evaluation.latency_batch_size):
+        for name, seconds in _latencies_s(timed, example, size, job.evaluation.latency_runs, notes).items():
+            latency[name][str(size)] = seconds
+    rows = [
         ModelFigures(
             name,
-            _metrics(job, task, module),
+            metrics.get(name, {}),
             count_parameters(plain[name]),
-            _macs(plain[name], task),
-            sizes[name],
-            {size: seconds[name] for size, seconds in latency.items()},
+            macs.get(name),
+            sizes.get(name),
+            latency[name],
         )
-        for name, module in modules.items()
-    )
-    return rows, timed_how, notes
+        for name in modules
+    ]
+    return tuple(rows), timed_how
 
 
-def int8_figures(task: Task, result: StageResult, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
+def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
     """The int8 model's outputs and metric against those of the simulated model."""
     inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
-    simulated, real = _outputs(result.simulated, inputs), _outputs(int8.as_module(threads=1), inputs)
-    by_name = {row.name: row for row in rows}
-    metric = next(iter(by_name["simulated"].metrics))
+    simulated, real = _outputs(forms.modules["simulated"], inputs), _outputs(forms.modules["int8"], inputs)
+    metrics = {row.name: next(iter(row.metrics.values()), None) for row in rows}
+    before, after = metrics["simulated"], metrics["int8"]
     return Int8Figures(
         sqnr_db=sqnr_db(simulated, real),
-        metric_difference=by_name["int8"].metrics[metric] - by_name["simulated"].metrics[metric],
+        metric_difference=None if before is None or after is None else after - before,
         weight_bytes=int8.weight_bytes,
         float_weight_bytes=int8.float_weight_bytes,
         vnni=int8.vnni,
@@ -116,45 +152,66 @@ def environment() -> dict[str, str]:
     }
 
 
-def _metrics(job: JobConfig, task: Task, module: nn.Module) -> dict[str, float]:
-    dtype = _dtype(module)
+def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes: Notes) -> dict[str, dict[str, float]]:
+    """Each form's metrics, in one pass over the data: every batch goes through all forms, as many at once as fit."""
     evaluation = job.evaluation
-    return evaluate(
-        task,
-        module,
-        given(task, "eval_data"),
-        batch_size=evaluation.batch_size,
-        dtype=dtype,
-        max_samples=evaluation.max_samples,
-    )
+    tallies = {name: Tally(task, module, dtype=_dtype(module)) for name, module in modules.items()}
+    data = given(task, "eval_data")
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.enter_context(evaluation_mode(module))
+        stack.enter_context(restored_generators())
+        at_once = 1 if _draws(task, modules, data) else max(1, _cores() // job.scaling.threads_per_worker)
+        pool = stack.enter_context(ThreadPoolExecutor(at_once))
+        for batch, wanted in evaluation_batches(task, data, View(evaluation.batch_size, evaluation.max_samples)):
+            running = {name: pool.submit(tally.add, batch, wanted) for name, tally in tallies.items()}
+            for name, future in running.items():
+                with notes.instead_of(f"the {name} model is not evaluated"):
+                    future.result()
+                    continue
+                del tallies[name]
+    return {name: tally.means() for name, tally in tallies.items()}
 
 
-def _timed(task: Task, modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], str, tuple[str, ...]]:
+def _draws(task: Task, modules: Mapping[str, nn.Module], data: Any) -> bool:
+    """Whether a forward pass draws random numbers in evaluation mode: threads would mix the forms' draws."""
+    before = torch.get_rng_state()
+    for batch, _ in evaluation_batches(task, data, View(2, 2)):
+        for module in modules.values():
+            with suppress(Exception):  # It is told when the form is evaluated.
+                task.forward(module, move_batch(batch, "cpu", _dtype(module)))
+    return not torch.equal(before, torch.get_rng_state())
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _timed(
+    modules: Mapping[str, nn.Module], example: Any, sped_up_onnx: Path, notes: Notes
+) -> tuple[dict[str, nn.Module], str]:
     """The modules to time: all but the simulation in ONNX Runtime, so that int8 and float stand on equal terms."""
-    timed = {**modules, "simulated": _Float32(modules["simulated"])}
-    inputs = real_inputs(task, torch.float32, 2)
-    with TemporaryDirectory() as folder:
-        for name in ("dense", "sped-up"):
-            path = Path(folder) / f"{name}.onnx"
-            try:
-                export_onnx(modules[name], inputs, path)
-            except SpeedupError as error:
-                timed |= {name: _Float32(modules[name]) for name in ("dense", "sped-up")}
-                note = f"the float models are timed in PyTorch, the int8 one in ONNX Runtime: {error}"
-                return timed, "PyTorch, one thread; int8: ONNX Runtime", (note,)
-            timed[name] = load_onnx(path, threads=1)
-    return timed, "ONNX Runtime, one thread; simulated: PyTorch", ()
+    timed = {name: module if name == "int8" else _Float32(module) for name, module in modules.items()}
+    with TemporaryDirectory() as folder, notes.instead_of("the float models are timed in PyTorch"):
+        dense = Path(folder) / "dense.onnx"
+        export_onnx(modules["dense"], example, dense)
+        floats = {"dense": load_onnx(dense, threads=1), "sped-up": load_onnx(sped_up_onnx, threads=1)}
+        return {**timed, **floats}, "ONNX Runtime, one thread; simulated: PyTorch, one run"
+    return timed, "PyTorch, one thread; int8: ONNX Runtime; simulated: one run"
 
 
-def _latencies_s(timed: Mapping[str, nn.Module], example: Any, size: int, runs: int) -> dict[str, float]:
-    """The simulation apart from the others: it would leave a cold cache to whichever comes after it."""
-    alone = {"simulated": timed["simulated"]}
-    others = {name: module for name, module in timed.items() if name not in alone}
-    return {
-        name: seconds
-        for group in (others, alone)
-        for name, seconds in latencies_s(group, example, size, runs, threads=1).items()
-    }
+def _latencies_s(timed: Mapping[str, nn.Module], example: Any, size: int, runs: int, notes: Notes) -> dict[str, float]:
+    """The simulation once, apart from the others: it would leave a cold cache to whichever comes after it."""
+    found: dict[str, float] = {}
+    able = {}
+    for name, module in timed.items():
+        with notes.instead_of(f"the {name} model is not timed with batches of {size}"):
+            # For all but the simulation a rehearsal, so that one that can't run doesn't cost the others their figures.
+            found |= latencies_s({name: module}, example, size, 1, warmup=0, threads=1)
+            able[name] = module
+    others = {name: module for name, module in able.items() if name != "simulated"}
+    return found | (latencies_s(others, example, size, runs, threads=1, limit_s=_TIMING_S) if others else {})
 
 
 class _Float32(nn.Module):
@@ -184,18 +241,6 @@ def _outputs(module: nn.Module, inputs: Any) -> Tensor:
 def _dtype(module: nn.Module) -> torch.dtype:
     """What the weights are in; float32 where there are none (ONNX Runtime)."""
     return next((value.dtype for value in module.parameters() if value.is_floating_point()), torch.float32)
-
-
-def _single(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[:1]
-    if isinstance(inputs, dict):
-        return {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    return tuple(value[:1] if isinstance(value, Tensor) else value for value in inputs)
-
-
-def _macs(module: nn.Module, task: Task) -> int:
-    return count_macs(module, real_inputs(task, _dtype(module), 1))
 
 
 def _stored_bytes(module: nn.Module) -> int:

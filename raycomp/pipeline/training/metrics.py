@@ -60,35 +60,69 @@ def evaluate(
     """
     # DDP's first forward after a training step broadcasts buffers, for which a rank that evaluates alone would wait.
     plain = model.module if isinstance(model, DistributedDataParallel) else model
-    view = _View(rank, world, batch_size, max_samples, num_data_workers)
-    sums: dict[str, Tensor] = {}
-    count = 0
+    tally = Tally(task, plain, device, dtype)
+    view = View(batch_size, max_samples, rank, world, num_data_workers)
     with evaluation_mode(plain), restored_generators():
-        # A forward that draws in evaluation, too, is judged by the same draws wherever it is judged.
-        seed_everything(rank)
-        for batch, wanted in _batches(task, data, view):
-            moved = move_batch(batch, device, dtype)
-            with user_code(f"{type(task).__name__}.forward()"):
-                output = task.forward(plain, moved)
-            with user_code(f"{type(task).__name__}.metrics()"):
-                values = task.metrics(output, moved)
-            with user_code(f"{type(task).__name__}.count_samples()"):
-                present = task.count_samples(moved)
-            _add(sums, values, present, wanted)
-            count += min(wanted, present)
-    return _means(sums, count, world, type(task).__name__)
+        for batch, wanted in evaluation_batches(task, data, view):
+            tally.add(batch, wanted)
+    return tally.means(world)
+
+
+class Tally:
+    """The metrics of one model, summed over the batches that it is given.
+
+    Args:
+        task: gives forward and metrics.
+        model: in eval mode.
+        device: where the batches go.
+        dtype: of floating inputs; None leaves them as they are.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        self._task, self._model, self._device, self._dtype = task, model, device, dtype
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, batch: Any, wanted: int) -> None:
+        """Runs the model on a batch, of which the first `wanted` samples count.
+
+        A forward that draws in evaluation mode, too, draws the same for every model that is given the batch.
+        """
+        moved = move_batch(batch, self._device, self._dtype)
+        seed_everything(self._count)
+        with user_code(f"{type(self._task).__name__}.forward()"):
+            output = self._task.forward(self._model, moved)
+        with user_code(f"{type(self._task).__name__}.metrics()"):
+            values = self._task.metrics(output, moved)
+        with user_code(f"{type(self._task).__name__}.count_samples()"):
+            present = self._task.count_samples(moved)
+        _add(self._sums, values, present, wanted)
+        self._count += min(wanted, present)
+
+    def means(self, world: int = 1) -> dict[str, float]:
+        """The mean of each metric over all samples of all workers; a collective, if there are several.
+
+        Raises:
+            TaskError: there was nothing to evaluate.
+        """
+        return _means(self._sums, self._count, world, type(self._task).__name__)
 
 
 @dataclass(frozen=True)
-class _View:
-    rank: int
-    world: int
+class View:
+    """Which part of the evaluation data a worker goes through, and how; the arguments are those of `evaluate`."""
+
     batch_size: int
-    max_samples: int | None
-    num_data_workers: int
+    max_samples: int | None = None
+    rank: int = 0
+    world: int = 1
+    num_data_workers: int = 0
 
 
-def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
+def evaluation_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any, int]]:
     """This worker's batches, each with how many of its samples count; a worker without samples gets one with none."""
     if is_map_style(data):
         yield from _indexed_batches(task, data, view)
@@ -110,7 +144,7 @@ def _batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
                 return
 
 
-def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, int]]:
+def _indexed_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any, int]]:
     with user_code(f"{type(task).__name__}.eval_data(): len()"):
         total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
     if total == 0:
@@ -122,7 +156,7 @@ def _indexed_batches(task: Task, data: Any, view: _View) -> Iterator[tuple[Any, 
     yield from zip(fetched, counts, strict=True)
 
 
-def _streamed_batches(task: Task, data: IterableDataset[Any], view: _View) -> Iterator[tuple[Any, int]]:
+def _streamed_batches(task: Task, data: IterableDataset[Any], view: View) -> Iterator[tuple[Any, int]]:
     total = view.batch_size * view.world
     stream = StreamView(total, view.rank, view.world, most=view.max_samples, num_data_workers=view.num_data_workers)
     with user_code(f"{type(task).__name__}.eval_data()"):
@@ -130,7 +164,7 @@ def _streamed_batches(task: Task, data: IterableDataset[Any], view: _View) -> It
             yield batch, samples
 
 
-def _loaded(task: Task, data: Any, view: _View) -> Iterator[Any]:
+def _loaded(task: Task, data: Any, view: View) -> Iterator[Any]:
     factory = as_loader_factory(task, data)
     with user_code(f"{type(task).__name__}.eval_data()"):
         loader: Iterable[Any] = factory(LoaderContext(view.rank, view.world, view.batch_size, 0, 0))

@@ -21,6 +21,7 @@ from raycomp.speedup.graph.example import Example
 from raycomp.speedup.graph.graph import Call, Graph, Value
 from raycomp.speedup.graph.trace import trace
 from raycomp.speedup.rules import RULES
+from raycomp.speedup.rules.base import Registry, tolerating
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,17 @@ def dependencies(
     Raises:
         SpeedupError: a module is not there or has no such weight.
     """
-    study = _Study(traced.model, traced.graph, _canonical_names(traced.model, module_names))
+    return tolerating(RULES, lambda rules: _dependencies(traced, module_names, group_ids, obstacles, rules))
+
+
+def _dependencies(
+    traced: TracedModel,
+    module_names: Sequence[str],
+    group_ids: Mapping[str, str | None] | None,
+    obstacles: bool,
+    rules: Registry,
+) -> Dependencies:
+    study = _Study(traced.model, traced.graph, _canonical_names(traced.model, module_names), rules)
     groups = study.groups()
     following = study.followers(groups, group_ids)
     reasons = study.obstacles(groups, following) if obstacles else [None] * len(groups)
@@ -116,10 +127,10 @@ def _canonical_names(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 class _Study:
-    def __init__(self, model: nn.Module, graph: Graph, names: Sequence[str]) -> None:
-        self.graph = graph
+    def __init__(self, model: nn.Module, graph: Graph, names: Sequence[str], rules: Registry) -> None:
+        self.graph, self.rules = graph, rules
         self.names = list(dict.fromkeys(names))
-        self.atoms: Atoms = relate(graph, RULES)
+        self.atoms: Atoms = relate(graph, rules)
         self.by_name = {value.tensor: value for value in graph.state()}
         self.weights: dict[str, Value] = {}
         self.layouts: dict[str, Layout] = {}
@@ -129,7 +140,7 @@ class _Study:
                 raise SpeedupError("it has no weight with channels to prune", where=name)
             self.weights[name] = weight
             self.layouts[name] = layout_of(model, TargetId(name, "weight"))
-        self.channels = [each for call in graph.calls for each in RULES.find(call).channels(call, self.atoms)]
+        self.channels = [each for call in graph.calls for each in rules.find(call).channels(call, self.atoms)]
 
     def outputs(self, name: str) -> Ids:
         """The atoms of a layer's output channels."""
@@ -225,7 +236,7 @@ class _Study:
         if len(dynamic) == 1:
             return True
         makers = {
-            c.owner for c in self.graph.calls if outputs[0] in self.atoms.roots(RULES.find(c).makes(c, self.atoms))
+            c.owner for c in self.graph.calls if outputs[0] in self.atoms.roots(self.rules.find(c).makes(c, self.atoms))
         }
         return makers <= same_mask
 
@@ -253,8 +264,8 @@ class _Study:
         tensors = dict(self.graph.tensors)
         for value, mask in masked.items():
             tensors[value] = tensors[value] * (~mask).to(tensors[value])
-        flow = propagate(self.graph, RULES, run(self.graph, tensors), masked)
-        decision = decide(self.graph, RULES, self.atoms, flow, masked, exact=True)
+        flow = propagate(self.graph, self.rules, run(self.graph, tensors), masked)
+        decision = decide(self.graph, self.rules, self.atoms, flow, masked, exact=True)
         return [
             next((decision.reasons[int(root)] for root in roots if not decision.removed[root]), None) for roots in tried
         ]

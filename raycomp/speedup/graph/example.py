@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,13 +25,47 @@ Tree: TypeAlias = dict[str, Any]
 
 
 class Outputs(OrderedDict[str, Any]):
-    """A dict of outputs whose keys are attributes, too, like Hugging Face's `ModelOutput`."""
+    """A dict of outputs that answers to attributes and positions, too, like Hugging Face's `ModelOutput`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(f"there is no output {name!r}, only {', '.join(self)}") from None
+
+
+def as_mapping(value: Any) -> Mapping[Any, Any] | None:
+    """The parts of a mapping or a dataclass by name; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return None
+
+
+def plain(value: Any) -> Any:
+    """A nested value in Python's own containers: what the user's classes hold as dicts, named tuples too.
+
+    Leaves stay as they are.
+    """
+    named = value._asdict() if hasattr(value, "_asdict") else as_mapping(value)
+    if named is not None:
+        return {str(key): plain(item) for key, item in named.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(i) for i in value] if isinstance(value, list) else tuple(plain(item) for item in value)
+    return value
+
+
+def with_attributes(value: Any) -> Any:
+    """A plain nested value with its dicts as `Outputs`."""
+    if isinstance(value, Mapping):
+        return Outputs({key: with_attributes(item) for key, item in value.items()})
+    if isinstance(value, (tuple, list)):
+        return type(value)(with_attributes(item) for item in value)
+    return value
 
 
 def batch_size(example: Example) -> int:
@@ -84,15 +119,16 @@ def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def describe(value: Any) -> Tree:
-    """The JSON description of a nested value of tensors, sequences, mappings and constants of Python.
+    """The JSON description of a nested value of tensors, sequences, mappings, dataclasses and constants of Python.
 
     Raises:
         SpeedupError: a leaf is neither a tensor nor a constant of Python.
     """
     if isinstance(value, Tensor):
         return {"kind": "tensor"}
-    if isinstance(value, Mapping):
-        items = {str(key): describe(item) for key, item in value.items()}
+    named = as_mapping(value)
+    if named is not None:
+        items = {str(key): describe(item) for key, item in named.items()}
         return {"kind": "dict", "items": items, "attributes": type(value) is not dict}
     if isinstance(value, (tuple, list)):
         tree: Tree = {"kind": "list" if isinstance(value, list) else "tuple", "items": [describe(i) for i in value]}
@@ -103,7 +139,8 @@ def describe(value: Any) -> Tree:
         return {"kind": "constant", "value": value}
     raise SpeedupError(
         f"the model takes or returns a {type(value).__name__}",
-        remedy="tensors in tuples, lists, dicts or Hugging Face outputs can be exported",
+        remedy="tensors in tuples, lists, dicts, dataclasses or Hugging Face outputs can be exported; "
+        "a Hugging Face decoder returns tensors alone with use_cache=False",
     )
 
 
@@ -124,9 +161,10 @@ def flatten(tree: Tree, value: Any) -> list[Tensor]:
         return []
     items = tree["items"]
     if kind == "dict":
-        if not isinstance(value, Mapping) or set(value) != set(items):
+        named = as_mapping(value)
+        if named is None or set(named) != set(items):
             raise TypeError(f"expected a mapping with the keys {', '.join(items)}")
-        return [tensor for key, item in items.items() for tensor in flatten(item, value[key])]
+        return [tensor for key, item in items.items() for tensor in flatten(item, named[key])]
     if not isinstance(value, (tuple, list)) or len(value) != len(items):
         raise TypeError(f"expected a sequence of {len(items)}")
     return [tensor for item, part in zip(items, value, strict=True) for tensor in flatten(item, part)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from raycomp.speedup.graph.graph import Call, Value
 
 Bools = NDArray[np.bool_]
 Sizes = Callable[[Value, int], int]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,11 @@ class Registry:
         return Registry({**self._rules, **rules})
 
     def find(self, call: Call) -> Rule:
-        """The rule of a call's overload or operator; for an unknown one, the rule under which nothing can go."""
-        return self._rules.get(str(call.target)) or self._rules.get(call.operator, _UNKNOWN)
+        """The rule of a call's overload or operator; for an unknown one, the rule under which nothing can go.
+
+        Whatever the rule raises comes as a `RuleError`.
+        """
+        return _Watched(self._rules.get(str(call.target)) or self._rules.get(call.operator, _UNKNOWN))
 
     def __contains__(self, operator: str) -> bool:
         return operator in self._rules
@@ -194,6 +199,91 @@ class Registry:
 
 _UNKNOWN = Rule()
 RULES = Registry()
+
+
+class RuleError(Exception):
+    """A rule raised for a call; the cause is the error's `__cause__`."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.label)
+        self.call = call
+
+
+class _Watched(Rule):
+    """A rule whose errors say which call they came from."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self.sized, self.resized_operator = rule.sized, rule.resized_operator
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        with _errors_of(call):
+            self._rule.relate(call, atoms)
+
+    def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
+        with _errors_of(call):
+            results = self._rule.influence(call, given, flow)
+            shapes = [tuple(result.shape) for result in results]
+            if shapes != [value.shape for value in call.outputs]:
+                raise ValueError(f"influence gives the shapes {shapes}")
+            return results
+
+    def sinks(self, call: Call, atoms: Atoms, flow: Flow) -> Iterable[Sink]:
+        with _errors_of(call):
+            return list(self._rule.sinks(call, atoms, flow))
+
+    def makes(self, call: Call, atoms: Atoms) -> Ids:
+        with _errors_of(call):
+            return self._rule.makes(call, atoms)
+
+    def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
+        with _errors_of(call):
+            return list(self._rule.channels(call, atoms))
+
+    def attributes(self, call: Call, sizes: Sizes) -> Iterator[NewAttribute]:
+        with _errors_of(call):
+            return iter(list(self._rule.attributes(call, sizes)))
+
+    def resize(self, call: Call, kept: Kept) -> dict[str, Any]:
+        with _errors_of(call):
+            return self._rule.resize(call, kept)
+
+
+@contextmanager
+def _errors_of(call: Call) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RuleError(call) from error
+
+
+class _Broken(Rule):
+    """In place of a rule that raised: nothing that the operator touches can go."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        self._cause = f"{type(cause).__name__}: {cause}"
+
+    def relate(self, call: Call, atoms: Atoms) -> None:
+        for value in (*call.inputs, *call.outputs):
+            atoms.fix_value(value, f"the speedup rule for {call.operator} raised {self._cause}")
+
+
+def tolerating(rules: Registry, study: Callable[[Registry], Result]) -> Result:
+    """Runs a study of a graph; an operator whose rule raises is left whole, and the study begins anew.
+
+    Args:
+        rules: the operators' rules.
+        study: what is done with them.
+    """
+    broken: dict[str, Rule] = {}
+    while True:
+        try:
+            return study(rules.extended(broken))
+        except RuleError as error:
+            operator = str(error.call.target)
+            if operator in broken:
+                raise
+            broken[operator] = _Broken(error.__cause__)
 
 
 def tensor_argument(call: Call, name: str) -> Value | None:

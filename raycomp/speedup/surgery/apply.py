@@ -9,6 +9,7 @@ from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.value_masks import restore_value_mask
 from raycomp.speedup.surgery.graph_code import graph_from_json
 from raycomp.speedup.surgery.plan import Attribute, BlockCut, Cut, NewBias, Plan, Surgery
+from raycomp.speedup.surgery.pretrained import settle_config_
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -20,7 +21,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
 
     Returns:
         The model (or the graph module that replaces it, where its code states sizes as constants), of the shapes
-        of the sped-up one. `load_state_dict(state, strict=True)` then makes it the sped-up one.
+        of the sped-up one; a Hugging Face model's config says them where it can. `load_state_dict(state, strict=True)`
+        then makes it the sped-up one.
 
     Raises:
         SpeedupError: the model isn't the one that the plan was made for.
@@ -34,6 +36,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             restore_value_mask(_module(model, value_mask.module), value_mask)
         if surgery.graph is not None:
             model = graph_from_json(model, surgery.graph)
+    if plan.surgeries:
+        settle_config_(model, plan.surgeries)
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,13 @@ from raycomp.speedup.surgery.graph_code import CONSTANT, CannotRewriteError, gra
 
 
 def rewrite(
-    live: nn.Module, traced: nn.Module, example: Example, graph: Graph, rules: Registry, kept: Kept
+    live: nn.Module,
+    traced: nn.Module,
+    example: Example,
+    graph: Graph,
+    rules: Registry,
+    kept: Kept,
+    others: Sequence[Example] = (),
 ) -> tuple[fx.GraphModule, dict[str, Any]]:
     """The cut model behind a rewritten forward, and that forward as JSON.
 
@@ -36,12 +42,13 @@ def rewrite(
         graph: the analysed graph.
         rules: the operators' rules.
         kept: what stays.
+        others: further inputs: the sizes in which they differ stay open.
 
     Raises:
         CannotRewriteError: see there.
         SpeedupError: the model can't be exported.
     """
-    program = functional(export_program(traced, example)[0])
+    program = functional(export_program(traced, example, others).program)
     pair = with_batch_size(example, 2)
     args, kwargs = as_call(pair)
     with torch.no_grad():

@@ -1,0 +1,150 @@
+"""Nothing after the last checkpoint loses a training: what fails is a note, and the artifact is there without it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from raycomp.config import parse_job
+from raycomp.pipeline import stage
+from raycomp.pipeline.ending import artifact, conclude, figures
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.stage import StageStart, resolve_start
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.report import render_report
+from raycomp.report.comparison import load_line
+from raycomp.results.summary import RunSummary
+from raycomp.speedup import RULES, Plan, apply_plan
+from raycomp.storage import load_tensors, open_store, publish
+from tests.contracts import tiny
+from tests.contracts.training import Keeper, train
+
+RAW = tiny.job(tiny.pruner("L1NormPruner"), tiny.quantizer(2), steps=4)
+FILES = {
+    "calibration.json", "int8.onnx", "job.yaml", "masks.safetensors", "metrics.parquet", "model.onnx", "model.pt2",
+    "model.safetensors", "plan.json", "report.html", "summary.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    train(RAW, Keeper(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        # The exporter compiles its 500 operators anew for every export.
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield folder
+
+
+def ended(checkpoint: Path, folder: Path) -> RunSummary:
+    """What the head node makes of the training."""
+    config = parse_job(RAW)
+    task, start = build_task(config.task), StageStart()
+    state, facts = StageState.load(checkpoint), conclude.RunFacts("run", "now", str(folder), {}, {})
+    return conclude.conclude(
+        config, task, start, resolve_start(config, 0, task, start), state, [], facts, folder
+    ).summary
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("it failed")
+
+
+PLACES: list[tuple[str, Any, str, str, set[str]]] = [
+    ("speedup", stage, "ModelSpeedup", "stage fused: nothing was cut", set()),
+    ("verification", stage, "verify", "stage fused: nothing was cut", set()),
+    ("data", stage, "differing_inputs", "stage fused: nothing was cut", set()),
+    ("inputs", conclude, "differing_inputs", "the evaluation data can't be read", set()),
+    ("lowering", conclude, "lower_int8", "there is no int8 model", {"int8.onnx"}),
+    ("pt2", artifact, "export_pt2", "there is no model.pt2", {"model.pt2"}),
+    ("onnx", artifact, "export_onnx", "there is no model.onnx", {"model.onnx"}),
+    ("timed onnx", figures, "export_onnx", "the float models are timed in PyTorch", set()),
+    ("timing", figures, "latencies_s", "the int8 model is not timed with batches of 2", set()),
+    ("macs", figures, "count_macs", "the MACs of the sped-up model are not counted", set()),
+    ("size", figures, "save_tensors", "the size of the dense model is unknown", set()),
+    ("metrics", figures, "evaluation_batches", "no form is evaluated", set()),
+    ("sqnr", figures, "sqnr_db", "int8 is not compared with the simulated quantization", set()),
+    ("layers", figures, "layer_figures", "the layers are not listed", set()),
+    ("history", artifact, "_write_history", "there is no metrics.parquet", {"metrics.parquet"}),
+    ("report", artifact, "write_report", "there is no report", {"report.html"}),
+]
+
+
+@pytest.mark.parametrize("module, name, note, lost", [pytest.param(*rest, id=key) for key, *rest in PLACES])
+def test_what_fails_is_a_note_and_the_artifact_is_published_without_it(
+    module: Any, name: str, note: str, lost: set[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, name, fail)
+    summary = ended(checkpoint, tmp_path)
+    told = [warning for warning in summary.warnings if note in warning]
+    assert told and all(warning.endswith("ZeroDivisionError: it failed") for warning in told)
+    assert {path.name for path in tmp_path.iterdir()} == FILES - lost
+    assert RunSummary.from_json((tmp_path / "summary.json").read_text()) == summary
+    assert render_report(summary)
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    model = apply_plan(build_task(parse_job(RAW).task).model(), plan)
+    model.load_state_dict(load_tensors(tmp_path / "model.safetensors"))
+    cut = 6 if "nothing was cut" in note else 3
+    assert model.conv1.weight.count_nonzero((1, 2, 3)).count_nonzero() == 3
+    assert model.conv1.weight.shape[0] == cut
+
+
+def test_one_form_that_fails_costs_the_others_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(torch.nn.Module):
+        forward = fail
+
+    monkeypatch.setattr(conclude.Int8Model, "as_module", lambda *_, **__: Broken())
+    summary = ended(checkpoint, tmp_path)
+    rows = {row.name: row for row in summary.models}
+    assert rows["int8"].metrics == {} and rows["int8"].latency_s == {}
+    for name in ("dense", "simulated", "sped-up"):
+        assert rows[name].metrics.keys() == {"accuracy"} and rows[name].latency_s.keys() == {"1", "2"}
+    assert any("the int8 model is not evaluated: " in warning for warning in summary.warnings)
+
+
+def test_a_rule_that_raises_leaves_its_channels_and_the_job_ends(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = type("Raising", (type(RULES._rules["aten.conv2d"]),), {"sinks": fail})()
+    monkeypatch.setitem(RULES._rules, "aten.conv2d", rule)
+    summary = ended(checkpoint, tmp_path)
+    reasons = {item.module: item.reason for item in summary.unpruned}
+    assert reasons["conv1"] == "the speedup rule for aten.conv2d raised ZeroDivisionError: it failed"
+    assert summary.verification is not None and summary.verification.passed
+
+
+@pytest.mark.parametrize("runs_alone", [True, False])
+def test_the_line_that_loads_the_model_works(
+    runs_alone: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not runs_alone:
+        monkeypatch.setattr(artifact, "export_pt2", fail)
+    files = tmp_path / "files"
+    files.mkdir()
+    summary = ended(checkpoint, files)
+    assert summary.runs_alone is runs_alone
+    fields = {
+        "job": "tiny",
+        "run": "run",
+        "created": "now",
+        "lineage": {},
+        "versions": {},
+        "figures": summary.figures(),
+    }
+    publish(open_store(str(tmp_path / "store")), "run", files, fields)
+    task = build_task(parse_job(RAW).task)
+    known: dict[str, Any] = {"model": task.model()}
+    line = load_line(str(tmp_path / "store" / "run"), summary.runs_alone)
+    exec(line, known)
+    images = torch.stack([image for image, _ in task.eval_data()])
+    with torch.no_grad():
+        assert known["model"](images).shape == (21, 3)
+    assert (type(known["model"]) is type(task.model())) is not runs_alone
