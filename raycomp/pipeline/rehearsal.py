@@ -85,4 +85,4 @@ def _check_loss(loss: Any, name: str) -> None:
         raise TaskError("its loss depends on no trainable parameter", where=where, remedy=remedy)
     if not bool(torch.isfinite(loss)):
         remedy = "look at the first samples, the model's weights and the loss"
-        raise TaskError(f"the loss of the dense model is {float(loss)}", where=where, remedy=remedy)
+        raise TaskError(f"the loss of the dense model is {loss.item()}", where=where, remedy=remedy)
