@@ -116,6 +116,8 @@ class ClusterConfig(Settings):
     """The cluster's address (null: RAY_ADDRESS if set, else a local Ray that the job starts itself)."""
     num_cpus: Count | None = None
     """CPUs of the local Ray (null: all)."""
+    send_credentials: Flag = True
+    """Whether the keys of s3:// storage go to the cluster; false where a role or a mounted file of its nodes serves."""
 
 
 class JobConfig(Settings):

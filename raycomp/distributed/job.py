@@ -142,7 +142,7 @@ class _Run:
                     self.progress.message(warning)
                 self.datasets = ray_datasets(task)
             with self.watch.part("start Ray"):
-                self.cluster = stack.enter_context(connect(self.config))
+                self.cluster = stack.enter_context(connect(self.config, self.progress.message))
             self._begin(resume, prepared)
             self.progress.message(f"run {self.run_store.run} on {self.cluster.description}")
             sink = stack.enter_context(progress_sink(self.progress))

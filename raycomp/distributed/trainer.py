@@ -13,10 +13,11 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import WorkerOrder, train_loop
 from raycomp.errors import ClusterError
 from raycomp.pipeline.task import Task
@@ -133,7 +134,7 @@ def train_stage(
             callbacks=[StopOnOurErrors(), *(callbacks or [])],
         ),
         datasets=dict(datasets or {}),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
     with translated(order.run_store.train_uri):
         result = trainer.fit()

@@ -81,8 +81,7 @@ class Store:
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Writes a file unless it exists; of several that try at once, one wins.
 
-        A store that takes no conditional write, or credentials that are not keys in the environment, leave a gap
-        between look and write.
+        A store that takes no conditional write, or credentials that are a role's, leave a gap between look and write.
 
         Returns:
             Whether the file was written.
@@ -176,7 +175,7 @@ class Store:
 
 
 def open_store(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Store:
-    """The place that a URI or a local path names. Credentials come from AWS_* environment variables alone.
+    """The place that a URI or a local path names. Credentials come from AWS_* environment variables or AWS's file.
 
     Args:
         uri: a folder, `s3://bucket/prefix`, also with pyarrow's `?endpoint_override=host:port&scheme=http&region=...`.

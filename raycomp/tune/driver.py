@@ -119,7 +119,7 @@ class _Sweep:
         }
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
-        with connect(largest(jobs.values())) as cluster:
+        with connect(largest(jobs.values()), self.progress.message) as cluster:
             lost = self._tune(orders, cluster)
         return self._finish(lost)
 

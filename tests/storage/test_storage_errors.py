@@ -238,3 +238,18 @@ def test_a_create_gives_up_after_three_attempts(flaky: _Server) -> None:
     store = open_store("s3://bucket/x", f"http://127.0.0.1:{flaky.server_address[1]}")
     assert "500" in error_of(lambda: store.create_bytes("claim", b"ours")).message
     assert flaky.statuses == [200]
+
+
+def test_a_mounted_file_of_credentials_serves(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a cluster's nodes need no keys in their environment, where Ray would show them."""
+    file = tmp_path / "credentials"
+    keys = f"aws_access_key_id = {object_store.access_key}\naws_secret_access_key = {object_store.secret_key}\n"
+    file.write_text(f"[default]\naws_access_key_id = other\naws_secret_access_key = wrong\n[models]\n{keys}")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "models")
+    store = open_store(object_store.uri(), object_store.endpoint)
+    store.check()
+    assert store.create_bytes("claim", b"first") and not store.create_bytes("claim", b"second")
+    assert store.read_bytes("claim") == b"first"
