@@ -10,19 +10,21 @@ from typing import Any
 import ray
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
-from raycomp.errors import ClusterError, RaycompError
+from raycomp.errors import ClusterError, RaycompError, StorageError
+from raycomp.storage.explain import explain
 
 
 class StopOnOurErrors(UserCallback):
     """Ends a run at once where a worker raised an error of raycomp's: what is wrong there would be wrong again.
 
-    Everything else (a killed worker, a lost node, a broken connection) is left to Ray's failure policy, which retries.
+    Everything else (a killed worker, a lost node, a broken connection, storage that is away) is left to Ray's failure
+    policy, which retries.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raises the first of raycomp's errors in the controller, which Ray doesn't retry."""
         error = first_of_ours(worker_exceptions)
-        if error is not None:
+        if error is not None and not (isinstance(error, StorageError) and error.passing):
             raise error
 
 
@@ -62,12 +64,17 @@ def translated(where: str) -> Iterator[None]:
     except WorkerGroupError as error:
         raise first_of_ours(error.worker_failures) or _lost(error, where) from None
     except ControllerError as error:
-        raise _ours(error) or ClusterError(_first_line(error.controller_failure), where=where) from None
+        raise _ours(error) or _of_ray(error.controller_failure, where) from None
     except ray.exceptions.RayError as error:
-        raise _ours(error) or ClusterError(_first_line(error), where=where) from None
+        raise _ours(error) or _of_ray(error, where) from None
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
+
+
+def _of_ray(error: BaseException, where: str) -> RaycompError:
+    """Ray's controller keeps the list of checkpoints in storage itself."""
+    return explain(error, where) if isinstance(error, OSError) else ClusterError(_first_line(error), where=where)
 
 
 def _lost(error: WorkerGroupError, where: str) -> RaycompError:

@@ -58,8 +58,8 @@ class RunStore:
 
     @cached_property
     def store(self) -> Store:
-        """The job's folder in storage."""
-        return open_store(self.uri)
+        """The job's folder in storage; a run waits a while for a store that is away."""
+        return open_store(self.uri).patient()
 
     @cached_property
     def files(self) -> Store:
@@ -72,10 +72,9 @@ class RunStore:
         return self.store.join("artifacts")
 
     @property
-    def train_uri(self) -> str:
-        """Where Ray Train keeps the run's checkpoints."""
-        folder = self.store.join("train", self.run)
-        return folder.path if folder.is_local else folder.uri
+    def train(self) -> Store:
+        """Where Ray Train keeps the run's checkpoints, a folder for each stage."""
+        return self.store.join("train", self.run)
 
     @property
     def artifact_uri(self) -> str:

@@ -119,6 +119,7 @@ def train_stage(
         ClusterError: workers were lost more often than `scaling.max_failures`.
     """
     job = order.job
+    train = order.run_store.train
     resources = dict(job.scaling.resources_per_worker)
     trainer = TorchTrainer(
         train_loop,
@@ -128,7 +129,8 @@ def train_stage(
         ),
         run_config=RunConfig(
             name=job.stages[order.index].name,
-            storage_path=order.run_store.train_uri,
+            storage_path=train.path,
+            storage_filesystem=train.filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[StopOnOurErrors(), *(callbacks or [])],
@@ -136,8 +138,8 @@ def train_stage(
         datasets=dict(datasets or {}),
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
-    with translated(order.run_store.train_uri):
+    with translated(train.uri):
         result = trainer.fit()
     if result.checkpoint is None:
-        raise ClusterError("the training ended without a checkpoint", where=order.run_store.train_uri)
+        raise ClusterError("the training ended without a checkpoint", where=train.uri)
     return str(result.checkpoint.path)

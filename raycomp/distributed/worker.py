@@ -23,6 +23,7 @@ from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.loop import StageTraining
 from raycomp.results.progress import ProgressEvent
+from raycomp.storage.explain import explained
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class WorkerOrder:
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle) -> None:
-        self._sink = sink
+    def __init__(self, sink: ActorHandle, place: str) -> None:
+        self._sink, self._place = sink, place
 
     def progress(self, event: ProgressEvent) -> None:
         self._sink.push.remote(event)
@@ -61,7 +62,7 @@ class _RayListener:
         if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(dict(metrics))
             return
-        with TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder, explained(self._place):
             make().save(Path(folder))
             ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -89,7 +90,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
         chain=chain,
         training=training,
         evaluation=job.evaluation,
-        listener=_RayListener(order.sink),
+        listener=_RayListener(order.sink, order.run_store.train.uri),
         device=device,
         data=_shards(),
         started=time.monotonic() - order.started,

@@ -118,16 +118,30 @@ def require_credentials(location: S3Location) -> None:
     )
 
 
-def connect(location: S3Location, *, request_timeout_s: float = 30, attempts: int = 3) -> fs.S3FileSystem:
-    """Arrow's file system for a location, with the environment's credentials; makes no request yet."""
-    return fs.S3FileSystem(
-        region=location.region,
-        endpoint_override=location.host,
-        scheme=location.scheme,
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        request_timeout=request_timeout_s,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-    )
+class RetryingS3(fs.S3FileSystem):
+    """Arrow's file system, which is pickled with its place and its patience, and without secrets.
+
+    It makes no request yet. A request that fails for a passing reason is repeated after 1, 2, 4, … seconds, 20 at most.
+
+    Args:
+        location: where.
+        request_timeout_s: seconds for one request.
+        attempts: how often a request is tried: 3 take a second where nobody answers, 9 a minute.
+    """
+
+    def __init__(self, location: S3Location, request_timeout_s: float = 30, attempts: int = 3) -> None:
+        super().__init__(
+            region=location.region,
+            endpoint_override=location.host,
+            scheme=location.scheme,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            request_timeout=request_timeout_s,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        )
+        self.location, self.request_timeout_s, self.attempts = location, request_timeout_s, attempts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RetryingS3, (self.location, self.request_timeout_s, self.attempts)
 
 
 def can_sign() -> bool:
@@ -144,6 +158,11 @@ def _credentials() -> Mapping[str, str]:
         file.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path("~/.aws/credentials").expanduser())
     profile = os.environ.get("AWS_PROFILE", "default")
     return {name.upper(): value for name, value in file.items(profile)} if file.has_section(profile) else {}
+
+
+def delay_s(attempt: int) -> float:
+    """Seconds to wait after an attempt, counted from 0, that failed for a passing reason."""
+    return min(0.25 * 2**attempt, 20.0)
 
 
 class InDoubtError(ConnectionError):

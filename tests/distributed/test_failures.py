@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 import torch.distributed as dist
 from ray.train import ControllerError, WorkerGroupError
 
 from raycomp import CompressionJob
 from raycomp.distributed import job as job_module
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.worker import _RayListener
 from raycomp.errors import ClusterError, StorageError, TaskError
+from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
+from raycomp.storage.explain import explain
 from tests.conftest import ObjectStore
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
@@ -44,6 +51,36 @@ def test_an_error_of_the_task_ends_the_run() -> None:
         StopOnOurErrors().after_exception(None, failures)
 
 
+def test_storage_that_is_away_is_tried_again() -> None:
+    """Also where a fresh worker meets it first."""
+    away = explain(ConnectionRefusedError("refused"), "s3://bucket/run")
+    StopOnOurErrors().after_exception(None, {0: away, 1: RuntimeError("collateral")})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's upload raises a plain OSError, which Ray would take for a lost worker."""
+
+    def report(*_: Any, **__: Any) -> None:
+        raise OSError(f"Error writing bytes to file. Detail: [errno {number}] {os.strerror(number)}")
+
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    state = StageState("prune", 1, 4, {}, {}, ())
+    with pytest.raises(StorageError) as caught:
+        _RayListener(SimpleNamespace(), "/models/run").checkpoint(lambda: state, {})
+    with pytest.raises(StorageError, match=r"/models/run: the (disk is full|file system is read-only)"):
+        StopOnOurErrors().after_exception(None, {0: caught.value})
+
+
+def test_storage_that_fails_under_ray_s_controller_is_told_as_such() -> None:
+    with (
+        pytest.raises(StorageError, match="s3://bucket/run: the store can't be reached"),
+        translated("s3://bucket/run"),
+    ):
+        raise ControllerError(ConnectionRefusedError("refused"))
+
+
 def test_of_several_errors_the_lowest_rank_s_is_told() -> None:
     with pytest.raises(TaskError, match="first"):
         StopOnOurErrors().after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
@@ -63,7 +100,7 @@ def test_ray_s_errors_become_one_of_ours() -> None:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(job: Any) -> Any:
+    def refuse(*_: Any) -> Any:
         raise AssertionError("Ray was asked for")
 
     monkeypatch.setattr(job_module, "connect", refuse)

@@ -35,8 +35,8 @@ class Listener:
         if not self.seen:
             self.seen = True
             from ray._private.worker import _global_node as node
-            print("looked", json.dumps([node.gcs_address, node.dashboard_agent_listen_port, node.get_session_dir_path()]))
-            sys.stdout.flush()
+            found = [node.gcs_address, node.dashboard_agent_listen_port, node.get_session_dir_path()]
+            print("looked", json.dumps(found), flush=True)
             sys.stdin.readline()
 
 result = CompressionJob(json.loads(sys.argv[1]), base_dir=".").fit(progress=Listener())

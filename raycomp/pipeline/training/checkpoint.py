@@ -13,6 +13,7 @@ from torch import Tensor
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import join_state, load_tensors, save_tensors, split_state
+from raycomp.storage.explain import explained
 
 _FORMAT = 2
 _MODEL, _STATE, _PROGRESS = "model.safetensors", "state.safetensors", "progress.json"
@@ -55,7 +56,8 @@ class StageState:
             "history": _HISTORY.dump_python(self.history, mode="json"),
             "notes": self.notes,
         }
-        (folder / _PROGRESS).write_text(json.dumps(content))
+        with explained(str(folder)):
+            (folder / _PROGRESS).write_text(json.dumps(content))
 
     @classmethod
     def load(cls, folder: Path) -> StageState:
