@@ -101,4 +101,4 @@ class ArtifactError(StorageError):
 
 
 class ClusterError(RaycompError):
-    """Ray can't be reached, lacks the resources, or lost the workers more often than allowed."""
+    """Ray can't be reached, lacks the resources, or lost too many workers; or another process has the run."""

@@ -9,12 +9,13 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from raycomp.storage import scratch
 
 QUIET: dict[str, Any] = {"configure_logging": True, "logging_level": logging.ERROR, "log_to_driver": False}
 _FOLDER = "RAYCOMP_LOCAL_RAY"
@@ -27,7 +28,7 @@ def local_ray(num_cpus: int) -> Iterator[None]:
 
     Its processes inherit this one's environment, so that secrets need no place in Ray's own settings, which Ray logs.
     """
-    with TemporaryDirectory(prefix="raycomp-ray-") as folder, _authenticated(_settings(Path(folder))):
+    with scratch() as folder, _authenticated(_settings(folder)):
         try:
             with _on_loopback():
                 ray.init(

@@ -30,6 +30,32 @@ _PEER_LOST = RuntimeError(
 )
 
 
+# As Ray words it, shortened.
+_DIED = SystemError(
+    "A worker health check failed.\nWorker info: Worker(\n  actor=Actor(RayTrainWorker, 82b6),\n)\nThe actor died "
+    "unexpectedly before finishing this task.\n\tpid: 12921\nThe actor is dead because its worker process has died. "
+    "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2."
+)
+
+
+class _Sink:
+    """The actor that hears of progress."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.push = SimpleNamespace(remote=self.heard.append)
+
+
+def test_a_replaced_worker_is_told_with_its_reason() -> None:
+    """Its neighbours' broken connections are no reason."""
+    sink = _Sink()
+    StopOnOurErrors(sink).after_exception(None, {0: _PEER_LOST, 1: _DIED, 2: _PEER_LOST})
+    assert sink.heard == [
+        "worker 1 failed: its worker process has died (killed, out of memory, or crashed): new workers go on from the "
+        "last checkpoint"
+    ]
+
+
 def _raised_in_user_code(error: Exception) -> Exception:
     try:
         with user_code("Tiny.training_step()"):
@@ -42,19 +68,19 @@ def _raised_in_user_code(error: Exception) -> Exception:
 def test_a_lost_peer_is_no_error_of_the_task(lost: Exception) -> None:
     """Else a killed worker would end the job, because its neighbours meet its death in the user's forward pass."""
     assert _raised_in_user_code(lost) is lost
-    StopOnOurErrors().after_exception(None, {0: _raised_in_user_code(lost), 1: SystemError("the actor died")})
+    StopOnOurErrors(_Sink()).after_exception(None, {0: _raised_in_user_code(lost), 1: SystemError("the actor died")})
 
 
 def test_an_error_of_the_task_ends_the_run() -> None:
     failures = {0: RuntimeError("collateral"), 1: _raised_in_user_code(RuntimeError("the mask has a wrong shape"))}
     with pytest.raises(TaskError, match=r"Tiny.training_step\(\) raised RuntimeError: the mask has a wrong shape"):
-        StopOnOurErrors().after_exception(None, failures)
+        StopOnOurErrors(_Sink()).after_exception(None, failures)
 
 
 def test_storage_that_is_away_is_tried_again() -> None:
     """Also where a fresh worker meets it first."""
     away = explain(ConnectionRefusedError("refused"), "s3://bucket/run")
-    StopOnOurErrors().after_exception(None, {0: away, 1: RuntimeError("collateral")})
+    StopOnOurErrors(_Sink()).after_exception(None, {0: away, 1: RuntimeError("collateral")})
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -70,7 +96,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(number: int, monke
     with pytest.raises(StorageError) as caught:
         _RayListener(SimpleNamespace(), "/models/run").checkpoint(lambda: state, {})
     with pytest.raises(StorageError, match=r"/models/run: the (disk is full|file system is read-only)"):
-        StopOnOurErrors().after_exception(None, {0: caught.value})
+        StopOnOurErrors(_Sink()).after_exception(None, {0: caught.value})
 
 
 def test_storage_that_fails_under_ray_s_controller_is_told_as_such() -> None:
@@ -83,7 +109,7 @@ def test_storage_that_fails_under_ray_s_controller_is_told_as_such() -> None:
 
 def test_of_several_errors_the_lowest_rank_s_is_told() -> None:
     with pytest.raises(TaskError, match="first"):
-        StopOnOurErrors().after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
+        StopOnOurErrors(_Sink()).after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
 
 
 def test_ray_s_errors_become_one_of_ours() -> None:
