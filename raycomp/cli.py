@@ -129,13 +129,16 @@ def submit(
 ) -> None:
     """Run a job file on a cluster through Ray Jobs.
 
-    AWS_* credentials of this environment go along where the storage is s3://; who can read the cluster's dashboard can
-    read them there.
+    The keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go along where the storage is s3://, unless
+    cluster.send_credentials is false; who can read the cluster's dashboard or logs can read them there.
     """
     from raycomp import submit as jobs
+    from raycomp.distributed.cluster import exposure
 
     config, _ = _job(job, settings)
     plan = jobs.plan_submission(config, job, working_dir, settings=settings, resume=resume, ship_raycomp=ship_raycomp)
+    if plan.secrets:
+        click.echo(exposure(plan.secrets), err=True)
     with jobs.jobs_client(address) as client:
         submission = jobs.send(client, plan)
         click.echo(f"submitted {submission} to {address}", err=True)

@@ -114,7 +114,17 @@ class SpeedupError(RaycompError):
 
 
 class StorageError(RaycompError):
-    """Object storage can't be reached, read or written."""
+    """Storage can't be reached, read or written.
+
+    Args:
+        passing: whether the same may succeed a little later: the store is away, busy or out of order.
+    """
+
+    def __init__(
+        self, message: str, *, where: str | None = None, remedy: str | None = None, passing: bool = False
+    ) -> None:
+        super().__init__(message, where=where, remedy=remedy)
+        self.passing = passing
 
 
 class ArtifactError(StorageError):
@@ -122,4 +132,4 @@ class ArtifactError(StorageError):
 
 
 class ClusterError(RaycompError):
-    """Ray can't be reached, lacks the resources, or lost the workers more often than allowed."""
+    """Ray can't be reached, lacks the resources, or lost too many workers; or another process has the run."""

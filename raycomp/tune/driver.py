@@ -23,6 +23,7 @@ from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
 from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.job import CompressionJob
+from raycomp.distributed.lease import lease
 from raycomp.distributed.trainer import Progress, Silent
 from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.report import render_sweep, sweep_table
@@ -118,6 +119,10 @@ class _Sweep:
 
     def run(self, resume: bool) -> SweepResult:
         self._begin(resume)
+        with lease(self.sweep_store.store, self.progress.message):
+            return self._run()
+
+    def _run(self) -> SweepResult:
         trials = {trial.id: trial for trial in self.plan.trials}
         todo = sorted(trials.keys() - self.sweep_store.done(tuple(trials)))
         self.sweep_store.forget(todo)
@@ -130,19 +135,19 @@ class _Sweep:
         }
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
-        with connect(largest(jobs.values())) as cluster:
+        with connect(largest(jobs.values()), self.progress.message) as cluster:
             lost = self._tune(orders, cluster)
         return self._finish(lost)
 
     def _begin(self, resume: bool) -> None:
         plan = self.plan
-        found = unfinished_sweep(plan) if resume else None
+        found = unfinished_sweep(plan, self.progress.message) if resume else None
         if found is not None:
-            record = found.read_record()
-            assert record is not None
-            self.sweep_store, self.record = found, record
-            self.progress.message(f"resuming sweep {record.sweep}")
+            self.sweep_store, self.record = found
+            self.progress.message(f"resuming sweep {self.record.sweep}")
             return
+        if resume:
+            self.progress.message("there is no unfinished sweep like this one: a new one begins")
         now = datetime.now(UTC)
         sweep_id = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
         self.sweep_store = SweepStore(sweeps_of(plan.job).join(sweep_id).uri)

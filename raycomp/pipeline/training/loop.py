@@ -62,7 +62,7 @@ class StageTraining:
         listener: hears of progress and checkpoints.
         device: of this process.
         data: train and evaluation data where the task's own are not to be used (shards of Ray Data).
-        started: `time.monotonic()` when the run began, for the elapsed time.
+        started: `time.time()` when the run began, for the elapsed time.
     """
 
     name: str
@@ -73,7 +73,7 @@ class StageTraining:
     listener: Listener
     device: torch.device
     data: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
 
     def run(self, resume: StageState | None = None) -> None:
         """Trains all rounds and calibrates, from the beginning or from a checkpoint. A collective.
@@ -297,12 +297,16 @@ class StageTraining:
             self.scheduler.load_state_dict(state.training["scheduler"])
         self.epoch, self.history = state.epoch, state.history
         self.saved_epoch = state.epoch
+        self.notes = tuple(dict.fromkeys([*state.notes, *self.notes]))
+        if self.history:
+            # Where another process began the run, its clock stood still until this one went on.
+            self.started = min(self.started, time.time() - self.history[-1].elapsed_s)
 
     def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
         # Without a length, as many steps as the epochs so far had; a calibration is one more epoch.
         per_epoch = self.batches.steps_per_epoch or max(-(-self.chain.step // max(epoch, 1)), 1)
         epochs = max(epoch, (self.training.epochs or -(-self.steps_per_round // per_epoch)) * self.rounds)
-        elapsed = time.monotonic() - self.started
+        elapsed = time.time() - self.started
         return ProgressEvent(
             self.name,
             epoch,
