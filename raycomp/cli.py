@@ -18,6 +18,7 @@ import raycomp
 from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, set_key
 from raycomp.config.dialect import JobLoader
 from raycomp.errors import ConfigError, Problem, RaycompError
+from raycomp.report.text import visible
 
 _PIPE_WIDTH = 120
 _INTERRUPTED = 130
@@ -53,9 +54,10 @@ def tell(error: RaycompError, console: Console) -> None:
         console.print(Text(f"{len(problems)} problems", style="bold"))
     for problem in problems:
         where = f"{problem.where}: " if problem.where else ""
-        console.print(Text.assemble(("error ", "bold red"), where, problem.message), soft_wrap=True)
+        told = visible(f"{where}{problem.message}", lines=True)
+        console.print(Text.assemble(("error ", "bold red"), told), soft_wrap=True)
         if problem.remedy:
-            console.print(Text(f"      {problem.remedy}"), soft_wrap=True)
+            console.print(Text(f"      {visible(problem.remedy, lines=True)}"), soft_wrap=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -127,13 +129,16 @@ def submit(
 ) -> None:
     """Run a job file on a cluster through Ray Jobs.
 
-    AWS_* credentials of this environment go along where the storage is s3://; who can read the cluster's dashboard can
-    read them there.
+    The keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go along where the storage is s3://, unless
+    cluster.send_credentials is false; who can read the cluster's dashboard or logs can read them there.
     """
     from raycomp import submit as jobs
+    from raycomp.distributed.cluster import exposure
 
     config, _ = _job(job, settings)
     plan = jobs.plan_submission(config, job, working_dir, settings=settings, resume=resume, ship_raycomp=ship_raycomp)
+    if plan.secrets:
+        click.echo(exposure(plan.secrets), err=True)
     with jobs.jobs_client(address) as client:
         submission = jobs.send(client, plan)
         click.echo(f"submitted {submission} to {address}", err=True)
@@ -157,22 +162,27 @@ def show(uri: str) -> None:
     """Show what a stored run holds."""
     from raycomp.report import files_table, result_table
     from raycomp.report.comparison import load_line, verification_text
+    from raycomp.report.table import Visible, print_line
     from raycomp.results.summary import RunSummary
     from raycomp.storage import open_artifact
+    from raycomp.storage.artifact import understood
 
-    artifact = open_artifact(uri)
-    manifest, console = artifact.manifest, _console()
-    if manifest.figures:
-        found = RunSummary.from_figures(manifest.figures, job=manifest.job, run=manifest.run, created=manifest.created)
-        console.print(result_table(found))
-        lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
-    else:
-        lines = [f"{manifest.job}  {manifest.run}"]
-    alone = bool(manifest.figures.get("runs_alone", True))
-    lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri, alone)}"]
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)
-    console.print(files_table({name: (file.bytes, file.sha256) for name, file in manifest.files.items()}))
+    with understood(uri):
+        artifact = open_artifact(uri)
+        manifest, console = artifact.manifest, _console()
+        if manifest.figures:
+            names = {"job": manifest.job, "run": manifest.run, "created": manifest.created}
+            found = RunSummary.from_figures(manifest.figures, **names)
+            console.print(Visible(result_table(found)))
+            lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
+        else:
+            lines = [f"{manifest.job}  {manifest.run}"]
+        alone = bool(manifest.figures.get("runs_alone", True))
+        lines += [f"created {manifest.created}", f"load    {load_line(artifact.uri, alone)}"]
+        for line in lines:
+            print_line(console, line)
+        sizes = {name: (file.bytes, file.sha256) for name, file in manifest.files.items()}
+        console.print(Visible(files_table(sizes)))
 
 
 @main.command()
@@ -182,8 +192,11 @@ def show(uri: str) -> None:
 def export(uri: str, form: str, directory: Path) -> None:
     """Copy a stored model into DIRECTORY, verified by its hashes."""
     from raycomp.pipeline.ending.load import export as export_files
+    from raycomp.storage.artifact import understood
 
-    for path in export_files(uri, form, directory):
+    with understood(uri):
+        written = export_files(uri, form, directory)
+    for path in written:
         click.echo(path)
 
 

@@ -78,12 +78,53 @@ class CompressionError(RaycompError):
     """A compressor was used in a way that can't work: wrong order of calls, a missing evaluator, diverged state."""
 
 
+class FoldError(CompressionError):
+    """Modules that are fused don't run as one.
+
+    Args:
+        message: what uses which module's output.
+        names: of the fused modules.
+        remedy: what can be fused.
+    """
+
+    def __init__(self, message: str, names: tuple[str, ...], remedy: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.names = names
+
+
+class NotFiniteError(CompressionError):
+    """A loss, gradient, weight or statistic is infinite or no number.
+
+    Args:
+        message: which, and in which step.
+        began: the layer, compressor or batch where it began; None where this process can't tell.
+    """
+
+    def __init__(self, message: str, *, began: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(f"{message}; it began in {began}" if began else message, remedy=remedy or _LESS)
+        self.what = message
+        self.began = began
+
+
+_LESS = "look at that batch's values, or lower the learning rate"
+
+
 class SpeedupError(RaycompError):
     """A model can't be traced, cut, verified, lowered or exported."""
 
 
 class StorageError(RaycompError):
-    """Object storage can't be reached, read or written."""
+    """Storage can't be reached, read or written.
+
+    Args:
+        passing: whether the same may succeed a little later: the store is away, busy or out of order.
+    """
+
+    def __init__(
+        self, message: str, *, where: str | None = None, remedy: str | None = None, passing: bool = False
+    ) -> None:
+        super().__init__(message, where=where, remedy=remedy)
+        self.passing = passing
 
 
 class ArtifactError(StorageError):
@@ -91,4 +132,4 @@ class ArtifactError(StorageError):
 
 
 class ClusterError(RaycompError):
-    """Ray can't be reached, lacks the resources, or lost the workers more often than allowed."""
+    """Ray can't be reached, lacks the resources, or lost too many workers; or another process has the run."""

@@ -19,17 +19,9 @@ import raycomp
 from raycomp.config import JobConfig
 from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.report.table import ARTIFACT_LABEL
+from raycomp.storage import s3
 
 _API_ADDRESS = "RAY_API_SERVER_ADDRESS"
-_CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-    "AWS_EC2_METADATA_DISABLED",
-)
 _EXCLUDES = (".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", "artifacts", "results")
 _TALKATIVE = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -76,6 +68,11 @@ class Submission:
     working_dir: Path
     env_vars: dict[str, str] = field(repr=False)
     py_modules: tuple[Path, ...] = ()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The names of the variables with secrets that go along."""
+        return s3.secrets_in(self.env_vars)
 
     def runtime_env(self) -> dict[str, Any]:
         """Ray's description of the job's environment."""
@@ -130,7 +127,7 @@ def plan_submission(
     # An interpreter that buffers, or a terminal's width that is not known, would make the log unreadable.
     env_vars = {"PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
     if job.storage.uri.startswith("s3://"):
-        env_vars |= {name: os.environ[name] for name in _CREDENTIALS if name in os.environ}
+        env_vars |= s3.environment(credentials=job.cluster.send_credentials)
     modules = (Path(raycomp.__file__).resolve().parent,) if ship_raycomp else ()
     return Submission(job.name, shlex.join(command), root, env_vars, modules)
 

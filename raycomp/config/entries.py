@@ -102,8 +102,8 @@ class PruneTarget(_SaysWhatWasGiven):
     """Keep where the metric is at least this; excludes sparse_ratio."""
     min_sparse_ratio: _Ratio | None = None
     """At least this fraction of the target is pruned."""
-    max_sparse_ratio: _Ratio | None = None
-    """At most this fraction of the target is pruned."""
+    max_sparse_ratio: Annotated[float, Field(ge=0, le=1), expects("a number from 0 to 1")] | None = None
+    """At most this fraction of the target is pruned (null: all but one block; 1: all of it, too)."""
     global_group_id: Text | None = None
     """Targets with the same id are ranked together."""
     dependency_group_id: Text | None = None

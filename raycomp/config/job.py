@@ -27,6 +27,9 @@ _EntryPoint = Annotated[
 _Json = Annotated[JsonValue, expects("plain data: texts, numbers, true, false, null, lists and mappings of these")]
 
 
+_HOW_IT_RUNS = {"num_data_workers", "checkpoint_every_epochs"}
+
+
 class TaskConfig(Settings):
     """Where the user's task is, and what it is built with."""
 
@@ -116,6 +119,8 @@ class ClusterConfig(Settings):
     """The cluster's address (null: RAY_ADDRESS if set, else a local Ray that the job starts itself)."""
     num_cpus: Count | None = None
     """CPUs of the local Ray (null: all)."""
+    send_credentials: Flag = True
+    """Whether the keys of s3:// storage go to the cluster; false where a role or a mounted file of its nodes serves."""
 
 
 class JobConfig(Settings):
@@ -159,8 +164,13 @@ class JobConfig(Settings):
 
     def digest(self) -> str:
         """The sha256 of the job's content, in hex; the same for equal jobs."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _sha256(self.model_dump(mode="json"))
+
+    def result_digest(self) -> str:
+        """As `digest`, of what decides the result: not of where the job runs, on what, and how often it saves."""
+        stages = {"__all__": {"training": _HOW_IT_RUNS}}
+        where = {"scaling": True, "cluster": True, "storage": True}
+        return _sha256(self.model_dump(mode="json", exclude={**where, "training": _HOW_IT_RUNS, "stages": stages}))
 
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
@@ -179,3 +189,8 @@ class JobConfig(Settings):
         kinds = {COMPRESSORS[name].kind if name in COMPRESSORS else "quantizer" for name in types if name}
         if given.child("int8").values.get("enabled") is True and "quantizer" not in kinds:
             yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add one, or set it to 'auto'")
+
+
+def _sha256(content: JsonValue) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

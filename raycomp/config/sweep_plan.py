@@ -55,7 +55,8 @@ class SweepPlan:
 
     def digest(self) -> str:
         """The sha256, in hex, of what its results depend on."""
-        content = [self.config.metric, self.config.mode, [[trial.id, trial.job.digest()] for trial in self.trials]]
+        trials = [[trial.id, trial.settings, trial.job.result_digest()] for trial in self.trials]
+        content = [self.config.metric, self.config.mode, trials]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

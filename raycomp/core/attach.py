@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from raycomp.core.parts import replace_input, replace_output
 from raycomp.core.target import Target, TargetId
-from raycomp.errors import CompressionError
 
 _CONTAINER = "raycomp_targets"
 _PARAMETRIZATIONS = "parametrizations"
@@ -143,15 +142,10 @@ class TargetSpace:
         for tied in self.targets.values():
             if tied.kind == "parameter" and self.parameter(tied.target_id) is parameter:
                 return tied
-        module, name = self.module(target.target_id.module), target.target_id.target
-        if parametrize.is_parametrized(module, name):
-            raise CompressionError(
-                "this parameter already has a parametrization of its own",
-                where=str(target.target_id),
-                remedy="remove it (torch.nn.utils.parametrize.remove_parametrizations) before compressing",
-            )
         for holder, own_name in list(_holders(self.model, parameter)):
             order = self._parameter_order.setdefault(holder, list(holder._parameters))
+            if isinstance(holder, nn.RNNBase) and not isinstance(holder, _ReadsItsWeights):
+                self.swap_class(holder, _ReadsItsWeights)
             parametrize.register_parametrization(holder, own_name, target, unsafe=True)
             self.on_detach(partial(remove_parametrization, holder, own_name, order))
         return target
@@ -171,6 +165,22 @@ class TargetSpace:
             for handle in handles:
                 self.on_detach(handle.remove)
         container.targets[target.target_id.target] = target
+
+
+class _ReadsItsWeights(nn.Module):
+    """For recurrent layers, which keep a list of their Parameters and would pass over what stands on them."""
+
+    _flat_weights: list[Tensor]
+    _flat_weights_names: list[str]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept = self._flat_weights
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            # What is computed belongs to a graph, and couldn't be copied with the model.
+            self._flat_weights = kept
 
 
 class _LayersAlone(nn.Module):
@@ -209,6 +219,13 @@ def forward_arguments(module: nn.Module) -> tuple[list[str], bool]:
 def is_wrapped(model: nn.Module) -> bool:
     """Whether compressors stand on the model."""
     return any(isinstance(module, Target | HookedTargets) for module in model.modules())
+
+
+def is_own_parameter(module: nn.Module, name: str) -> bool:
+    """Whether `name` is a Parameter that the module holds itself, perhaps under compressors' targets."""
+    if parametrize.is_parametrized(module, name):
+        return isinstance(module.parametrizations[name][0], Target)  # type: ignore[index, union-attr]
+    return module._parameters.get(name) is not None
 
 
 def original_parameter(module: nn.Module, name: str) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """What part of the global batch this rank holds at the moment.
 
 The training loop states it around each forward pass; whoever computes a statistic of the batch (batch norm, observers,
-link losses) reads it, so that a statistic over N workers weighs samples and not workers.
+losses) reads it, so that a mean over N workers weighs what it is a mean of (samples, tokens), and not workers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -19,15 +21,26 @@ class BatchShare:
     Args:
         samples: samples on this rank; 0 means that the batch at hand is a stand-in whose statistics must not count.
         total: samples over all ranks.
+        loss_weight: what the task's loss, a mean over this rank's part of the batch, is multiplied by: gradients that
+            are averaged over the ranks (as DDP does) and summed over the micro-batches are then those of the mean over
+            the global batch. Ranks weigh by the items that the loss is the mean of.
+        sample_weight: the same for a mean over samples.
+        position_weight: the same for a mean over positions that count.
+        positions: bool, [samples, length]: which positions of the samples' sequences count, as padding does not; None
+            where there is no padding.
     """
 
     samples: int
     total: int
+    loss_weight: float = 1.0
+    sample_weight: float = 1.0
+    position_weight: float = 1.0
+    positions: Tensor | None = field(default=None, compare=False)
 
-    @property
-    def weight(self) -> float:
-        """This rank's fraction of the samples."""
-        return self.samples / self.total
+
+def rank_slice(total: int, rank: int, world: int) -> slice:
+    """The contiguous part of `total` samples that a rank takes; sizes differ by one at most, rank 0 has the largest."""
+    return slice(-(-total * rank // world), -(-total * (rank + 1) // world))
 
 
 _SHARE: ContextVar[BatchShare | None] = ContextVar("raycomp_batch_share", default=None)
@@ -52,3 +65,33 @@ def is_idle() -> bool:
     """Whether the batch at hand is a stand-in on a rank without samples."""
     share = _SHARE.get()
     return share is not None and share.samples == 0
+
+
+def weighted_loss(loss: Tensor) -> Tensor:
+    """This rank's part of the task's loss over the global batch.
+
+    A mean over no items is no number; it is 0 then, with a gradient of 0.
+    """
+    share = _SHARE.get()
+    if share is None:
+        return loss
+    return loss * share.loss_weight if share.loss_weight else loss.nan_to_num(0.0, 0.0, 0.0) * 0
+
+
+def weighted_by_samples(mean: Tensor) -> Tensor:
+    """This rank's part of a mean over the samples of the global batch, or of what doesn't depend on them."""
+    share = _SHARE.get()
+    return mean if share is None else mean * share.sample_weight
+
+
+def counted_positions(value: Tensor) -> Tensor | None:
+    """Which positions of `value` [samples, length, ...] count; None for all, also where it has no positions."""
+    share = _SHARE.get()
+    positions = None if share is None else share.positions
+    return positions if positions is not None and value.dim() > 2 and value.shape[:2] == positions.shape else None
+
+
+def weighted_by_positions(mean: Tensor) -> Tensor:
+    """This rank's part of a mean over the positions that count."""
+    share = _SHARE.get()
+    return mean if share is None else mean * share.position_weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from raycomp.core.attach import TargetSpace, is_wrapped
+from raycomp.core.batch_share import weighted_loss
 from raycomp.core.evaluator import Evaluator
+from raycomp.core.finite import Pass, are_finite, check_statistics, gradients_error, spreading, weights_error
 from raycomp.core.learned import LearnedTensors
 from raycomp.core.loss import with_loss
 from raycomp.core.masks import Masks
@@ -65,6 +67,8 @@ class Chain:
         self.round = 0
         self.begun = False
         self.calibrated = False
+        self._optimizers: Sequence[Optimizer] = ()
+        self._passes: list[Pass] = []
         self._origin: dict[str, Tensor] = {}
         self._common: dict[object, Any] = {}
 
@@ -133,6 +137,7 @@ class Chain:
         if not context.optimizers:
             raise CompressionError("a training run needs an optimizer")
         self.begin()
+        self._optimizers, self._passes = context.optimizers, []
         begun: list[Moments] = []
         try:
             with around_steps(context.optimizers, self._before_step, self._after_step):
@@ -172,24 +177,40 @@ class Chain:
         if not torch.is_grad_enabled():
             # A loop that takes its validation loss by the same function.
             return step_fn()
-        self.learned.begin_batch(self.model)
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            # A new step begins; the last one was perhaps never made, as a GradScaler's is not after an overflow.
+            self.learned.drop_gradients()
+            self._passes = []
         with watch("training"):
             output = step_fn()
-        return with_loss(output, lambda loss: self.loss(loss, batch))
+        return with_loss(output, lambda loss: self.loss(loss, batch, step_fn))
 
-    def loss(self, loss: Tensor, batch: Any) -> Tensor:
-        """The loss that is differentiated: the task's own, weighted, and what every compressor adds."""
+    def loss(self, loss: Tensor, batch: Any, step_fn: Callable[[], Any] | None = None) -> Tensor:
+        """The loss that is differentiated: the task's own and what every compressor adds, as this rank's part of those
+        of the global batch (see `BatchShare`).
+
+        Args:
+            loss: the task's.
+            batch: what it is of.
+            step_fn: repeats the forward pass.
+        """
         self.batch += 1
+        loss = weighted_loss(loss)
+        losses = {"the loss": loss.detach()}
         for member in self.members:
             if member.loss_weight != 1:
                 loss = loss * member.loss_weight
         for member in self.members:
             term = member.loss_term(batch)
-            loss = loss if term is None else loss + term
-        return loss
+            if term is not None:
+                losses[f"what {type(member).__name__} adds to the loss"] = term.detach()
+                loss = loss + term
+        self._passes.append(Pass(step_fn, losses))
+        return spreading(loss)
 
     def end_round(self) -> None:
         """The last step of a round of training is done: the decisions that fall there are made."""
+        self.check_weights()
         self._decide(Moment("round", self.step, self.round))
         self._take_notes()
         self.round += 1
@@ -221,9 +242,15 @@ class Chain:
         with torch.no_grad(), watch("calibration"):
             return step_fn()
 
+    def check_weights(self) -> None:
+        """Refuses weights that an optimizer has made infinite or no number (NotFiniteError)."""
+        if not are_finite(self._trained()):
+            raise weights_error(self._trained_by_name(), self.step)
+
     def _before_step(self) -> None:
         """The gradients are there, reduced over the workers; the weights are those that gave them."""
         self.learned.reduce_gradients()
+        self._check_gradients()
         for member in self.members:
             member.before_step(self.step + 1)
 
@@ -234,17 +261,41 @@ class Chain:
         self.steps_in_round += 1
         self._decide(Moment("step", self.step, self.round))
 
+    def _check_gradients(self) -> None:
+        # A GradScaler's optimizer is told itself of infinite gradients, and then makes no step.
+        scaled = any(getattr(optimizer, "found_inf", None) is not None for optimizer in self._optimizers)
+        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
+        if not scaled and not are_finite(gradients):
+            raise gradients_error(self.model, self._trained_by_name(), self._passes, self.step + 1)
+        self._passes = []
+
+    def _trained(self) -> list[Tensor]:
+        """What the optimizers hold and what compressors learn."""
+        return [*_held(self._optimizers), *self.learned.tensors()]
+
+    def _trained_by_name(self) -> dict[str, Tensor]:
+        held = {id(parameter) for parameter in _held(self._optimizers)}
+        with self.space.as_written():
+            named = {name: weight for name, weight in self.model.named_parameters() if id(weight) in held}
+        learned = {f"learned tensor {number}": tensor for number, tensor in enumerate(self.learned.tensors())}
+        return {**named, **learned}
+
     def _decide(self, moment: Moment) -> None:
         due = [member for member in self.members if member.is_due(moment)]
         for turn in sorted({member.turn for member in due}):
             deciding = [member for member in due if member.turn == turn]
-            reduce_([statistic for member in deciding for statistic in member.statistics()])
+            merged = [statistic for member in deciding for statistic in member.statistics()]
+            reduce_(merged)
+            check_statistics(merged, moment.step)
             for member in deciding:
                 member.decide(moment)
 
+    def tell(self, notes: Iterable[str]) -> None:
+        """Keeps what the user should be told, once."""
+        self.notes = tuple(dict.fromkeys([*self.notes, *notes]))
+
     def _take_notes(self) -> None:
-        told = [note for member in self.members for note in member.notes()]
-        self.notes = tuple(dict.fromkeys([*self.notes, *told]))
+        self.tell(note for member in self.members for note in member.notes())
 
     # What they have to give.
 
@@ -288,7 +339,7 @@ class Chain:
 
     def unheld_parameters(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """The names of trainable parameters that no optimizer holds, and that therefore stay as they are."""
-        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        held = {id(parameter) for parameter in _held(optimizers)}
         with self.space.as_written():
             named = list(self.model.named_parameters())
         return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
@@ -336,3 +387,7 @@ class Chain:
         for member, item in zip(self.members, state["compressors"], strict=True):
             member.load_state_dict(item["state"])
         self.learned.load_state_dict(state["learned"])
+
+
+def _held(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]

@@ -18,7 +18,7 @@ from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Moments
 from raycomp.core.rounds import conduct
 from raycomp.core.selection import Kind, Selected, Selection, resolve
-from raycomp.errors import ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, Problem
 
 ConfigList = Sequence[Mapping[str, Any] | SelectionEntry] | Selection
 
@@ -101,14 +101,18 @@ class Compressor(Moments, ABC):
             What `result` says.
 
         Raises:
-            CompressionError: there is no evaluator, and a length is given or a fused compressor needs one.
+            CompressionError: there is no evaluator, and a length is given or a fused compressor needs one; or all has
+                been trained already, and no length says how much further.
         """
         unlimited = max_steps is None and max_epochs is None
         rounds = self.chain.rounds
         if unlimited and not any(isinstance(each, Compressor) and each is not self for each in self.chain.members):
             max_steps = self.steps_to_go()
-        elif not unlimited and self.chain.wants_training:
+        if (max_steps, max_epochs) != (None, None) and self.chain.wants_training:
             rounds = max(rounds, self.chain.round + 1)
+        elif 0 < rounds <= self.chain.round:
+            message = f"compress() has trained already, {self.chain.step} steps"
+            raise CompressionError(message, remedy="to train on, say how long: max_steps or max_epochs")
         told = len(self.chain.notes)
         conduct(self.chain, rounds, max_steps, max_epochs)
         for note in self.chain.notes[told:]:

@@ -17,7 +17,8 @@ def detached_copy(model: nn.Module) -> nn.Module:
     detached = copy.deepcopy(model)
     for module in list(detached.modules()):
         _restore_class(module)
-        module.__dict__.pop("raycomp_fold", None)
+        for name in [name for name in module.__dict__ if name.startswith("raycomp_")]:
+            del module.__dict__[name]
         _remove_parametrizations(module)
         _restore_class(module)
         _remove_hooks(module)

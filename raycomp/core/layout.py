@@ -16,7 +16,7 @@ from raycomp.core.attach import forward_arguments, original_parameter, user_clas
 from raycomp.core.model import device_of, evaluation_mode
 from raycomp.core.parts import as_call, replace_input, replace_output
 from raycomp.core.target import TargetId, target_kind
-from raycomp.errors import CompressionError
+from raycomp.errors import CompressionError, RaycompError
 
 _LAST = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.RMSNorm, nn.MultiheadAttention)
 
@@ -135,6 +135,8 @@ def observed_values(model: nn.Module, target_ids: Iterable[TargetId], example: A
     try:
         with evaluation_mode(model), torch.no_grad():
             model(*args, **kwargs)
+    except RaycompError:
+        raise
     except Exception as error:  # whatever the user's forward raises
         message = f"the model doesn't run on the example input: {type(error).__name__}: {error}"
         raise CompressionError(message, remedy="give an example input that its forward takes") from error

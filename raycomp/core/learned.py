@@ -78,7 +78,7 @@ class LearnedTensors:
     @torch.no_grad()
     def rewind(self) -> None:
         """Gives every tensor the value that it was added with."""
-        for tensor, initial in zip(self._tensors(), self._initial, strict=True):
+        for tensor, initial in zip(self.tensors(), self._initial, strict=True):
             tensor.copy_(initial)
 
     def reduce_gradients(self) -> None:
@@ -86,7 +86,7 @@ class LearnedTensors:
 
         A tensor that only some workers used counts as having a gradient of zero on the others.
         """
-        tensors = self._tensors()
+        tensors = self.tensors()
         if not tensors or not is_distributed():
             return
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -102,14 +102,13 @@ class LearnedTensors:
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view(gradient.shape))
 
-    def begin_batch(self, model: nn.Module) -> None:
-        """Drops the gradients of a step that was never made, as a GradScaler's is after an overflow.
+    def drop_gradients(self) -> None:
+        """Drops the gradients of a step that was never made.
 
-        Where no Parameter of the model has a gradient, a new step begins: a loop that skips steps must set gradients to
-        None, as `zero_grad()` does, and not to zero. A scaled loss needs nothing else: Adam's steps don't depend on a
-        constant scale.
+        A loop that skips steps must set gradients to None, as `zero_grad()` does, and not to zero, for that to be seen.
+        A scaled loss needs nothing else: Adam's steps don't depend on a constant scale.
         """
-        if self._optimizer is not None and all(parameter.grad is None for parameter in model.parameters()):
+        if self._optimizer is not None:
             self._optimizer.zero_grad()
 
     def step(self) -> None:
@@ -126,8 +125,9 @@ class LearnedTensors:
         """Goes on from `state_dict()`."""
         if self._optimizer is not None and state:
             self._optimizer.load_state_dict(state["optimizer"])
-            pairs = zip(self._tensors(), state["initial"], strict=True)
+            pairs = zip(self.tensors(), state["initial"], strict=True)
             self._initial = [initial.to(tensor.device) for tensor, initial in pairs]
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order in which they were added."""
         return [tensor for group in self._groups for tensor in group["params"]]

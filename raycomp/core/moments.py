@@ -117,7 +117,8 @@ class Moments:
         return 1.0
 
     def loss_term(self, batch: Any) -> Tensor | None:
-        """What it adds to the loss of a (micro-)batch whose forward pass is done."""
+        """What it adds to the loss of a (micro-)batch whose forward pass is done: this rank's part of it, which
+        `weighted_by_samples` makes of a mean over samples, or of what doesn't depend on them."""
         return None
 
     def before_step(self, step: int) -> None:

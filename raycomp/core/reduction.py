@@ -81,6 +81,15 @@ def sum_over_ranks_(tensor: Tensor) -> None:
         _reduce_group([Statistic(tensor, "sum")], "sum")
 
 
+def gathered(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, by rank. A collective."""
+    if not is_distributed():
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def settle_(statistics: Iterable[Statistic]) -> None:
     """Merges statistics that are still being gathered, in place, so that rank 0's are all that a checkpoint must hold.
 
@@ -118,8 +127,7 @@ def _check_agreement(statistics: Sequence[Statistic]) -> None:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if int(extremes[0]) == -int(extremes[1]):
         return
-    everyone: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(everyone, described)
+    everyone = gathered(described)
     for other, theirs in enumerate(everyone):
         for ours, their in zip_longest(everyone[0], theirs, fillvalue="nothing"):
             if ours != their:
@@ -130,6 +138,9 @@ def _check_agreement(statistics: Sequence[Statistic]) -> None:
 def _reduce_group(members: list[Statistic], operation: str) -> None:
     device = communication_device(members[0].tensor.device)
     flat = torch.cat([_signed(member).detach().reshape(-1).to(device) for member in members])
+    if operation == "max" and flat.is_floating_point():
+        # gloo's maximum of a number and no number is either of them.
+        flat.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     dist.all_reduce(flat, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
     offset = 0
     for member in members:

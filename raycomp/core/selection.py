@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, SelectionEntry, nearest
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, canonical_target
-from raycomp.core.attach import forward_arguments, original_parameter, user_class
+from raycomp.core.attach import forward_arguments, is_own_parameter, original_parameter, user_class
 from raycomp.core.channels import followed_channels
 from raycomp.core.layout import Layout, layouts
 from raycomp.core.target import TargetId, target_kind
@@ -197,11 +197,11 @@ def _targets(
     module = model.get_submodule(name)
     found = []
     for target in entry.target_names or default_targets(kind, type_name(module)):
-        if target_kind(target) == "parameter" and not _has_parameter(module, target):
-            if not hasattr(module, target):
-                parameters = [key for key, _ in module.named_parameters(recurse=False)]
-                message = f"{name or 'the model'} ({type_name(module)}) has no parameter {target!r}"
-                problems.append(Problem(f"{where}.target_names", message, nearest(target, parameters)))
+        if target_kind(target) == "parameter" and not is_own_parameter(module, target):
+            unfit = _parameter_problem(module, target)
+            if unfit is not None:
+                message = f"{name or 'the model'} ({type_name(module)}) {unfit[0]}"
+                problems.append(Problem(f"{where}.target_names", message, unfit[1]))
             continue
         if target_kind(target) == "input" and (problem := _argument_problem(module, target)):
             problems.append(Problem(f"{where}.target_names", f"{name} ({type_name(module)}): {problem[0]}", problem[1]))
@@ -249,8 +249,23 @@ def _own_keys(entry: Entry, target: str) -> frozenset[str]:
     return frozenset(own.model_fields_set if own is not None else ())
 
 
-def _has_parameter(module: nn.Module, name: str) -> bool:
-    return module._parameters.get(name) is not None or parametrize.is_parametrized(module, name)
+def _parameter_problem(module: nn.Module, name: str) -> tuple[str, str] | None:
+    """Message and remedy for a name that is no Parameter of the module's; None where the module does without (a bias).
+
+    A weight that is computed from others (weight norm, spectral norm, a property) is none: nothing can be set in it.
+    """
+    own = [key for key, _ in module.named_parameters(recurse=False)]
+    if not hasattr(module, name):
+        return f"has no parameter {name!r}", nearest(name, own)
+    if getattr(module, name) is None:
+        return None
+    chain = module.parametrizations[name] if parametrize.is_parametrized(module, name) else None  # type: ignore[index]
+    if chain is not None:
+        by = ", ".join(type(each).__name__.strip("_") for each in chain)  # type: ignore[union-attr]
+        remedy = "take it off before (torch.nn.utils.parametrize.remove_parametrizations), or exclude the module"
+        return f"computes its {name!r} by the parametrization {by}", remedy
+    remedy = "take that off before (remove_weight_norm, remove_spectral_norm), or exclude the module"
+    return f"computes its {name!r} in each forward pass, from {', '.join(own) or 'other modules'}", remedy
 
 
 def _no_targets(model: nn.Module, kind: Kind, names: list[str], where: str) -> Problem:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.batch_share import is_idle
+from raycomp.core.batch_share import counted_positions, is_idle
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
 from raycomp.core.watching import Watched, is_watched
 
@@ -18,6 +18,7 @@ class Watcher(nn.Module, ABC):
     """Statistics of the values of one target, on this rank; each says how it merges over the ranks.
 
     Their shape and dtype follow from the value's, so that a rank without samples has them too, with nothing counted in.
+    Padding doesn't count.
     They are no buffers, because DDP would overwrite those of all ranks with rank 0's at each forward pass.
 
     Args:
@@ -47,7 +48,7 @@ class Watcher(nn.Module, ABC):
             if not self.gathered:
                 self.gathered = self.fresh(value.detach())
             if not is_idle():
-                self.update(value.detach())
+                self.update(_counted(value.detach()))
 
     def statistics(self) -> list[Statistic]:
         """What was gathered, to be merged in place; nothing before the first forward pass."""
@@ -71,3 +72,9 @@ class Watcher(nn.Module, ABC):
             name: Statistic(fn(item.tensor), item.operation, item.name) for name, item in self.gathered.items()
         }
         return self
+
+
+def _counted(value: Tensor) -> Tensor:
+    """The value without padded positions, as those of one sample."""
+    positions = counted_positions(value)
+    return value if positions is None else value[positions].unsqueeze(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -13,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.deploy.onnx_check import check_onnx
 from raycomp.deploy.onnx_file import METADATA_KEY, require_onnx
+from raycomp.deploy.signature import count_tensors, read_description
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import bind, flatten, rebuild
 
@@ -28,6 +29,8 @@ _TORCH_DTYPES = {
     "tensor(uint8)": torch.uint8,
     "tensor(bool)": torch.bool,
 }
+
+_MOST_FOLDED_BYTES = str(64 * 1024**2)
 
 
 class OnnxModule(nn.Module):
@@ -54,13 +57,17 @@ class OnnxModule(nn.Module):
         described = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if described is None:
             raise SpeedupError("this ONNX model was not exported by raycomp, so its call signature is unknown")
-        self.metadata: dict[str, Any] = json.loads(described)
-        signature = self.metadata["signature"]
-        self.parameter_names = tuple(signature["parameters"])
-        self.input_tree, self.output_tree = signature["inputs"], signature["outputs"]
-        self.dynamic_batch: bool = signature["dynamic_batch"]
+        signature, self.metadata = read_description(described, METADATA_KEY)
+        self.parameter_names = tuple(signature.parameters)
+        self.input_tree, self.output_tree = signature.input_tree(), signature.output_tree()
+        self.dynamic_batch = signature.dynamic_batch
         self.ignored = frozenset(ignored)
-        self.inputs = [(i.name, _TORCH_DTYPES[i.type], i.shape) for i in self.session.get_inputs()]
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        odd = next((i.type for i in inputs if i.type not in _TORCH_DTYPES), None)
+        told = (count_tensors(self.input_tree), count_tensors(self.output_tree))
+        if odd is not None or told != (len(inputs), len(outputs)):
+            raise SpeedupError("this ONNX model takes or gives other values than its signature says")
+        self.inputs = [(i.name, _TORCH_DTYPES[i.type], i.shape) for i in inputs]
 
     @property
     def providers(self) -> list[str]:
@@ -102,6 +109,8 @@ def _session(model: bytes, threads: int | None, cuda: bool, optimized: Path | No
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     options.inter_op_num_threads = 1
+    # While it loads a model it computes what depends on constants alone, however large that is.
+    options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", _MOST_FOLDED_BYTES)
     if threads is not None:
         options.intra_op_num_threads = threads
     wanted = ["CUDAExecutionProvider"] if cuda else []
@@ -122,6 +131,8 @@ def load_onnx(path: str | Path, *, threads: int | None = None, cuda: bool = Fals
         model = Path(path).read_bytes()
     except OSError as error:
         raise SpeedupError(f"cannot read {path}: {error.strerror}", where=str(path)) from error
+    require_onnx()
+    check_onnx(model, str(path))
     return OnnxModule(model, threads=threads, cuda=cuda)
 
 

@@ -9,38 +9,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.export.pt2_archive._package import PT2ArchiveReader
-from torch.export.pt2_archive._package import load_pt2 as load_archive
+from torch import Tensor, nn
 
-from raycomp.deploy.pt2_archive import check_archive
+from raycomp.core.parts import as_call
+from raycomp.deploy import pt2_schema as schema
+from raycomp.deploy.pt2_archive import METADATA, PROGRAM, not_whole, open_archive
+from raycomp.deploy.pt2_program import InputSizes, build_program, input_sizes
+from raycomp.deploy.pt2_tensors import read_tensors
+from raycomp.deploy.pt2_unread import check_unread
+from raycomp.deploy.signature import Signature, count_tensors, read_description
 from raycomp.deploy.sizes import ExportReport, describe_fixed, leaf_names
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, with_attributes
-from raycomp.speedup.graph.program import (
-    as_float32,
-    cause_of,
-    example_as_float32,
-    export_program,
-    quiet,
-)
+from raycomp.speedup.graph.example import Example, bind, describe, flatten, parameter_names, rebuild
+from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
+from raycomp.storage.documents import parse_document
 
-_METADATA_FILE = "raycomp.json"
 _KEPT_METADATA = ("nn_module_stack", "torch_fn", "val")
+
+
+class ProgramError(SpeedupError, RuntimeError):
+    """A loaded program can't run what it was given."""
 
 
 class ProgramModule(nn.Module):
     """A loaded program as a module in eval mode; `train()` does not change what it computes.
 
     Args:
-        program: what `torch.export` loaded.
+        program: the graph, over its weights; it takes tensors and returns a tuple of them.
+        signature: how the exported model was called, and what it returned.
+        sizes: each input's name and sizes: a number, or a text that is the same for equal sizes.
         metadata: what `export_pt2` wrote beside it: the versions of the libraries, and whether the batch is dynamic.
     """
 
-    def __init__(self, program: nn.Module, metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, program: nn.Module, signature: Signature, sizes: Sequence[InputSizes], metadata: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.program = program
+        self.parameter_names = tuple(signature.parameters)
+        self.input_tree, self.output_tree = signature.input_tree(), signature.output_tree()
+        self.sizes = tuple(sizes)
         self.metadata = metadata
 
     def train(self, mode: bool = True) -> ProgramModule:
@@ -49,8 +58,31 @@ class ProgramModule(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the program; what the model returned in a class with names comes as `Outputs`."""
-        return with_attributes(self.program(*args, **kwargs))
+        """Runs the program.
+
+        Raises:
+            TypeError: other arguments than the exported model takes.
+            ProgramError: tensors of other sizes than it takes, or an operator that refuses them.
+        """
+        tensors = flatten(self.input_tree, bind(self.parameter_names, args, kwargs))
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return rebuild(self.output_tree, iter(self.program(*tensors)))
+        self._check_sizes(tensors)
+        try:
+            return rebuild(self.output_tree, iter(self.program(*tensors)))
+        except Exception as error:
+            raise ProgramError(f"the program cannot run this input: {cause_of(error)}") from error
+
+    def _check_sizes(self, tensors: Sequence[Tensor]) -> None:
+        known: dict[str, int] = {}
+        for (name, sizes), tensor in zip(self.sizes, tensors, strict=True):
+            if tensor.ndim != len(sizes):
+                raise ProgramError(f"expected {len(sizes)} dimensions, but got {tensor.ndim}", where=name)
+            for dim, (size, actual) in enumerate(zip(sizes, tensor.shape, strict=True)):
+                expected = known.setdefault(size, actual) if isinstance(size, str) else size
+                if actual != expected:
+                    message = f"expected dimension {dim} to be equal to {expected}, but got {actual}"
+                    raise ProgramError(message, where=name, remedy="the model was exported for these sizes")
 
 
 def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Sequence[Example] = ()) -> ExportReport:
@@ -69,23 +101,33 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Seq
     Raises:
         SpeedupError: the model cannot be exported, or its archive would not pass `load_pt2`.
     """
-    exported = export_program(as_float32(model), example_as_float32(example), [*map(example_as_float32, others)])
+    model, example = as_float32(model), example_as_float32(example)
+    exported = export_program(model, example, [*map(example_as_float32, others)])
     program = exported.program
     program.example_inputs = None
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
                 node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
-    described = json.dumps({"dynamic_batch": exported.dynamic_batch, "versions": versions()})
+    signature = {**_signature(model, example), "dynamic_batch": exported.dynamic_batch}
+    described = json.dumps({"dynamic_batch": exported.dynamic_batch, "versions": versions(), "signature": signature})
     buffer = io.BytesIO()
     try:
         with quiet():
-            torch.export.save(program, buffer, extra_files={_METADATA_FILE: described})
+            torch.export.save(program, buffer, extra_files={METADATA.removeprefix("extra/"): described})
     except Exception as error:
         raise SpeedupError(f"{type(model).__name__} cannot be saved: {cause_of(error)}", where=str(path)) from error
-    check_archive(_reader(buffer.getvalue(), str(path)), str(path))
+    _read(buffer.getvalue(), str(path))
     Path(path).write_bytes(buffer.getvalue())
     return ExportReport(exported.dynamic_batch, describe_fixed(exported.fixed, leaf_names(model, example)))
+
+
+def _signature(model: nn.Module, example: Example) -> dict[str, Any]:
+    args, kwargs = as_call(example)
+    names = parameter_names(model)
+    with torch.no_grad():
+        outputs = describe(model(*args, **kwargs))
+    return {"parameters": names, "inputs": describe(bind(names, args, kwargs)), "outputs": outputs}
 
 
 def load_pt2(path: str | Path) -> ProgramModule:
@@ -99,19 +141,19 @@ def load_pt2(path: str | Path) -> ProgramModule:
         content = Path(path).read_bytes()
     except OSError as error:
         raise SpeedupError(f"cannot read {where}: {error.strerror}", where=where) from error
-    check_archive(_reader(content, where), where)
-    try:
-        with quiet():
-            archive = load_archive(io.BytesIO(content))
-            program = archive.exported_programs["model"].module(check_guards=False)
-    except Exception as error:
-        raise SpeedupError(f"cannot load this archive: {cause_of(error)}", where=where) from error
-    metadata = json.loads(archive.extra_files.get(_METADATA_FILE, "{}"))
-    return ProgramModule(program, metadata)
+    return _read(content, where)
 
 
-def _reader(content: bytes, where: str) -> PT2ArchiveReader:
-    try:
-        return PT2ArchiveReader(io.BytesIO(content))
-    except Exception as error:
-        raise SpeedupError("this is not a torch.export archive", where=where, remedy=cause_of(error)) from error
+def _read(content: bytes, where: str) -> ProgramModule:
+    archive = open_archive(content, where)
+    text = bytes(archive.files[PROGRAM])
+    program = parse_document(schema.PROGRAM, text, "an exported program", f"{where}: {PROGRAM}", SpeedupError)
+    check_unread(program, where)
+    module = build_program(program, read_tensors(archive), where)
+    sizes = input_sizes(program)
+    signature, metadata = read_description(bytes(archive.files.get(METADATA, b"")), f"{where}: {METADATA}")
+    if count_tensors(signature.input_tree()) != len(sizes):
+        raise not_whole("another signature than its program", where)
+    if count_tensors(signature.output_tree()) != len(module.graph.output_node().args[0]):  # type: ignore[arg-type]
+        raise not_whole("another signature than its program", where)
+    return ProgramModule(module, signature, sizes, metadata)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.config import DistillTarget, nearest
+from raycomp.core.batch_share import counted_positions, weighted_by_positions, weighted_by_samples
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
@@ -164,6 +165,11 @@ class LayerwiseDistiller(Compressor):
                 where=str(target_id),
                 remedy="link modules whose outputs have the same shape",
             )
-        distance_fn = DISTANCES[self._settings(target_id).apply_method]
         pairs = zip(student, teacher, strict=True)
-        return torch.stack([distance_fn(ours, theirs.to(ours)) for ours, theirs in pairs]).sum()
+        return torch.stack([self._distance_of(target_id, ours, theirs.to(ours)) for ours, theirs in pairs]).sum()
+
+    def _distance_of(self, target_id: TargetId, student: Tensor, teacher: Tensor) -> Tensor:
+        """This rank's part of the distance of two outputs over the global batch, where padding doesn't count."""
+        counted = counted_positions(student)
+        distance = DISTANCES[self._settings(target_id).apply_method](student, teacher, counted)
+        return weighted_by_samples(distance) if counted is None else weighted_by_positions(distance)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raycomp.core.batch_share import current_share
-from raycomp.core.reduction import Statistic, reduce_, world_size
+from raycomp.core.reduction import Statistic, reduce_
 from raycomp.core.target import TargetId
 from raycomp.distillation.distiller import LayerwiseDistiller
 
@@ -25,8 +24,6 @@ class DynamicLayerwiseDistiller(LayerwiseDistiller):
         return {target_id: links[nearest.get(target_id, 0)] for target_id, links in distances.items()}
 
     def _nearest(self, distances: dict[TargetId, list[Tensor]]) -> dict[TargetId, int]:
-        share = current_share()
-        weight = 1 / world_size() if share is None else share.weight
-        merged = {key: torch.stack(links).detach() * weight for key, links in distances.items()}
+        merged = {key: torch.stack(links).detach() for key, links in distances.items()}
         reduce_([Statistic(value, "sum") for value in merged.values()])
         return {key: int(value.argmin()) for key, value in merged.items()}

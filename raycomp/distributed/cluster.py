@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
+from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError
+from raycomp.storage import s3
 
 # Reports block until the controller polls; a replacement worker group is awaited this long.
 _TRAIN_SETTINGS = {
@@ -20,6 +22,7 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+Tell = Callable[[str], None]
 SPARE_CPUS = 1
 """CPUs of a local Ray beyond what workers may take, for the processes that drive them."""
 
@@ -29,7 +32,7 @@ class Cluster:
     """A connected Ray cluster.
 
     Args:
-        local: whether this process started it.
+        local: whether a job started it.
         use_gpu: whether the job's workers get GPUs.
         description: one line for the report.
     """
@@ -39,23 +42,35 @@ class Cluster:
     description: str
 
 
+def _silent(line: str) -> None:
+    """Tells nobody."""
+
+
 @contextmanager
-def connect(job: JobConfig) -> Iterator[Cluster]:
+def connect(job: JobConfig, tell: Tell = _silent) -> Iterator[Cluster]:
     """Within the block, this process is connected to Ray; what it started is stopped afterwards.
+
+    Args:
+        job: says where Ray is, and what the workers need.
+        tell: hears what the job's user should know.
 
     Raises:
         ClusterError: the cluster can't be reached, or has not what the workers need.
     """
     for name, value in _TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
-    owned = not ray.is_initialized()
-    if owned:
-        _init(job.cluster, job.scaling)
-    try:
-        yield _checked(job.scaling, owned and _address(job.cluster) is None)
-    finally:
-        if owned:
-            ray.shutdown()
+    with ExitStack() as stack:
+        if not ray.is_initialized():
+            _start(stack, job, tell)
+        yield _checked(job.scaling)
+
+
+def exposure(names: Sequence[str]) -> str:
+    """Who can read secrets that Ray is given, and how to give it none."""
+    return (
+        f"{', '.join(names)} go to the cluster in Ray's runtime environment, which its logs and its Jobs API show; "
+        "cluster.send_credentials: false sends none, where a role or a mounted file of the nodes serves"
+    )
 
 
 def on_head_node() -> bool:
@@ -84,20 +99,14 @@ def _address(config: ClusterConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def _init(config: ClusterConfig, scaling: ScalingConfig) -> None:
-    address = _address(config)
-    quiet = {"configure_logging": True, "logging_level": logging.ERROR, "log_to_driver": False}
+def _start(stack: ExitStack, job: JobConfig, tell: Tell) -> None:
+    address = _address(job.cluster)
     try:
-        if address is not None:
-            ray.init(address=address, runtime_env=_runtime_env(), **quiet)
-            return
-        # Ray would look for a token in the home folder of a cluster that nobody but this process knows.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        needed = scaling.num_workers * scaling.resources_per_worker.get("CPU", 1.0)
-        cpus = config.num_cpus or max(os.cpu_count() or 1, int(-(-needed // 1)))
-        ray.init(
-            address="local", num_cpus=cpus + SPARE_CPUS, include_dashboard=False, runtime_env=_runtime_env(), **quiet
-        )
+        if address is None:
+            stack.enter_context(local_ray(_local_cpus(job)))
+        else:
+            stack.callback(ray.shutdown)
+            ray.init(address=address, runtime_env=_runtime_env(job, tell), **QUIET)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ClusterError(
@@ -107,15 +116,26 @@ def _init(config: ClusterConfig, scaling: ScalingConfig) -> None:
         ) from None
 
 
-def _runtime_env() -> dict[str, dict[str, str]] | None:
-    """The storage credentials for processes of other nodes; a submitted job's own environment has them already."""
+def _local_cpus(job: JobConfig) -> int:
+    needed = job.scaling.num_workers * job.scaling.resources_per_worker.get("CPU", 1.0)
+    return (job.cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))) + SPARE_CPUS
+
+
+def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None:
+    """What processes of other nodes need; a submitted job's own environment has it already."""
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return None
-    passed = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAY_TRAIN_", "RAY_DATA_"))}
-    return {"env_vars": passed} if passed else None
+    passed = {name: os.environ[name] for name in _TRAIN_SETTINGS}
+    if job.storage.uri.startswith("s3://"):
+        passed |= s3.environment(credentials=job.cluster.send_credentials)
+        secret = s3.secrets_in(passed)
+        if secret:
+            tell(exposure(secret))
+    return {"env_vars": passed}
 
 
-def _checked(scaling: ScalingConfig, local: bool) -> Cluster:
+def _checked(scaling: ScalingConfig) -> Cluster:
+    local = local_folder() is not None
     resources = ray.cluster_resources()
     per_worker = dict(scaling.resources_per_worker)
     gpus = per_worker.get("GPU", 1.0) * scaling.num_workers

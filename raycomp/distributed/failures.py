@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
-from raycomp.errors import ClusterError, RaycompError
+from raycomp.errors import ClusterError, RaycompError, StorageError
+from raycomp.pipeline.user_code import is_of_communication
+from raycomp.storage.explain import explain
+
+# Deep in what Ray tells of a lost actor.
+_DEATH = re.compile(r"The actor (?:is dead|died) because (its [^.]*)\.")
 
 
 class StopOnOurErrors(UserCallback):
     """Ends a run at once where a worker raised an error of raycomp's: what is wrong there would be wrong again.
 
-    Everything else (a killed worker, a lost node, a broken connection) is left to Ray's failure policy, which retries.
+    Everything else (a killed worker, a lost node, a broken connection, storage that is away) is left to Ray's failure
+    policy, which retries, and is told.
+
+    Args:
+        sink: the actor that hears of progress.
     """
+
+    def __init__(self, sink: ActorHandle) -> None:
+        self._sink = sink
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Raises the first of raycomp's errors in the controller, which Ray doesn't retry."""
         error = first_of_ours(worker_exceptions)
-        if error is not None:
+        if error is not None and not (isinstance(error, StorageError) and error.passing):
             raise error
+        self._sink.push.remote(replacement(worker_exceptions))
+
+
+def replacement(failures: Mapping[int, Exception]) -> str:
+    """What to tell of workers that failed and are replaced."""
+    return f"{_who_and_why(failures)}: new workers go on from the last checkpoint"
+
+
+def _who_and_why(failures: Mapping[int, Exception]) -> str:
+    """The death of a worker, or another's error, is the cause of the broken connections that its neighbours tell."""
+    rank, failure = min(failures.items(), key=lambda item: (is_of_communication(item[1]), item[0]))
+    return f"worker {rank} failed: {_first_line(failure)}"
 
 
 def first_of_ours(failures: dict[int, Exception]) -> RaycompError | None:
@@ -62,25 +88,32 @@ def translated(where: str) -> Iterator[None]:
     except WorkerGroupError as error:
         raise first_of_ours(error.worker_failures) or _lost(error, where) from None
     except ControllerError as error:
-        raise _ours(error) or ClusterError(_first_line(error.controller_failure), where=where) from None
+        raise _ours(error) or _of_ray(error.controller_failure, where) from None
     except ray.exceptions.RayError as error:
-        raise _ours(error) or ClusterError(_first_line(error), where=where) from None
+        raise _ours(error) or _of_ray(error, where) from None
     finally:
         for logger, level in zip(quiet, levels, strict=True):
             logger.setLevel(level)
 
 
+def _of_ray(error: BaseException, where: str) -> RaycompError:
+    """Ray's controller keeps the list of checkpoints in storage itself."""
+    return explain(error, where) if isinstance(error, OSError) else ClusterError(_first_line(error), where=where)
+
+
 def _lost(error: WorkerGroupError, where: str) -> RaycompError:
-    rank, failure = sorted(error.worker_failures.items())[0]
     return ClusterError(
-        f"worker {rank} failed: {_first_line(failure)}",
+        _who_and_why(error.worker_failures),
         where=where,
         remedy="raise scaling.max_failures, or run again with --resume to go on from the last checkpoint",
     )
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    text = str(error).strip()
+    if found := _DEATH.search(text):
+        return f"{found[1]} (killed, out of memory, or crashed)" if "process" in found[1] else found[1]
+    lines = text.splitlines()
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" in lines[0]:
         return f"a process of Ray's could not start: {lines[-1].strip()}"
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import ray
 
 from raycomp.config import JobConfig
+from raycomp.core.masks import Masks
 from raycomp.distributed.cluster import head_node_options, on_head_node
 from raycomp.distributed.run_store import RunStore, here
-from raycomp.errors import RaycompError
+from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.ending.load import stored_conclusion
@@ -22,7 +22,8 @@ from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import finish_stage, resolve_start
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.storage import MANIFEST, open_artifact, publish
+from raycomp.speedup import Plan
+from raycomp.storage import MANIFEST, open_artifact, publish, scratch
 
 Result = TypeVar("Result")
 
@@ -36,22 +37,36 @@ class HeadOrder:
         base_dir: what the task's path is relative to.
         run_store: where the run's files are.
         resolved: what the stage's config lists mean for the model that it starts from.
-        checkpoint: the path of the stage's committed checkpoint, within the storage's filesystem.
+        index: the stage's.
+        notes: what happened to the stage's training, for the report.
     """
 
     job: JobConfig
     base_dir: str
     run_store: RunStore
     resolved: ResolvedStage
-    checkpoint: str
+    index: int
+    notes: tuple[str, ...] = ()
 
-    def task(self) -> Task:
-        """The user's task, with what it prepared."""
-        return build_task(self.job.task, here(self.base_dir), self.run_store.fetch_prepared())
+    def task(self, folder: Path) -> Task:
+        """The user's task, with what it prepared; `folder` must stay as long as the task."""
+        return build_task(self.job.task, here(self.base_dir), self.run_store.fetch_prepared(folder))
 
     def state(self) -> StageState:
-        """The stage's committed checkpoint."""
-        return StageState.load(self.run_store.fetch_path(self.checkpoint))
+        """The stage's last checkpoint.
+
+        Raises:
+            StorageError: there is none that is whole.
+        """
+        stage = self.job.stages[self.index].name
+        state, _ = self.run_store.last_state(stage)
+        if state is None:
+            raise ArtifactError(
+                "the training left no checkpoint that is whole",
+                where=self.run_store.train.join(stage).uri,
+                remedy="run again with --resume: the stage is trained again",
+            )
+        return replace(state, notes=tuple(dict.fromkeys([*state.notes, *self.notes])))
 
 
 def on_head(function: Callable[..., Result], *args: Any) -> Result:
@@ -72,18 +87,19 @@ def on_head(function: Callable[..., Result], *args: Any) -> Result:
 
 def resolve_next(job: JobConfig, base_dir: str, run_store: RunStore, index: int) -> ResolvedStage:
     """What a later stage's config lists mean for the model that the stages before it left."""
-    task = build_task(job.task, here(base_dir), run_store.fetch_prepared())
-    return resolve_start(job, index, task, run_store.fetch_start(index))
+    with scratch() as folder:
+        task = build_task(job.task, here(base_dir), run_store.fetch_prepared(folder))
+        return resolve_start(job, index, task, run_store.fetch_start(index))
 
 
-def end_stage(order: HeadOrder, index: int) -> None:
+def end_stage(order: HeadOrder) -> None:
     """Finishes a stage that isn't the last, and stores where the next one starts."""
-    state = order.state()
+    state, index = order.state(), order.index
     start = order.run_store.fetch_start(index)
-    result = finish_stage(order.job, index, order.task(), start, order.resolved, state)
-    with TemporaryDirectory() as folder:
-        save_outcome(Path(folder), StageOutcome.of(result, state), result)
-        order.run_store.upload(f"stages/{index}", Path(folder))
+    with scratch() as folder:
+        result = finish_stage(order.job, index, order.task(folder / "task"), start, order.resolved, state)
+        save_outcome(folder / "outcome", StageOutcome.of(result, state), result)
+        order.run_store.upload(f"stages/{index}", folder / "outcome")
 
 
 def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
@@ -94,14 +110,18 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
     job, run_store = order.job, order.run_store
     if run_store.artifacts.join(facts.run).exists(MANIFEST):
         return stored_conclusion(open_artifact(run_store.artifact_uri))
-    last = len(job.stages) - 1
-    earlier = [
-        (*load_outcome(run_store.fetch(f"stages/{index}")), run_store.fetch_start(index).plan) for index in range(last)
-    ]
-    with TemporaryDirectory() as folder:
-        files = Path(folder)
+    with scratch() as folder:
+        files = folder / "artifact"
+        files.mkdir()
         conclusion = conclude(
-            job, order.task(), run_store.fetch_start(last), order.resolved, order.state(), earlier, facts, files
+            job,
+            order.task(folder / "task"),
+            run_store.fetch_start(order.index),
+            order.resolved,
+            order.state(),
+            [_earlier(run_store, index) for index in range(order.index)],
+            facts,
+            files,
         )
         summary = conclusion.summary
         fields = {
@@ -114,3 +134,9 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
         }
         publish(run_store.artifacts, facts.run, files, fields)
     return conclusion
+
+
+def _earlier(run_store: RunStore, index: int) -> tuple[StageOutcome, Masks, Plan]:
+    """A stage before the last: its outcome and masks, and the surgery done before it."""
+    with scratch() as folder:
+        return (*load_outcome(run_store.fetch(f"stages/{index}", folder)), run_store.fetch_start(index).plan)

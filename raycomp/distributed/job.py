@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +17,7 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.distributed.cluster import connect
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
+from raycomp.distributed.lease import lease
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
 from raycomp.distributed.trainer import Progress, Silent, progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import WorkerOrder
@@ -29,8 +28,9 @@ from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
+from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
-from raycomp.storage import open_store
+from raycomp.storage import open_store, scratch
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class CompressionJob:
         Raises:
             ConfigError, TaskError, StorageError: before anything has been started.
         """
-        with TemporaryDirectory() as folder:
-            return self.checked(Path(folder))[1].warnings
+        with scratch() as folder:
+            return self.checked(folder)[1].warnings
 
     def checked(self, folder: Path) -> tuple[Task, Checked]:
         """The task, prepared in `folder` and found to fit the job; errors as in `validate`."""
@@ -122,6 +122,26 @@ class CompressionJob:
         return _Run(self, progress or Silent(), callbacks or []).fit(resume)
 
 
+@dataclass(frozen=True)
+class _Listener:
+    """Hands the news of training on, and keeps what the report should say.
+
+    Args:
+        progress: who shows it.
+        notes: what was told besides events.
+    """
+
+    progress: Progress
+    notes: list[str]
+
+    def message(self, line: str) -> None:
+        self.notes.append(line)
+        self.progress.message(line)
+
+    def event(self, event: ProgressEvent) -> None:
+        self.progress.event(event)
+
+
 class _Run:
     """One run of a job, on the driver."""
 
@@ -129,11 +149,12 @@ class _Run:
         self.job, self.config = job, job.config
         self.progress, self.callbacks = progress, callbacks
         self.watch = Stopwatch()
-        self.started = time.monotonic()
+        self.created = datetime.now(UTC)
+        self.listener = _Listener(progress, [])
 
     def fit(self, resume: bool) -> JobResult:
         with ExitStack() as stack:
-            prepared = Path(stack.enter_context(TemporaryDirectory()))
+            prepared = stack.enter_context(scratch())
             with self.watch.part("validate and prepare"):
                 self.progress.message(f"job {self.config.name}: checking the job, its task and its storage")
                 task, checked = self.job.checked(prepared)
@@ -142,63 +163,77 @@ class _Run:
                     self.progress.message(warning)
                 self.datasets = ray_datasets(task)
             with self.watch.part("start Ray"):
-                self.cluster = stack.enter_context(connect(self.config))
-            self._begin(resume, prepared)
+                self.cluster = stack.enter_context(connect(self.config, self.progress.message))
+            found = self._begin(resume)
+            self.lease = stack.enter_context(lease(self.run_store.files, self.progress.message))
+            if not found:
+                self._store_job(prepared)
             self.progress.message(f"run {self.run_store.run} on {self.cluster.description}")
-            sink = stack.enter_context(progress_sink(self.progress))
+            sink = stack.enter_context(progress_sink(self.listener))
             for index in range(self.record.stages_done, len(self.config.stages)):
                 if index:
                     resolved = on_head(resolve_next, self.config, str(self.job.base_dir), self.run_store, index)
-                checkpoint = self._train(index, resolved, sink)
-                order = HeadOrder(self.config, str(self.job.base_dir), self.run_store, resolved, checkpoint)
+                self._train(index, resolved, sink)
+                order = HeadOrder(
+                    self.config, str(self.job.base_dir), self.run_store, resolved, index, tuple(self.listener.notes)
+                )
                 if index < len(self.config.stages) - 1:
-                    self._end_stage(order, index)
+                    self._end_stage(order)
             return self._publish(order)
 
-    def _begin(self, resume: bool, prepared: Path) -> None:
-        found = unfinished_run(self.config)
-        if resume and found is not None:
-            self.run_store = found
-            record = found.read_record()
-            assert record is not None
-            self.record = record
-            self.progress.message(f"resuming run {found.run}")
-            return
+    def _begin(self, resume: bool) -> bool:
+        """Finds the run that goes on, or a name for a new one; returns whether it was found."""
+        found = unfinished_run(self.config, self.progress.message)
+        if found is not None and resume:
+            self.run_store, self.record = found
+            self.progress.message(f"resuming run {self.run_store.run}")
+            return True
         if found is not None:
-            self.progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
-        now = datetime.now(UTC)
-        self.run_store = RunStore(job_uri(self.config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
+            self.progress.message(f"run {found[0].run} of this job is unfinished; --resume would go on with it")
+        elif resume:
+            self.progress.message("there is no unfinished run of this job: a new one begins")
+        self.run_store = RunStore(job_uri(self.config), f"{self.created:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
+        return False
+
+    def _store_job(self, prepared: Path) -> None:
         has_files = any(path.is_file() for path in prepared.rglob("*"))
         if has_files:
             self.run_store.upload("prepared", prepared)
         self._record(
             RunRecord(
                 self.run_store.run,
-                self.config.digest(),
+                self.config.result_digest(),
                 self.config.to_yaml(),
-                now.isoformat(timespec="seconds"),
+                self.created.isoformat(timespec="seconds"),
                 prepared=has_files,
             )
         )
 
     def _record(self, record: RunRecord) -> None:
+        self.lease.check()
         self.record = record
         self.run_store.write_record(record)
 
-    def _train(self, index: int, resolved: ResolvedStage, sink: Any) -> str:
+    def _train(self, index: int, resolved: ResolvedStage, sink: Any) -> None:
         stage = self.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
         self.progress.message(f"stage {stage.name}: {names} on {self.config.scaling.num_workers} workers")
-        elapsed = time.monotonic() - self.started
-        order = WorkerOrder(self.config, index, self.run_store, resolved, str(self.job.base_dir), sink, elapsed)
+        _, damaged = self.run_store.last_state(stage.name)
+        for note in damaged:
+            self.listener.message(note)
+        order = WorkerOrder(
+            self.config, index, self.run_store, resolved, str(self.job.base_dir), sink, self.created.timestamp()
+        )
         with self.watch.part("train"):
-            return train_stage(order, self.cluster, self.datasets, self.callbacks)
+            train_stage(order, self.cluster, self.datasets, self.callbacks)
 
-    def _end_stage(self, order: HeadOrder, index: int) -> None:
-        self.progress.message(f"stage {self.config.stages[index].name}: speedup and verification on the head node")
+    def _end_stage(self, order: HeadOrder) -> None:
+        self.progress.message(
+            f"stage {self.config.stages[order.index].name}: speedup and verification on the head node"
+        )
         with self.watch.part("speed up and verify"):
-            on_head(end_stage, order, index)
-        self._record(replace(self.record, stages_done=index + 1))
+            on_head(end_stage, order)
+        self._record(replace(self.record, stages_done=order.index + 1))
 
     def _publish(self, order: HeadOrder) -> JobResult:
         self.progress.message("speedup, verification, int8, measuring and publishing on the head node")
@@ -206,6 +241,7 @@ class _Run:
         environment = {"ray": ray.__version__, "cluster": self.cluster.description}
         environment["workers"] = str(self.config.scaling.num_workers)
         facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.watch.timings)
+        self.lease.check()
         conclusion = on_head(publish_run, order, facts)
         self._record(replace(self.record, finished=True))
         report = self.run_store.artifacts.join(self.run_store.run, REPORT)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from raycomp.config import JobConfig
+from raycomp.distributed.records import read_record, write_record
+from raycomp.errors import ArtifactError
 from raycomp.pipeline.stage import StageStart
-from raycomp.storage import Store, open_store
+from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.storage import Store, open_store, scratch
+from raycomp.storage.explain import explained
 
 _RECORD = "run.json"
+_CHECKPOINT = "checkpoint_"  # as Ray Train names them, with the time behind it
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class RunRecord:
 
     Args:
         run: its id.
-        digest: the job's.
+        digest: the job's, of what decides its result.
         config_yaml: the job.
         created: UTC time, ISO 8601.
         finished: whether its artifact is published.
@@ -58,8 +61,8 @@ class RunStore:
 
     @cached_property
     def store(self) -> Store:
-        """The job's folder in storage."""
-        return open_store(self.uri)
+        """The job's folder in storage; a run waits a while for a store that is away."""
+        return open_store(self.uri).patient()
 
     @cached_property
     def files(self) -> Store:
@@ -72,10 +75,9 @@ class RunStore:
         return self.store.join("artifacts")
 
     @property
-    def train_uri(self) -> str:
-        """Where Ray Train keeps the run's checkpoints."""
-        folder = self.store.join("train", self.run)
-        return folder.path if folder.is_local else folder.uri
+    def train(self) -> Store:
+        """Where Ray Train keeps the run's checkpoints, a folder for each stage."""
+        return self.store.join("train", self.run)
 
     @property
     def artifact_uri(self) -> str:
@@ -83,39 +85,51 @@ class RunStore:
         return self.artifacts.join(self.run).uri
 
     def read_record(self) -> RunRecord | None:
-        """The run's record; None where there is none that this raycomp can read."""
-        if not self.files.exists(_RECORD):
-            return None
-        try:
-            return _ADAPTER.validate_json(self.files.read_bytes(_RECORD))
-        except ValidationError:
-            return None
+        """The run's record; None where it has none yet. Errors as in `records.read_record`."""
+        return read_record(self.files, _RECORD, _ADAPTER)
 
     def write_record(self, record: RunRecord) -> None:
         """Stores the record."""
-        self.files.write_bytes(_RECORD, _ADAPTER.dump_json(record, indent=1))
+        write_record(self.files, _RECORD, _ADAPTER, record)
 
     def upload(self, name: str, folder: Path) -> None:
         """Stores a folder's files below the run's."""
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             self.files.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
-    def fetch(self, name: str) -> Path:
-        """A folder that was uploaded, on this machine."""
-        return _local(self.files.join(name))
+    def fetch(self, name: str, folder: Path) -> Path:
+        """A folder that was uploaded, on this machine: itself, or a copy below `folder`."""
+        return _local(self.files.join(name), folder)
 
-    def fetch_path(self, path: str) -> Path:
-        """A folder on this machine, given its path within the storage's filesystem."""
-        return _local(replace(self.store, path=path))
-
-    def fetch_prepared(self) -> Path | None:
-        """What the task's `prepare` wrote; None where it wrote nothing."""
+    def fetch_prepared(self, folder: Path) -> Path | None:
+        """What the task's `prepare` wrote, as `fetch` gives it; None where it wrote nothing."""
         record = self.read_record()
-        return self.fetch("prepared") if record is not None and record.prepared else None
+        return self.fetch("prepared", folder) if record is not None and record.prepared else None
 
     def fetch_start(self, index: int) -> StageStart:
         """Where stage `index` starts: the result of the one before it."""
-        return StageStart() if index == 0 else StageStart.load(self.fetch(f"stages/{index - 1}"))
+        if index == 0:
+            return StageStart()
+        with scratch() as folder:
+            return StageStart.load(self.fetch(f"stages/{index - 1}", folder))
+
+    def last_state(self, stage: str) -> tuple[StageState | None, tuple[str, ...]]:
+        """Where a stage's training stands: its newest checkpoint that is whole, and what to say of newer ones.
+
+        Checkpoints are looked for in storage, not in Ray's list of them, so that every process finds the same, whatever
+        Ray got to know of it.
+        """
+        place, damaged = self.train.join(stage), list[str]()
+        names = [name for name in place.folders() if name.startswith(_CHECKPOINT)]
+        for name in sorted(names, reverse=True):
+            with scratch() as folder:
+                try:
+                    state = StageState.load(_local(place.join(name), folder))
+                except ArtifactError as error:
+                    damaged.append(f"stage {stage}: {name} was passed over: {error.message}")
+                    continue
+            return replace(state, notes=(*state.notes, *damaged)), tuple(damaged)
+        return None, tuple(damaged)
 
 
 def job_uri(job: JobConfig) -> str:
@@ -123,8 +137,12 @@ def job_uri(job: JobConfig) -> str:
     return open_store(job.storage.uri, job.storage.endpoint, job.storage.region).join(job.name).uri
 
 
-def unfinished_run(job: JobConfig) -> RunStore | None:
-    """The latest run of an equal job that has no artifact yet.
+def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> tuple[RunStore, RunRecord] | None:
+    """The latest run of the same result that has no artifact yet.
+
+    Args:
+        job: what is to be done.
+        tell: hears of runs that nobody can go on with, because their records are damaged.
 
     Raises:
         StorageError: the storage can't be read.
@@ -132,9 +150,13 @@ def unfinished_run(job: JobConfig) -> RunStore | None:
     uri = job_uri(job)
     for run in sorted(open_store(uri).join("runs").folders(), reverse=True):
         found = RunStore(uri, run)
-        record = found.read_record()
-        if record is not None and not record.finished and record.digest == job.digest():
-            return found
+        try:
+            record = found.read_record()
+        except ArtifactError as error:
+            tell(f"run {run} can't be resumed: {error}")
+            continue
+        if record is not None and not record.finished and record.digest == job.result_digest():
+            return found, record
     return None
 
 
@@ -144,13 +166,12 @@ def here(base_dir: str) -> Path:
     return folder if folder.is_dir() else Path.cwd()
 
 
-def _local(source: Store) -> Path:
+def _local(source: Store, folder: Path) -> Path:
     if source.is_local:
         return Path(source.path)
-    folder = Path(tempfile.mkdtemp(prefix="raycomp-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in source.files():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source.read_bytes(file))
+        with explained(str(path)):
+            path.write_bytes(source.read_bytes(file))
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,17 +14,19 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import CheckpointConfig, FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import WorkerOrder, train_loop
-from raycomp.errors import ClusterError
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
+from raycomp.storage import Store
 
 _POLL_S = 0.2
+_CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 
 
 class Progress(Protocol):
@@ -47,22 +50,22 @@ class Silent:
 
 
 class _Sink:
-    """Holds progress events until the driver takes them."""
+    """Holds news until the driver takes it: events, and what is to be told."""
 
     def __init__(self) -> None:
-        self._events: list[ProgressEvent] = []
+        self._news: list[ProgressEvent | str] = []
 
-    def push(self, event: ProgressEvent) -> None:
-        self._events.append(event)
+    def push(self, news: ProgressEvent | str) -> None:
+        self._news.append(news)
 
-    def take(self) -> list[ProgressEvent]:
-        events, self._events = self._events, []
-        return events
+    def take(self) -> list[ProgressEvent | str]:
+        news, self._news = self._news, []
+        return news
 
 
 @contextmanager
 def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
-    """An actor that workers push events to; a thread of this process hands them on to `progress`."""
+    """An actor that workers and Ray's controllers push news to; a thread of this process hands it on to `progress`."""
     sink = ray.remote(num_cpus=0)(_Sink).remote()
     ended = threading.Event()
 
@@ -83,11 +86,14 @@ def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
 
 def _hand_on(sink: Any, progress: Progress) -> None:
     try:
-        events = ray.get(sink.take.remote(), timeout=10)
+        found = ray.get(sink.take.remote(), timeout=10)
     except ray.exceptions.RayError:
         return
-    for event in events:
-        progress.event(event)
+    for news in found:
+        if isinstance(news, str):
+            progress.message(news)
+        else:
+            progress.event(news)
 
 
 def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
@@ -97,13 +103,23 @@ def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
     return {name: data for name, data in found.items() if isinstance(data, ray.data.Dataset)}
 
 
+def _forget_damaged_list(stage: Store) -> None:
+    """Ray would not begin with a list of checkpoints that it can't read; they are found without it."""
+    if not stage.exists(_CHECKPOINT_LIST):
+        return
+    try:
+        json.loads(stage.read_bytes(_CHECKPOINT_LIST))
+    except ValueError:
+        stage.delete(_CHECKPOINT_LIST)
+
+
 def train_stage(
     order: WorkerOrder,
     cluster: Cluster,
     datasets: dict[str, ray.data.Dataset] | None = None,
     callbacks: list[Any] | None = None,
-) -> str:
-    """Trains one stage on the cluster; returns the path of its last committed checkpoint in the storage's filesystem.
+) -> None:
+    """Trains one stage on the cluster; `RunStore.last_state` then gives what came of it.
 
     A stage that was begun under the same run goes on from where it was; one that is done returns at once.
 
@@ -118,6 +134,7 @@ def train_stage(
         ClusterError: workers were lost more often than `scaling.max_failures`.
     """
     job = order.job
+    train = order.run_store.train
     resources = dict(job.scaling.resources_per_worker)
     trainer = TorchTrainer(
         train_loop,
@@ -127,16 +144,15 @@ def train_stage(
         ),
         run_config=RunConfig(
             name=job.stages[order.index].name,
-            storage_path=order.run_store.train_uri,
+            storage_path=train.path,
+            storage_filesystem=train.filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
-            callbacks=[StopOnOurErrors(), *(callbacks or [])],
+            callbacks=[StopOnOurErrors(order.sink), *(callbacks or [])],
         ),
         datasets=dict(datasets or {}),
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
-    with translated(order.run_store.train_uri):
-        result = trainer.fit()
-    if result.checkpoint is None:
-        raise ClusterError("the training ended without a checkpoint", where=order.run_store.train_uri)
-    return str(result.checkpoint.path)
+    _forget_damaged_list(train.join(order.job.stages[order.index].name))
+    with translated(train.uri):
+        trainer.fit()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -23,6 +21,8 @@ from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.loop import StageTraining
 from raycomp.results.progress import ProgressEvent
+from raycomp.storage import scratch
+from raycomp.storage.explain import explained
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class WorkerOrder:
         resolved: what the stage's config lists mean for the model that it starts from.
         base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
         sink: the actor that hears of progress.
-        started: seconds that the run has taken so far.
+        started: `time.time()` when the run began.
     """
 
     job: JobConfig
@@ -51,8 +51,8 @@ class WorkerOrder:
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle) -> None:
-        self._sink = sink
+    def __init__(self, sink: ActorHandle, place: str) -> None:
+        self._sink, self._place = sink, place
 
     def progress(self, event: ProgressEvent) -> None:
         self._sink.push.remote(event)
@@ -61,8 +61,8 @@ class _RayListener:
         if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(dict(metrics))
             return
-        with TemporaryDirectory() as folder:
-            make().save(Path(folder))
+        with scratch() as folder, explained(self._place):
+            make().save(folder)
             ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
@@ -73,35 +73,31 @@ def train_loop(config: Mapping[str, Any]) -> None:
         config: {"order": a WorkerOrder}.
     """
     order: WorkerOrder = config["order"]
+    with scratch() as folder:
+        _train(order, folder)
+
+
+def _train(order: WorkerOrder, folder: Path) -> None:
     job = order.job
     stage = job.stages[order.index]
     training = job.training_for(stage)
     torch.set_num_threads(job.scaling.threads_per_worker)
     device = ray.train.torch.get_device()
-    task = build_task(job.task, here(order.base_dir), order.run_store.fetch_prepared())
+    task = build_task(job.task, here(order.base_dir), order.run_store.fetch_prepared(folder))
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
     start = order.run_store.fetch_start(order.index)
     chain = stage_chain(job, order.index, task, start, order.resolved, device, prepare)
-    state = _last_checkpoint()
     StageTraining(
         name=stage.name,
         task=task,
         chain=chain,
         training=training,
         evaluation=job.evaluation,
-        listener=_RayListener(order.sink),
+        listener=_RayListener(order.sink, order.run_store.train.uri),
         device=device,
         data=_shards(),
-        started=time.monotonic() - order.started,
-    ).run(state)
-
-
-def _last_checkpoint() -> StageState | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return StageState.load(Path(folder))
+        started=order.started,
+    ).run(order.run_store.last_state(stage.name)[0])
 
 
 def _shards() -> dict[str, Any]:

@@ -23,9 +23,10 @@ from raycomp.core.kept_masks import KeptMasks
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Moments
 from raycomp.core.selection import Selection, resolve
+from raycomp.distillation.teacher import Predict
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import complete_config_list
 
@@ -64,16 +65,23 @@ class BuildContext:
     @cached_property
     def example(self) -> Any:
         """The task's example input, on the device and in the dtype of the model."""
-        with user_code(f"{type(self.task).__name__}.example_input()"):
-            example = self.task.example_input()
-        return move_batch(example, self.device, self.dtype)
+        return move_batch(given(self.task, "example_input", self.seed), self.device, self.dtype)
 
     @cached_property
     def teacher(self) -> nn.Module | None:
         """The task's teacher, the same one for all distillers."""
-        with user_code(f"{type(self.task).__name__}.teacher()"):
-            teacher = self.task.teacher()
+        teacher = given(self.task, "teacher", self.seed)
         return None if teacher is None else teacher.to(device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def teacher_predict(self) -> Predict:
+        """The task's `teacher_predict`, one function for all distillers."""
+
+        def predict(batch: Any, teacher: nn.Module) -> Any:
+            with user_code(f"{type(self.task).__name__}.teacher_predict()"):
+                return self.task.teacher_predict(batch, teacher)
+
+        return predict
 
 
 def weight_dtype(training: TrainingConfig) -> torch.dtype:
@@ -83,11 +91,12 @@ def weight_dtype(training: TrainingConfig) -> torch.dtype:
 
 def dense_model(task: Task, seed: int) -> nn.Module:
     """The task's model, the same in every process."""
-    torch.manual_seed(seed)
-    with user_code(f"{type(task).__name__}.model()"):
-        model = task.model()
+    model = given(task, "model", seed)
     if not isinstance(model, nn.Module):
         raise RaycompError(f"Task.model() gave {type(model).__name__}", remedy="return a torch.nn.Module")
+    # Hugging Face's models say which loss they bring.
+    loss_fn = getattr(model, "loss_function", None)
+    task.shifts_labels = task.shifts_labels or getattr(loss_fn, "__name__", None) == "ForCausalLMLoss"
     return model
 
 
@@ -201,7 +210,7 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
     if Need.TEACHER in settings.registration.needs:
         if context.teacher is None:
             raise CompressionError("the task has no teacher", remedy="define teacher(self) in the task")
-        values |= {"teacher_model": context.teacher, "teacher_predict": context.task.teacher_predict}
+        values |= {"teacher_model": context.teacher, "teacher_predict": context.teacher_predict}
     return kind(chain, selection, **values)
 
 

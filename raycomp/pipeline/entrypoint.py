@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from raycomp.errors import TaskError
+from raycomp.pipeline.data.seeds import restored_generators, seed_generators
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 
@@ -34,7 +35,9 @@ def build_task(config: TaskConfig, base_dir: Path | str = ".", prepared: Path | 
     kind = load_task_class(config.entrypoint, Path(base_dir))
     arguments: dict[str, object] = {**config.arguments}
     _check_arguments(kind, arguments, config.entrypoint)
-    with user_code(f"{kind.__name__}({', '.join(arguments)})"):
+    with restored_generators(), user_code(f"{kind.__name__}({', '.join(arguments)})"):
+        # Every worker constructs it, and must get the same.
+        seed_generators(0)
         task = kind(**arguments)
     task.prepared = prepared
     return task

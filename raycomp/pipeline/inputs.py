@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.batches import batches_of, first_batch, is_map_style
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.user_code import user_code
 
 _PROBES = 8
@@ -20,8 +20,9 @@ _PROBES = 8
 
 def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
     """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
+    data = given(task, "eval_data")
     with user_code(f"{type(task).__name__}.eval_data()"):
-        return _inputs(task, next(_batches(task, task.eval_data(), count, 1)), dtype)
+        return _inputs(task, first_batch(task, data, count), dtype)
 
 
 def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[Any, ...]:
@@ -31,8 +32,9 @@ def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[An
     it best, since large ones are nearly all as long as the longest sample.
     """
     found: dict[tuple[Any, ...], Any] = {}
-    with user_code(f"{type(task).__name__}.eval_data() and train_data()"):
-        for data in (task.eval_data(), task.train_data()):
+    for name in ("eval_data", "train_data"):
+        data = given(task, name)
+        with user_code(f"{type(task).__name__}.{name}()"):
             for batch in _batches(task, data, count, _PROBES):
                 inputs = _inputs(task, batch, dtype)
                 found.setdefault(_sizes(inputs), inputs)
@@ -43,7 +45,7 @@ def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[An
 def _batches(task: Task, data: Any, count: int, number: int) -> Iterator[Any]:
     """Up to `number` batches of `count` samples, spread over the data where it can be indexed."""
     if not is_map_style(data):
-        yield from islice(as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0)), number)
+        yield from islice(batches_of(task, data, count), number)
         return
     count = min(count, len(data))
     for first in dict.fromkeys(round(part * (len(data) - count) / max(number - 1, 1)) for part in range(number)):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from raycomp.core.masks import Masks
+from pydantic import TypeAdapter
+
+from raycomp.core.masks import ApplyMethod, Masks
 from raycomp.core.target import TargetId
 from raycomp.storage import load_metadata, load_tensors, save_tensors
+from raycomp.storage.documents import parse_document
 
 _METHODS = "apply_methods"
+_ADAPTER = TypeAdapter(dict[str, ApplyMethod])
 
 
 def save_masks(path: Path, masks: Masks) -> None:
@@ -21,7 +25,7 @@ def save_masks(path: Path, masks: Masks) -> None:
 
 def load_masks(path: Path) -> Masks:
     """What `save_masks` wrote."""
-    methods = json.loads(load_metadata(path).get(_METHODS, "{}"))
+    methods = parse_document(_ADAPTER, load_metadata(path).get(_METHODS, "{}"), "how masks are applied", str(path))
     masks = Masks()
     for name, mask in load_tensors(path).items():
         # A target's name has no dot.

@@ -21,8 +21,9 @@ from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.stage import stage_context
-from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.task import Task, given, prepare_task
 from raycomp.pipeline.user_code import user_code
 from raycomp.speedup import obstacles
 
@@ -34,14 +35,17 @@ class Checked:
     Args:
         first: what the first stage's config lists mean for the model.
         warnings: what its user should know before it runs.
+        metrics: the names of the task's metrics; none where only a cluster could tell.
     """
 
     first: ResolvedStage
     warnings: tuple[str, ...]
+    metrics: tuple[str, ...] = ()
 
 
 def check_stages(job: JobConfig, task: Task) -> Checked:
-    """Builds every stage's compressors on the task's model, lets them decide once, and throws them away.
+    """Lets the task take a step on two samples, builds every stage's compressors on its model, lets them decide once,
+    and throws all away.
 
     A later stage's names are looked up in the dense model: speedup keeps modules and their names.
 
@@ -50,7 +54,7 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
         TaskError: the task's own code raised.
     """
     problems = list(_order_problems(job.stages))
-    resolved, warnings, earlier = [], list[str](), Masks()
+    resolved, warnings, earlier, trains = [], list[str](), Masks(), False
     for index, stage in enumerate(job.stages):
         problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
         try:
@@ -60,6 +64,7 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
                 warnings += _what_stays(model, stage, context)
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
             resolved.append(made)
+            trains |= chain.wants_training
             problems += _method_problems(earlier, chain, index)
             with chain.space.as_written(), user_code(f"{type(task).__name__}.optimizer()"):
                 task.optimizer(chain.model)
@@ -76,7 +81,8 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
             )
     if problems:
         raise ConfigError(problems)
-    return Checked(resolved[0], tuple(dict.fromkeys(warnings)))
+    metrics = rehearse_task(task, job.training_for(job.stages[0]), trains=trains)
+    return Checked(resolved[0], tuple(dict.fromkeys(warnings)), metrics)
 
 
 def _method_problems(earlier: Masks, chain: Chain, index: int) -> Iterator[Problem]:
@@ -138,8 +144,8 @@ def _steps(task: Task, training: TrainingConfig) -> int | None:
     """The optimizer steps of a training, where they can be told without reading the data."""
     if training.steps is not None:
         return training.steps
+    data = given(task, "train_data", training.seed)
     with user_code(f"{type(task).__name__}.train_data()"):
-        data = task.train_data()
         if not is_map_style(data):
             return None
         return (training.epochs or 1) * -(-len(data) // training.global_batch_size)

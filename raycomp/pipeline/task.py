@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.utils.data import default_collate
 
 from raycomp.errors import TaskError
 from raycomp.pipeline.data import structure
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.batches import first_batch
+from raycomp.pipeline.data.seeds import restored_generators, seed_everything
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
@@ -38,6 +39,13 @@ class Task:
 
     unused_parameters: bool = False
     """Whether a training step may leave parameters without a gradient; DDP then looks for them, which costs time."""
+
+    ignore_index: int = -100
+    """The label that the loss passes over."""
+
+    shifts_labels: bool = False
+    """Whether the loss holds each position against the label of the next, so that a sample's first label is in no loss.
+    Set by itself where the model is a causal language model of Hugging Face's."""
 
     def prepare(self, folder: Path) -> None:
         """Writes files that every worker needs; runs once per job, on the driver. Default: nothing.
@@ -97,6 +105,28 @@ class Task:
         """The number of samples in a batch. Default: the leading size of its first tensor."""
         return structure.count_samples(batch)
 
+    def loss_items(self, batch: Any) -> int:
+        """How many items a batch's loss is the mean of. Ranks weigh by them, so that it becomes the global batch's.
+
+        Default: integer labels other than `ignore_index`, one for each sample or each position; without such, the
+        positions of `attention_mask`, else samples.
+        """
+        labels = self._labels(batch)
+        if labels is not None:
+            counted = labels[:, 1:] if self.shifts_labels and labels.ndim > 1 else labels
+            return int((counted != self.ignore_index).sum())
+        positions = self.attention_mask(batch)
+        return self.count_samples(batch) if positions is None else int(positions.sum())
+
+    def attention_mask(self, batch: Any) -> Tensor | None:
+        """Which positions of the samples' sequences count, bool, [n, length]; None where there is no padding.
+
+        Ranges, statistics and distances of outputs [n, length, ...] pass over the others. Default: a mapping's
+        `attention_mask`.
+        """
+        found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return found.bool() if isinstance(found, Tensor) and found.ndim == 2 else None
+
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments without the target, positional and by name.
 
@@ -140,7 +170,7 @@ class Task:
         logits, target = _logits(output), self.target(batch)
         if not _fits_classes(logits, target):
             raise self._undefined("loss", "knows classification alone: logits [n, classes, ...] and integer targets")
-        return F.cross_entropy(logits, target)
+        return F.cross_entropy(logits, target, ignore_index=self.ignore_index)
 
     def training_step(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of a batch, of shape []. Default: `loss(forward(model, batch), batch)`."""
@@ -161,7 +191,10 @@ class Task:
         return AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1e-3)
 
     def scheduler(self, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
-        """A learning-rate schedule, stepped after every optimizer step. Default: none."""
+        """A learning-rate schedule, stepped after every optimizer step. Default: none.
+
+        `ReduceLROnPlateau` is stepped after every epoch, with the main metric: of an accuracy, give it `mode="max"`.
+        """
         return None
 
     def example_input(self) -> Tensor | tuple[Any, ...] | dict[str, Any]:
@@ -169,7 +202,7 @@ class Task:
 
         Default: `inputs` of the first two training samples.
         """
-        args, kwargs = self.inputs(self._first_batch(self.train_data()))
+        args, kwargs = self.inputs(first_batch(self, self.train_data(), 2))
         if args and kwargs:
             raise self._undefined("example_input", "can't hold both positional and named inputs")
         if kwargs:
@@ -184,11 +217,12 @@ class Task:
         """Whether the task's class brings its own `method`."""
         return getattr(type(self), method) is not getattr(Task, method)
 
-    def _first_batch(self, data: Any) -> Any:
-        if is_map_style(data):
-            return self.collate([data[index] for index in range(min(2, len(data)))])
-        loader: Iterable[Any] = as_loader_factory(self, data)(LoaderContext(0, 1, 2, 0, 0))
-        return next(iter(loader))
+    def _labels(self, batch: Any) -> Tensor | None:
+        try:
+            found = self.target(batch)
+        except TaskError:
+            return None
+        return found if isinstance(found, Tensor) and found.ndim and _are_integers(found) else None
 
     def _required(self, method: str) -> TaskError:
         return TaskError(f"the task has no {method}()", where=type(self).__name__, remedy=f"define {method}(self)")
@@ -199,10 +233,23 @@ class Task:
         )
 
 
+def given(task: Task, method: str, seed: int = 0) -> Any:
+    """What a method of the task's without arguments gives, the same in every process: what it draws from the global
+    generators is seeded.
+
+    Raises:
+        TaskError: it raised.
+    """
+    with restored_generators(), user_code(f"{type(task).__name__}.{method}()"):
+        seed_everything(seed)
+        return getattr(task, method)()
+
+
 def prepare_task(task: Task, folder: Path) -> None:
     """Runs `task.prepare` in `folder`, which is made, and lets the task use what it wrote."""
     folder.mkdir(parents=True, exist_ok=True)
-    with user_code(f"{type(task).__name__}.prepare()"):
+    with restored_generators(), user_code(f"{type(task).__name__}.prepare()"):
+        seed_everything(0)
         task.prepare(folder)
     task.prepared = folder
 
@@ -232,5 +279,8 @@ def _logits(output: Any) -> Any:
 def _fits_classes(logits: Any, target: Any) -> bool:
     if not isinstance(logits, Tensor) or not isinstance(target, Tensor) or logits.ndim < 2:
         return False
-    integers = not target.is_floating_point() and not target.is_complex() and target.dtype != torch.bool
-    return integers and logits.shape[:1] + logits.shape[2:] == target.shape
+    return _are_integers(target) and logits.shape[:1] + logits.shape[2:] == target.shape
+
+
+def _are_integers(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool

@@ -34,14 +34,15 @@ def user_code(what: str) -> Iterator[None]:
     except RaycompError:
         raise
     except Exception as error:
-        if _is_of_communication(error):
+        if is_of_communication(error):
             raise
         text = str(error)
         message = f"{what} raised {type(error).__name__}" + (f": {text}" if text else "")
         raise TaskError(message, where=_place(error)) from error
 
 
-def _is_of_communication(error: Exception) -> bool:
+def is_of_communication(error: BaseException) -> bool:
+    """Whether an error is that of a broken connection to another worker."""
     # gloo raises plain RuntimeErrors; they begin with the place in its source.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 

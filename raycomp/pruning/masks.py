@@ -6,10 +6,11 @@ Pure functions, no model and no lifecycle.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import floor, lcm
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +42,48 @@ class MaskRequest:
     pruned: Tensor | None = None
 
 
-def make_masks(requests: Sequence[MaskRequest]) -> dict[Hashable, Tensor]:
-    """A boolean mask per request, True = keep, in the shape of its saliency.
+class Decision(NamedTuple):
+    """Masks, and what their user should know of them.
+
+    Args:
+        masks: a boolean mask per request, True = keep, in the shape of its saliency.
+        notes: what was not done as the goal says.
+    """
+
+    masks: dict[Hashable, Tensor]
+    notes: tuple[str, ...]
+
+
+def make_masks(requests: Sequence[MaskRequest]) -> Decision:
+    """The masks of all requests.
 
     Targets of one dependency group share a mask (made from their mean saliency); targets of one global group are ranked
     together, ties going by the order of the requests and then by index. The clamps hold for each target in every mode.
+    A target is masked whole only where its `max_sparse_ratio` is 1, and one whose blocks all have the same saliency is
+    left as it is by a ratio: nothing says which of them matters less.
 
     Raises:
         ValueError: members of a group whose shapes, ratios or block counts don't fit each other.
     """
     units = _units(requests)
+    undecided = [unit for unit in units if unit.is_undecided]
+    counts = {id(unit): unit.pinned for unit in undecided}
+    decided = [unit for unit in units if unit not in undecided]
+    counts |= _counts(decided)
+    spared = _spared(decided, counts)
+    made: dict[Hashable, Tensor] = {}
+    for unit in units:
+        mask = unit.mask(counts[id(unit)])
+        made |= {member.key: mask.view(member.saliency.shape) for member in unit.members}
+    notes = [f"{unit.name}: all saliencies are the same, so nothing of it is masked" for unit in undecided]
+    notes += [
+        f"{unit.name}: all of it would be masked, so a block stays (unless max_sparse_ratio: 1)" for unit in spared
+    ]
+    return Decision(made, tuple(notes))
+
+
+def _counts(units: Sequence[_Unit]) -> dict[int, int]:
+    """How many steps each unit prunes."""
     counts = {id(unit): unit.wanted() for unit in units if unit.settings.global_group_id is None}
     groups: dict[str, list[_Unit]] = defaultdict(list)
     for unit in units:
@@ -58,11 +91,18 @@ def make_masks(requests: Sequence[MaskRequest]) -> dict[Hashable, Tensor]:
             groups[unit.settings.global_group_id].append(unit)
     for name, members in groups.items():
         counts |= _global_counts(name, members)
-    made: dict[Hashable, Tensor] = {}
+    return counts
+
+
+def _spared(units: Sequence[_Unit], counts: Mapping[int, int]) -> list[_Unit]:
+    """The units of which a block is kept that their goal would take."""
+    kept = [unit for unit in units if not unit.may_go_whole and counts[id(unit)] == len(unit.values) - 1]
+    if not kept:
+        return []
     for unit in units:
-        mask = unit.mask(counts[id(unit)])
-        made |= {member.key: mask.view(member.saliency.shape) for member in unit.members}
-    return made
+        unit.may_go_whole = True
+    unspared = _counts(units)
+    return [unit for unit in kept if unspared[id(unit)] == len(unit.values)]
 
 
 class _Unit:
@@ -81,12 +121,31 @@ class _Unit:
                 f"internal_metric_block {self.blocks} doesn't divide the {saliency.numel()} blocks of {members[0].key}"
             )
         self.saliency = saliency.view(self.blocks, -1)
+        self.may_go_whole = any(member.settings.max_sparse_ratio == 1 for member in members)
         self.step_elements = self.blocks * sum(member.elements for member in members)
 
     @cached_property
     def values(self) -> Tensor:
         """The value of each step; with internal blocks in ascending order, else that of the blocks."""
         return self.saliency[0] if self.blocks == 1 else self.saliency.double().sort(dim=1).values.mean(dim=0)
+
+    @property
+    def name(self) -> str:
+        """Its targets'."""
+        return ", ".join(str(member.key) for member in self.members)
+
+    @property
+    def pinned(self) -> int:
+        """The number of steps that are pruned already and stay so."""
+        return int((self.values == -torch.inf).sum())
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a ratio would have to choose among steps of the same saliency alone."""
+        alive = self.values[self.values > -torch.inf]
+        if self.settings.sparse_threshold is not None or len(alive) < 2 or not bool((alive == alive[0]).all()):
+            return False
+        return self.settings.global_group_id is not None or self.wanted() > self.pinned
 
     def _check(self) -> None:
         first = self.members[0]
@@ -102,9 +161,9 @@ class _Unit:
         """The least and the greatest number of steps that may be pruned; what is pruned already stays so."""
         least = max(member.settings.min_sparse_ratio or 0.0 for member in self.members)
         given = [member.settings.max_sparse_ratio for member in self.members]
-        most = min([ratio for ratio in given if ratio is not None], default=1.0)
-        pinned = int((self.values == -torch.inf).sum())
-        return max(_part(len(self.values), least * self.fraction), pinned), max(_part(len(self.values), most), pinned)
+        ratio = min([ratio for ratio in given if ratio is not None], default=1.0)
+        most = min(_part(len(self.values), ratio), len(self.values) - (not self.may_go_whole))
+        return max(_part(len(self.values), least * self.fraction), self.pinned), max(most, self.pinned)
 
     def wanted(self) -> int:
         """The number of steps to prune by threshold or ratio, clamped."""

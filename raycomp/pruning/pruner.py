@@ -21,7 +21,7 @@ from raycomp.core.model import device_of
 from raycomp.core.moments import Moment
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import TargetId, target_kind
-from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
@@ -119,10 +119,14 @@ class Pruner(Compressor):
     # The moments.
 
     def attach(self) -> None:
+        fresh = not self.masks
         for target_id in self.selected:
             if target_id not in self.masks:
                 self.masks[target_id] = self.make_mask(target_id).to(device_of(self.model))
             self.chain.space.target(target_id).add("masks", self.masks[target_id])
+        if fresh:
+            # Masks have their shapes from the beginning, so that a copy of the model can take over their values.
+            self._follow()
 
     def is_due(self, moment: Moment) -> bool:
         return self.schedule.progress(moment) is not None or any(leader.is_due(moment) for leader in self._leaders())
@@ -132,7 +136,7 @@ class Pruner(Compressor):
 
         Raises:
             ConfigError: members of a group don't fit each other.
-            CompressionError: a saliency is not a finite number.
+            NotFiniteError: a saliency is not a finite number.
         """
         progress = self.schedule.progress(moment)
         if progress is not None:
@@ -143,13 +147,13 @@ class Pruner(Compressor):
         """Makes and sets the masks of these saliencies; errors as in `decide`."""
         for target_id, saliency in saliencies.items():
             if not bool(torch.isfinite(saliency).all()):
-                message = "the saliency is not finite: the training has diverged"
-                raise CompressionError(message, where=str(target_id), remedy="lower the learning rate")
+                raise NotFiniteError(f"the saliency of {target_id} is not finite")
         requests = [self._request(target_id, saliency, progress) for target_id, saliency in saliencies.items()]
         try:
-            made = make_masks(requests)
+            made, notes = make_masks(requests)
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
+        self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)
         for target_id in saliencies:
             keep = made[target_id].view(self.grid(target_id))
             self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.batch_share import weighted_by_samples
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList, check_counts
 from raycomp.core.evaluator import Evaluator
@@ -90,7 +91,7 @@ class SlimPruner(Pruner):
         if self.schedule.is_over(self.chain.step, self.chain.round):
             return None
         norms = [factor.factor.abs().sum() for factor in self.factors.values()]
-        return self.regular_scale * torch.stack(norms).sum() / len(norms)
+        return weighted_by_samples(self.regular_scale * torch.stack(norms).sum() / len(norms))
 
     def saliencies(self) -> dict[TargetId, Tensor]:
         """The magnitude of each block's factor."""

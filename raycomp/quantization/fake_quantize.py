@@ -15,26 +15,52 @@ from raycomp.quantization.functional import IntegerRange, bits_of, fake_quantize
 class FakeQuantize(AdoptsShapes):
     """Rounds its target to the integers that it will be stored in, and back; the identity until `active`.
 
+    All that it knows is in buffers, so that what copies a model's state (a state dict, a moving average of a model)
+    copies what it computes.
+
     Args:
         settings: dtype and scheme.
-        axis: the dimension whose entries have a scale each (-1: the last one); None for one scale.
+        axis: the dimension whose entries have a scale each (-1: the last one); None for one scale, or for scales that
+            vary along several dimensions.
+        shape: of the scale, broadcastable to the target; it grows where it isn't known.
     """
 
     scale: Tensor
     zero_point: Tensor
     tracked_min: Tensor
     tracked_max: Tensor
+    enabled: Tensor
 
-    def __init__(self, settings: QuantizeTarget, axis: int | None) -> None:
+    def __init__(self, settings: QuantizeTarget, axis: int | None, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.settings = settings
         self.axis = axis
         self.limits = IntegerRange.of(settings.quant_dtype)
-        self.active = False
-        self.register_buffer("scale", torch.tensor(1.0))
-        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
-        self.register_buffer("tracked_min", torch.tensor(torch.inf))
-        self.register_buffer("tracked_max", torch.tensor(-torch.inf))
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("tracked_min", torch.full(shape, torch.inf))
+        self.register_buffer("tracked_max", torch.full(shape, -torch.inf))
+        self.register_buffer("enabled", torch.tensor(False))
+        self._read: tuple[int, int, bool] = (0, -1, False)
+
+    @property
+    def active(self) -> bool:
+        """Whether it rounds."""
+        tensor, version, active = self._read
+        if torch.compiler.is_compiling():
+            return active
+        if self.enabled.is_inference():
+            return bool(self.enabled)
+        if (tensor, version) != (id(self.enabled), self.enabled._version):
+            # Reading it waits for the device, so it is read again only where somebody wrote it.
+            active = bool(self.enabled)
+            self._read = (id(self.enabled), self.enabled._version, active)
+        return active
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self.enabled.fill_(value)
+        self._read = (id(self.enabled), self.enabled._version, value)
 
     def forward(self, value: Tensor) -> Tensor:
         """The quantized and dequantized value."""
@@ -42,14 +68,6 @@ class FakeQuantize(AdoptsShapes):
             return value
         axis = None if self.axis is None else self.axis % value.dim()
         return fake_quantize(value, self.scale.to(_precise(value)), self.zero_point, self.limits, axis)
-
-    def get_extra_state(self) -> Tensor:
-        """Whether it is active: in the model's state dict, so that a reloaded model computes what the saved one did."""
-        return torch.tensor(self.active)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes over `get_extra_state()`."""
-        self.active = bool(state)
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Modules that compute as one operator: Conv/Linear + BatchNorm (+ ReLU), Conv/Linear + ReLU, BatchNorm + ReLU.
 
-The first hosts the rest, which become the identity. In training a folded batch norm still uses and updates its own
+The first hosts the rest, which pass on what it gives. In training a folded batch norm still uses and updates its own
 statistics; in evaluation the host computes exactly what the folded integer layer will.
 """
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from raycomp.core.attach import TargetSpace
+from raycomp.core.folding import Hosting, fold_calls
 from raycomp.core.selection import type_name
 from raycomp.core.target import Target
 from raycomp.errors import CompressionError, Problem
@@ -20,15 +21,7 @@ _NORMS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 _ACTIVATIONS = ("ReLU", "ReLU6", "Hardtanh")
 
 
-class _PassThrough(nn.Module):
-    def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be called
-        return input
-
-    def host_forward(self, value: Tensor) -> Tensor:
-        return super().forward(value)  # type: ignore[no-any-return, misc]
-
-
-class _Host(nn.Module):
+class _Host(Hosting):
     # In a tuple, because a module in an attribute would become a child and stand twice in the state dict.
     raycomp_fold: tuple[Target | None, nn.Module | None, nn.Module | None]
     weight: Tensor
@@ -40,7 +33,7 @@ class _Host(nn.Module):
             value = super().forward(input)  # type: ignore[misc]
         else:
             value = self._with_norm(input, weight_target, norm)
-        return value if activation is None else activation.host_forward(value)  # type: ignore[operator, no-any-return]
+        return value if activation is None else activation.alone(value)  # type: ignore[operator, no-any-return]
 
     def _with_norm(self, value: Tensor, weight_target: Target | None, norm: nn.Module) -> Tensor:
         if type_name(self) == "Linear" and value.dim() != 2:
@@ -64,7 +57,7 @@ class _Host(nn.Module):
         output = output / _along_channel(factor, output)
         if self.bias is not None:
             output = output + _along_channel(self.bias, output)
-        return norm.host_forward(output)  # type: ignore[operator, no-any-return]
+        return norm.alone(output)  # type: ignore[operator, no-any-return]
 
 
 def fold_factor(norm: nn.Module) -> Tensor:
@@ -88,14 +81,17 @@ def fold(space: TargetSpace, names: tuple[str, ...], weight_target: Target | Non
     host, rest = modules[0], modules[1:]
     norms = [module for module in rest if type_name(module) in _NORMS]
     activations = [module for module in rest if type_name(module) in _ACTIVATIONS]
-    for module in rest:
-        space.swap_class(module, _PassThrough)
+    fold_calls(space, names, _Host)
     norm = norms[0] if norms else None
     if norm is not None and weight_target is not None:
         weight_target.defer_quantizer = True
-    space.swap_class(host, _Host)
     host.__dict__["raycomp_fold"] = (weight_target, norm, activations[0] if activations else None)
     space.on_detach(lambda: delattr(host, "raycomp_fold"))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module can be the last of what is folded, and has no state of its own."""
+    return type_name(module) in _ACTIVATIONS
 
 
 def fold_problem(model: nn.Module, names: tuple[str, ...], where: str) -> Problem | None:

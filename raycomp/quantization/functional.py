@@ -63,12 +63,12 @@ def fake_quantize(value: Tensor, scale: Tensor, zero_point: Tensor, limits: Inte
 
     Args:
         value: any floating-point tensor.
-        scale, zero_point: 0-dim, or broadcastable to `value` with more than one entry along `axis` alone.
+        scale, zero_point: 0-dim, or broadcastable to `value`.
         limits: the integers to clamp to.
-        axis: the dimension of per-channel scales; None for one scale.
+        axis: the dimension of per-channel scales; None for one scale, or for scales that vary along several dimensions.
     """
-    if value.dtype == torch.float64:
-        # torch's fused kernels compute 1/s in float32, whatever the dtype.
+    if value.dtype == torch.float64 or (axis is None and scale.numel() > 1):
+        # torch's fused kernels compute 1/s in float32, whatever the dtype, and know one axis.
         return _FakeQuantize.apply(value, scale, zero_point.to(value.dtype), limits)  # type: ignore[no-untyped-call]
     narrow = value.dtype if value.dtype != torch.float32 else None
     value = value.float()

@@ -13,16 +13,17 @@ from raycomp.config import QuantizeEntry, QuantizeTarget, nearest
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
-from raycomp.core.layout import Layout
+from raycomp.core.layout import traced_shapes
 from raycomp.core.model import device_of
 from raycomp.core.moments import Calibration, Moment, Turn
 from raycomp.core.reduction import Statistic
 from raycomp.core.selection import Kind, Selected
 from raycomp.core.target import Target, TargetId, set_buffer_
-from raycomp.errors import CompressionError, ConfigError, Problem
+from raycomp.errors import CompressionError, ConfigError, FoldError, Problem
 from raycomp.quantization.fake_quantize import FakeQuantize
-from raycomp.quantization.fold import fold, fold_problem, folded_weight
-from raycomp.quantization.range_watcher import RangeWatcher, value_range
+from raycomp.quantization.fold import fold, fold_problem, folded_weight, is_activation
+from raycomp.quantization.granularity import by_group, granularity_problem, scale_layout
+from raycomp.quantization.range_watcher import RangeWatcher, group_range, value_range
 
 
 class Quantizer(Compressor):
@@ -53,8 +54,8 @@ class Quantizer(Compressor):
 
     def make_quantizer(self, target_id: TargetId) -> FakeQuantize:
         """The module that quantizes a target."""
-        settings = _settings(self.selected[target_id])
-        return FakeQuantize(settings, _axis(settings, self.layouts[target_id]))
+        settings, layout = _settings(self.selected[target_id]), self.layouts[target_id]
+        return FakeQuantize(settings, *scale_layout(settings.granularity, layout))
 
     def make_watcher(self, target_id: TargetId) -> RangeWatcher:
         """The module that watches an input or output."""
@@ -71,7 +72,8 @@ class Quantizer(Compressor):
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
         for target_id, selected in self.selected.items():
-            problems += _granularity_problems(selected, self.layouts[target_id])
+            unfit = granularity_problem(_settings(selected).granularity, target_id, self.layouts[target_id])
+            problems += [Problem(f"{selected.where}.granularity", *unfit)] if unfit else []
         if problems:
             raise ConfigError(problems)
 
@@ -131,6 +133,17 @@ class Quantizer(Compressor):
         for key, watcher in self.watchers.items():
             watcher.load_gathered(state["gathered"][str(key)], device_of(self.model))
 
+    def rehearse(self) -> None:
+        """Runs the example through what is fused: modules that aren't each given what the one before gives are told."""
+        if not self.folds() or self.chain.example is None:
+            return
+        try:
+            traced_shapes(self.model, (), self.chain.example)
+        except FoldError as error:
+            index = next(index for index, names in self._fuse_names() if names == error.names)
+            where = f"config_list[{index}].fuse_names"
+            raise ConfigError([Problem(where, error.message, error.remedy or "")]) from None
+
     # What it has to give.
 
     def folds(self) -> list[tuple[str, ...]]:
@@ -148,6 +161,9 @@ class Quantizer(Compressor):
             value = folded_weight(module)
         else:
             value = target.masked(self.chain.space.parameter(target_id)).detach()
+        layout, granularity = self.layouts[target_id], _settings(self.selected[target_id]).granularity
+        if by_group(granularity, layout):
+            return group_range(value, layout.channel_dim or 0, layout.groups)
         return value_range(value, self.quantizers[target_id].axis)
 
     def get_calibration_config(self) -> Calibration:
@@ -193,11 +209,14 @@ class Quantizer(Compressor):
         ]
 
     def _fused_twice(self) -> list[Problem]:
-        first = {name: str(type(c).__name__) for c in self.chain.members for names in c.folds() for name in names}
+        # An activation has no state: it may stand behind several hosts, called once for each.
+        activations = {name for name, module in self.model.named_modules() if is_activation(module)}
+        first = {name: type(c).__name__ for c in self.chain.members for names in c.folds() for name in names}
         problems = []
         for index, names in self._fuse_names():
             where = f"config_list[{index}].fuse_names"
-            problems += [Problem(where, f"{name} is fused already by {first[name]}") for name in names if name in first]
+            twice = [name for name in names if name in first and name not in activations]
+            problems += [Problem(where, f"{name} is fused already by {first[name]}") for name in twice]
             first |= dict.fromkeys(names, where)
         return problems
 
@@ -214,29 +233,3 @@ class Quantizer(Compressor):
 def _settings(selected: Selected) -> QuantizeTarget:
     assert isinstance(selected.settings, QuantizeTarget)
     return selected.settings
-
-
-def _axis(settings: QuantizeTarget, layout: Layout) -> int | None:
-    """The dimension whose entries have a scale each."""
-    if settings.granularity == "default":
-        return None
-    channels = layout.positive_channel_dim or 0
-    if settings.granularity == "out_channel":
-        return channels
-    if layout.is_parameter:
-        return 0 if channels == 1 else 1
-    return 1 if layout.positive_channel_dim is None else channels
-
-
-def _granularity_problems(selected: Selected, layout: Layout) -> list[Problem]:
-    granularity = _settings(selected).granularity
-    where = f"{selected.where}.granularity"
-    if not isinstance(granularity, str):
-        remedy = "out_channel, in_channel, per_channel or default"
-        return [Problem(where, f"{granularity} is not a granularity of scales", remedy)]
-    if granularity != "default" and layout.groups > 1:
-        message = (
-            f"the output channels of {selected.target_id}, a grouped transposed convolution, lie in no one dimension"
-        )
-        return [Problem(where, message, "leave granularity out: one scale for the weight")]
-    return []

@@ -56,6 +56,24 @@ def _kept_shape(value: Tensor, keep: int) -> list[int]:
     return [size if dim == keep % value.dim() else 1 for dim, size in enumerate(value.shape)]
 
 
+def group_range(value: Tensor, keep: int, groups: int) -> tuple[Tensor, Tensor]:
+    """The least and greatest entry of each output channel of a grouped transposed convolution's weight.
+
+    Args:
+        value: the weight.
+        keep: the dimension of the channels within a group.
+        groups: equal parts of dimension 0.
+
+    Returns:
+        Two tensors of the shape [value.shape[0], 1, …, value.shape[keep], …, 1].
+    """
+    parts = value.detach().unflatten(0, (groups, -1))
+    others = [dim for dim in range(1, parts.dim()) if dim != keep + 1]
+    ends = parts.amin(dim=others, keepdim=True), parts.amax(dim=others, keepdim=True)
+    low, high = (end.expand(-1, parts.shape[1], *end.shape[2:]).flatten(0, 1) for end in ends)
+    return low, high
+
+
 def value_range(value: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
     """The least and greatest entry, over everything or for each entry of dimension `keep` (shape [1, …, n, …, 1])."""
     value = value.detach()

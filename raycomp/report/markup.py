@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from raycomp.report.style import CSS
+from raycomp.report.text import visible
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Column:
 
 def page(title: str, body: str) -> str:
     """A whole document that needs no other file and no network."""
+    return visible(_document(title, body), lines=True)
+
+
+def _document(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -58,7 +58,7 @@ class ProgressPrinter:
 
     def message(self, line: str) -> None:
         """Prints a line that stays: a part of the run begins or ends."""
-        self._console.print(Text(line), soft_wrap=True)
+        self._console.print(Text(text.visible(line, lines=True)), soft_wrap=True)
 
     def event(self, event: ProgressEvent) -> None:
         """Takes the news from training."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -18,32 +20,46 @@ ARTIFACT_LABEL = "artifact  "
 """How the line begins that names a published artifact; whoever follows a job's log looks for it."""
 
 
+@dataclass(frozen=True)
+class Visible:
+    """Anything to print, without control characters in its texts: they may come from a stranger's artifact."""
+
+    content: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.content, options):
+            if not segment.control:
+                yield Segment(text.visible(segment.text, lines=True), segment.style)
+
+
 def result_table(summary: RunSummary) -> Table:
     """A column for each form of the model, a row for each quantity, with the comparison to dense beside each value."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{summary.job}  {summary.run}", title_justify="left", pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, title=Text(f"{summary.job}  {summary.run}", "italic"), title_justify="left", pad_edge=False
+    )
     table.add_column("")
     for model in summary.models:
-        table.add_column(model.name, justify="right", no_wrap=True)
+        table.add_column(Text(model.name), justify="right", no_wrap=True)
     for row in comparison(summary.models):
         dense, *others = row.cells
-        table.add_row(row.label, dense.value, *map(_cell, others))
+        table.add_row(Text(row.label), dense.value, *map(_cell, others))
     return table
 
 
 def print_result(console: Console, summary: RunSummary, artifact_uri: str, report_path: str) -> None:
     """Prints how a run ends: the table, the verification, warnings, where all is stored, and how to load it."""
     console.print()
-    console.print(result_table(summary))
+    console.print(Visible(result_table(summary)))
     passed = summary.verification is None or summary.verification.passed
-    _plain(console, verification_text(summary), "" if passed else "bold red")
+    print_line(console, verification_text(summary), "" if passed else "bold red")
     if summary.int8 is not None:
-        _plain(console, f"int8 against the simulated quantization: SQNR {text.number(summary.int8.sqnr_db)} dB.")
+        print_line(console, f"int8 against the simulated quantization: SQNR {text.number(summary.int8.sqnr_db)} dB.")
     for warning in summary.warnings:
-        _plain(console, f"warning: {warning}", "yellow")
+        print_line(console, f"warning: {warning}", "yellow")
     console.print()
-    _plain(console, f"{ARTIFACT_LABEL}{artifact_uri}")
-    _plain(console, f"report    {report_path}")
-    _plain(console, f"load      {load_line(artifact_uri, summary.runs_alone)}")
+    print_line(console, f"{ARTIFACT_LABEL}{artifact_uri}")
+    print_line(console, f"report    {report_path}")
+    print_line(console, f"load      {load_line(artifact_uri, summary.runs_alone)}")
 
 
 def files_table(files: Mapping[str, tuple[int, str]]) -> Table:
@@ -53,7 +69,7 @@ def files_table(files: Mapping[str, tuple[int, str]]) -> Table:
     table.add_column("size", justify="right")
     table.add_column("sha256")
     for name, (num_bytes, digest) in sorted(files.items()):
-        table.add_row(name, text.size(num_bytes), digest[:16])
+        table.add_row(Text(name), text.size(num_bytes), digest[:16])
     return table
 
 
@@ -66,14 +82,14 @@ def sweep_table(trials: Sequence[TrialFigures], metric: str, mode: Literal["max"
     table.add_column("")
     table.add_column("trial", no_wrap=True)
     for key in short_keys(keys):
-        table.add_column(key, overflow="fold")
+        table.add_column(Text(key), overflow="fold")
     for name in (metric, "MACs", "file size"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(Text(name), justify="right", no_wrap=True)
     table.add_column("artifact or error", overflow="fold")
     for trial in ranked(trials, mode):
         table.add_row(
             "★" if trial.on_front else "",
-            trial.trial,
+            Text(trial.trial),
             *(Text(_setting(trial.settings.get(key))) for key in keys),
             text.number(trial.metric),
             text.count(trial.macs),
@@ -108,6 +124,7 @@ def _setting(value: object) -> str:
     return text.number(value) if isinstance(value, float) else str(value)
 
 
-def _plain(console: Console, line: str, style: str = "") -> None:
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Prints a text of any origin in one line."""
     # A path or URI must come out in one piece, whatever the terminal's width.
-    console.print(Text(line, style=style), soft_wrap=True)
+    console.print(Text(text.visible(line), style=style), soft_wrap=True)

@@ -140,7 +140,7 @@ class RunSummary:
     runs_alone: bool = True
 
     # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
 
     def to_json(self) -> str:
         """The summary as JSON text; `from_json` gives an equal summary back."""

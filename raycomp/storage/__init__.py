@@ -3,6 +3,7 @@
 from raycomp.storage.artifact import Artifact, ArtifactRef, open_artifact, publish
 from raycomp.storage.filesystem import Store, open_store
 from raycomp.storage.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest
+from raycomp.storage.scratch import scratch
 from raycomp.storage.tensors import join_state, load_metadata, load_tensors, save_tensors, split_state
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "open_store",
     "publish",
     "save_tensors",
+    "scratch",
     "split_state",
 ]

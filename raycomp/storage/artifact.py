@@ -13,13 +13,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raycomp.config import nearest
-from raycomp.errors import ArtifactError, ConfigError, StorageError
+from raycomp.errors import ArtifactError, ConfigError, RaycompError, StorageError
+from raycomp.storage.documents import LONGEST_DOCUMENT
 from raycomp.storage.explain import explained
 from raycomp.storage.filesystem import CHUNK_BYTES, Store, open_store
 from raycomp.storage.manifest import MANIFEST, FileRecord, Manifest, local_files
 
 _CLAIM = ".publishing"
 _ATTEMPT = "attempt-"
+_LONGEST_CAUSE = 300
+_DAMAGED = "it is damaged, or nothing that raycomp published"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,27 @@ class Artifact:
             raise ArtifactError(f"'{name}' is not what was published: its sha256 differs", where=self.uri)
 
 
+@contextlib.contextmanager
+def understood(where: str, folder: Path | None = None) -> Iterator[None]:
+    """Turns whatever the block makes of an artifact's content into one error about `where`.
+
+    Args:
+        where: the artifact, or a file of it.
+        folder: where a copy lies that errors name instead.
+    """
+    try:
+        yield
+    except RaycompError as error:
+        place = where if error.where is None or folder is None else error.where.replace(str(folder), where)
+        error.where = place if where in place else f"{where}: {place}"
+        raise
+    except Exception as error:
+        cause = next(iter(str(error).splitlines()), "")
+        raise ArtifactError(
+            f"it can't be used: {type(error).__name__}: {cause[:_LONGEST_CAUSE]}", where=where, remedy=_DAMAGED
+        ) from error
+
+
 def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Artifact:
     """The artifact at a place, its manifest read; see `open_store` for the arguments.
 
@@ -108,6 +132,10 @@ def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, regi
         inside = [name for name in store.folders() if store.join(name).exists(MANIFEST)][:8]
         hint = f"artifacts below it: {', '.join(inside)}" if inside else "is the URI right, and did the job end?"
         raise ArtifactError("there is no artifact", where=store.uri, remedy=hint)
+    if (store.size(MANIFEST) or 0) > LONGEST_DOCUMENT:
+        raise ArtifactError(
+            f"its {MANIFEST} is longer than {LONGEST_DOCUMENT:,} bytes", where=store.uri, remedy=_DAMAGED
+        )
     return Artifact(store, Manifest.from_json(store.read_bytes(MANIFEST), store.uri))
 
 

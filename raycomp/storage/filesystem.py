@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from raycomp.storage import s3
 from raycomp.storage.explain import explained
 
 CHUNK_BYTES = 4 * 1024 * 1024
-_ATTEMPTS = 3
+_PATIENT_ATTEMPTS = 9
+_PROBE_ATTEMPTS = 2
 _PROBE_TIMEOUT_S = 4
 
 
@@ -39,7 +41,8 @@ class Store:
     uri: str
 
     def __reduce__(self) -> tuple[object, ...]:
-        return open_store, (self.uri,)
+        attempts = self.filesystem.attempts if isinstance(self.filesystem, s3.RetryingS3) else None
+        return _reopened, (self.uri, attempts)
 
     @property
     def is_local(self) -> bool:
@@ -81,8 +84,7 @@ class Store:
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Writes a file unless it exists; of several that try at once, one wins.
 
-        A store that takes no conditional write, or credentials that are not keys in the environment, leave a gap
-        between look and write.
+        A store that takes no conditional write, or credentials that are a role's, leave a gap between look and write.
 
         Returns:
             Whether the file was written.
@@ -90,21 +92,21 @@ class Store:
         with explained(self._where(name)):
             if self.is_local:
                 return _create_local(Path(self._path(name)), data)
-            if isinstance(self.filesystem, fs.S3FileSystem) and s3.can_sign():
-                return self._put_if_absent(name, data)
+            if isinstance(self.filesystem, s3.RetryingS3) and s3.can_sign():
+                return self._put_if_absent(self.filesystem, name, data)
         if self.exists(name):
             return False
         self.write_bytes(name, data)
         return True
 
-    def _put_if_absent(self, name: str, data: bytes) -> bool:
-        location = s3.locate(self.uri, None, None)
-        for attempt in range(_ATTEMPTS):
+    def _put_if_absent(self, filesystem: s3.RetryingS3, name: str, data: bytes) -> bool:
+        for attempt in range(filesystem.attempts):
             try:
-                created = s3.put_if_absent(location, self._path(name), data)
+                created = s3.put_if_absent(filesystem.location, self._path(name), data)
             except s3.InDoubtError:
-                if attempt == _ATTEMPTS - 1:
+                if attempt == filesystem.attempts - 1:
                     raise
+                time.sleep(s3.delay_s(attempt))
                 continue
             # What an attempt in doubt wrote is in the way of the next.
             return created or (attempt > 0 and self.read_bytes(name) == data)
@@ -140,13 +142,17 @@ class Store:
             if self.filesystem.get_file_info(path).type == fs.FileType.Directory:
                 self.filesystem.delete_dir(path)
 
+    def patient(self) -> Store:
+        """The same place, where a store that is away is waited for, a minute at most."""
+        return self._trying(_PATIENT_ATTEMPTS)
+
     def check(self) -> None:
         """Writes and deletes a file, to see that the place can be used.
 
         Raises:
             StorageError: with the one cause: it can't be reached, the secret is wrong, the bucket is missing, ...
         """
-        folder = self._impatient().join(f".probe-{uuid.uuid4().hex}")
+        folder = self._trying(_PROBE_ATTEMPTS, _PROBE_TIMEOUT_S).join(f".probe-{uuid.uuid4().hex}")
         try:
             folder.write_bytes("probe", b"raycomp")
             folder.delete("probe")
@@ -154,11 +160,10 @@ class Store:
         except StorageError as error:
             raise StorageError(f"it can't be written: {error.message}", where=self.uri, remedy=error.remedy) from error
 
-    def _impatient(self) -> Store:
-        if not isinstance(self.filesystem, fs.S3FileSystem):
+    def _trying(self, attempts: int, request_timeout_s: float = 30) -> Store:
+        if not isinstance(self.filesystem, s3.RetryingS3):
             return self
-        location = s3.locate(self.uri, None, None)
-        return replace(self, filesystem=s3.connect(location, request_timeout_s=_PROBE_TIMEOUT_S, attempts=2))
+        return replace(self, filesystem=s3.RetryingS3(self.filesystem.location, request_timeout_s, attempts))
 
     def _entries(self, kind: fs.FileType, *, recursive: bool) -> tuple[str, ...]:
         with explained(self.uri):
@@ -176,7 +181,7 @@ class Store:
 
 
 def open_store(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Store:
-    """The place that a URI or a local path names. Credentials come from AWS_* environment variables alone.
+    """The place that a URI or a local path names. Credentials come from AWS_* environment variables or AWS's file.
 
     Args:
         uri: a folder, `s3://bucket/prefix`, also with pyarrow's `?endpoint_override=host:port&scheme=http&region=...`.
@@ -202,10 +207,15 @@ def open_store(uri: str | os.PathLike[str], endpoint: str | None = None, region:
         s3.require_credentials(location)
         with explained(location.uri):
             location = s3.with_region(location)
-            return Store(s3.connect(location), location.path, location.uri)
+            return Store(s3.RetryingS3(location), location.path, location.uri)
     with explained(uri):
         filesystem, path = fs.FileSystem.from_uri(uri)
     return Store(filesystem, path, uri)
+
+
+def _reopened(uri: str, attempts: int | None) -> Store:
+    store = open_store(uri)
+    return store if attempts is None else store._trying(attempts)
 
 
 def _open_folder(folder: Path) -> Store:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
+from pydantic_core import from_json
 
 from raycomp.config.base import Settings, problems_of
 from raycomp.config.values import CountOrZero, Slug, Text, expects, format_path
@@ -15,6 +16,8 @@ from raycomp.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+_MOST_PROBLEMS = 5
+_DAMAGED = "it is damaged, or nothing that raycomp published"
 
 
 def safe_name(name: str) -> str:
@@ -70,9 +73,9 @@ class Manifest(Settings):
             ArtifactError: it is not one, or this raycomp is too old for it.
         """
         try:
-            raw: Any = json.loads(data)
+            raw: Any = from_json(data)
         except ValueError as error:
-            raise ArtifactError(f"the manifest is not JSON: {error}", where=where) from None
+            raise ArtifactError(f"the manifest is not JSON: {error}", where=where, remedy=_DAMAGED) from None
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ArtifactError(
@@ -84,7 +87,8 @@ class Manifest(Settings):
             return cls.model_validate(raw)
         except ValidationError as error:
             problems = problems_of(error, raw, format_path)
-            raise ArtifactError(f"the manifest is not right: {'; '.join(map(str, problems))}", where=where) from None
+            told = "; ".join(map(str, problems[:_MOST_PROBLEMS])) + (" …" if len(problems) > _MOST_PROBLEMS else "")
+            raise ArtifactError(f"the manifest is not right: {told}", where=where, remedy=_DAMAGED) from None
 
 
 def local_files(names: list[PurePosixPath]) -> list[str]:

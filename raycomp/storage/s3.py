@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import hmac
 import http.client
 import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from pyarrow import fs
@@ -23,6 +27,23 @@ _OTHER_CREDENTIALS = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
 )
+_SECRETS = (*_KEYS, "AWS_SESSION_TOKEN")
+_PLACES = ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_EC2_METADATA_DISABLED")
+
+
+def environment(*, credentials: bool) -> dict[str, str]:
+    """The variables of this process's environment with which one elsewhere reaches the same stores.
+
+    Args:
+        credentials: whether the keys are among them, or the other process has its own.
+    """
+    names = (*_SECRETS, *_PLACES) if credentials else _PLACES
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def secrets_in(variables: Iterable[str]) -> tuple[str, ...]:
+    """Those of some variables that hold secrets."""
+    return tuple(name for name in variables if name in _SECRETS)
 
 
 @dataclass(frozen=True)
@@ -81,37 +102,67 @@ def with_region(location: S3Location) -> S3Location:
 
 
 def require_credentials(location: S3Location) -> None:
-    """Raises StorageError if the environment holds no credentials.
+    """Raises StorageError if there are no credentials in the environment or in AWS's file of them.
 
     Amazon's own store may also take those of the machine's role, which only a request shows.
     """
-    missing = [key for key in _KEYS if not os.environ.get(key)]
-    if not missing or any(os.environ.get(key) for key in _OTHER_CREDENTIALS):
+    if can_sign() or any(os.environ.get(key) for key in _OTHER_CREDENTIALS):
         return
+    missing = [key for key in _KEYS if not os.environ.get(key)]
     if len(missing) == len(_KEYS) and location.host is None:
         return
     raise StorageError(
         f"there are no credentials: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set",
         where=location.uri,
-        remedy="set the AWS_* variables in the environment",
+        remedy="set the AWS_* variables in the environment, or AWS_SHARED_CREDENTIALS_FILE",
     )
 
 
-def connect(location: S3Location, *, request_timeout_s: float = 30, attempts: int = 3) -> fs.S3FileSystem:
-    """Arrow's file system for a location, with the environment's credentials; makes no request yet."""
-    return fs.S3FileSystem(
-        region=location.region,
-        endpoint_override=location.host,
-        scheme=location.scheme,
-        connect_timeout=_CONNECT_TIMEOUT_S,
-        request_timeout=request_timeout_s,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-    )
+class RetryingS3(fs.S3FileSystem):
+    """Arrow's file system, which is pickled with its place and its patience, and without secrets.
+
+    It makes no request yet. A request that fails for a passing reason is repeated after 1, 2, 4, … seconds, 20 at most.
+
+    Args:
+        location: where.
+        request_timeout_s: seconds for one request.
+        attempts: how often a request is tried: 3 take a second where nobody answers, 9 a minute.
+    """
+
+    def __init__(self, location: S3Location, request_timeout_s: float = 30, attempts: int = 3) -> None:
+        super().__init__(
+            region=location.region,
+            endpoint_override=location.host,
+            scheme=location.scheme,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            request_timeout=request_timeout_s,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        )
+        self.location, self.request_timeout_s, self.attempts = location, request_timeout_s, attempts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RetryingS3, (self.location, self.request_timeout_s, self.attempts)
 
 
 def can_sign() -> bool:
-    """Whether the environment holds the keys themselves, so that a request can be signed here."""
-    return all(os.environ.get(key) for key in _KEYS)
+    """Whether the keys themselves are at hand, so that a request can be signed here."""
+    return all(_credentials().get(key) for key in _KEYS)
+
+
+def _credentials() -> Mapping[str, str]:
+    """The secrets by their variables' names: the environment's, else those of AWS's file (often a mounted one)."""
+    if all(os.environ.get(key) for key in _KEYS):
+        return os.environ
+    file = configparser.RawConfigParser()
+    with suppress(OSError, RuntimeError, configparser.Error):
+        file.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path("~/.aws/credentials").expanduser())
+    profile = os.environ.get("AWS_PROFILE", "default")
+    return {name.upper(): value for name, value in file.items(profile)} if file.has_section(profile) else {}
+
+
+def delay_s(attempt: int) -> float:
+    """Seconds to wait after an attempt, counted from 0, that failed for a passing reason."""
+    return min(0.25 * 2**attempt, 20.0)
 
 
 class InDoubtError(ConnectionError):
@@ -155,17 +206,18 @@ def _signature(host: str, region: str, target: str, data: bytes) -> dict[str, st
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     digest = hashlib.sha256(data).hexdigest()
     signed = {"host": host, "x-amz-content-sha256": digest, "x-amz-date": now}
-    if token := os.environ.get("AWS_SESSION_TOKEN"):
+    credentials = _credentials()
+    if token := credentials.get("AWS_SESSION_TOKEN"):
         signed["x-amz-security-token"] = token
     names = ";".join(signed)
     fields = "".join(f"{name}:{value}\n" for name, value in signed.items())
     request = "\n".join(("PUT", target, "", fields, names, digest))
     scope = f"{now[:8]}/{region}/s3/aws4_request"
     summary = "\n".join(("AWS4-HMAC-SHA256", now, scope, hashlib.sha256(request.encode()).hexdigest()))
-    key = f"AWS4{os.environ['AWS_SECRET_ACCESS_KEY']}".encode()
+    key = f"AWS4{credentials['AWS_SECRET_ACCESS_KEY']}".encode()
     for part in scope.split("/"):
         key = hmac.new(key, part.encode(), hashlib.sha256).digest()
     signature = hmac.new(key, summary.encode(), hashlib.sha256).hexdigest()
-    credential = f"{os.environ['AWS_ACCESS_KEY_ID']}/{scope}"
-    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={credential}, SignedHeaders={names}, Signature={signature}"
+    scoped = f"{credentials['AWS_ACCESS_KEY_ID']}/{scope}"
+    signed["Authorization"] = f"AWS4-HMAC-SHA256 Credential={scoped}, SignedHeaders={names}, Signature={signature}"
     return signed

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -17,12 +18,14 @@ from ray import tune
 from ray.tune.experiment import Trial
 from rich.table import Table
 
+from raycomp.config import nearest
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
 from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.job import CompressionJob
+from raycomp.distributed.lease import lease
 from raycomp.distributed.trainer import Progress, Silent
-from raycomp.errors import ClusterError
+from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.report import render_sweep, sweep_table
 from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact
@@ -95,8 +98,17 @@ def sweep(
         ClusterError: Ray can't be reached, or has not what a trial needs. A trial that fails is no error of the sweep.
     """
     plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
-    CompressionJob(plan.trials[0].job, plan.base_dir).validate()
+    _check(plan)
     return _Sweep(plan, progress or Silent()).run(resume)
+
+
+def _check(plan: SweepPlan) -> None:
+    """The first trial's job is one that can run, and its task gives the metric that is compared."""
+    with TemporaryDirectory() as folder:
+        _, checked = CompressionJob(plan.trials[0].job, plan.base_dir).checked(Path(folder))
+    wanted = plan.config.metric
+    if wanted is not None and checked.metrics and wanted not in checked.metrics:
+        raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])
 
 
 class _Sweep:
@@ -107,6 +119,10 @@ class _Sweep:
 
     def run(self, resume: bool) -> SweepResult:
         self._begin(resume)
+        with lease(self.sweep_store.store, self.progress.message):
+            return self._run()
+
+    def _run(self) -> SweepResult:
         trials = {trial.id: trial for trial in self.plan.trials}
         todo = sorted(trials.keys() - self.sweep_store.done(tuple(trials)))
         self.sweep_store.forget(todo)
@@ -119,19 +135,19 @@ class _Sweep:
         }
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
-        with connect(largest(jobs.values())) as cluster:
+        with connect(largest(jobs.values()), self.progress.message) as cluster:
             lost = self._tune(orders, cluster)
         return self._finish(lost)
 
     def _begin(self, resume: bool) -> None:
         plan = self.plan
-        found = unfinished_sweep(plan) if resume else None
+        found = unfinished_sweep(plan, self.progress.message) if resume else None
         if found is not None:
-            record = found.read_record()
-            assert record is not None
-            self.sweep_store, self.record = found, record
-            self.progress.message(f"resuming sweep {record.sweep}")
+            self.sweep_store, self.record = found
+            self.progress.message(f"resuming sweep {self.record.sweep}")
             return
+        if resume:
+            self.progress.message("there is no unfinished sweep like this one: a new one begins")
         now = datetime.now(UTC)
         sweep_id = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
         self.sweep_store = SweepStore(sweeps_of(plan.job).join(sweep_id).uri)

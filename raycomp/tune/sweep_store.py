@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +10,9 @@ from pydantic import TypeAdapter
 
 from raycomp.config import JobConfig, StorageConfig
 from raycomp.config.sweep_plan import SweepPlan, Trial
+from raycomp.distributed.records import read_record, write_record
 from raycomp.distributed.run_store import job_uri
+from raycomp.errors import ArtifactError
 from raycomp.results.summary import TrialFigures
 from raycomp.storage import Store, open_store
 
@@ -55,7 +57,7 @@ class SweepStore:
     @cached_property
     def store(self) -> Store:
         """The sweep's folder in storage."""
-        return open_store(self.uri)
+        return open_store(self.uri).patient()
 
     @property
     def tune_uri(self) -> str:
@@ -71,23 +73,20 @@ class SweepStore:
         return trial.job.model_copy(update={"name": name, "storage": storage})
 
     def read_record(self) -> SweepRecord | None:
-        """The sweep's record; None where there is none."""
-        if not self.store.exists(_RECORD):
-            return None
-        return _RECORD_ADAPTER.validate_json(self.store.read_bytes(_RECORD))
+        """The sweep's record; None where there is none. Errors as in `records.read_record`."""
+        return read_record(self.store, _RECORD, _RECORD_ADAPTER)
 
     def write_record(self, record: SweepRecord) -> None:
         """Stores the record."""
-        self.store.write_bytes(_RECORD, _RECORD_ADAPTER.dump_json(record, indent=1))
+        write_record(self.store, _RECORD, _RECORD_ADAPTER, record)
 
     def read_row(self, trial: str) -> TrialFigures | None:
-        """What came of a trial; None while it hasn't ended."""
-        name = f"rows/{trial}.json"
-        return _ROW_ADAPTER.validate_json(self.store.read_bytes(name)) if self.store.exists(name) else None
+        """What came of a trial; None while it hasn't ended. Errors as in `records.read_record`."""
+        return read_record(self.store, f"rows/{trial}.json", _ROW_ADAPTER)
 
     def write_row(self, row: TrialFigures) -> None:
         """Stores what came of a trial."""
-        self.store.write_bytes(f"rows/{row.trial}.json", _ROW_ADAPTER.dump_json(row, indent=1))
+        write_record(self.store, f"rows/{row.trial}.json", _ROW_ADAPTER, row)
 
     def write_result(self, rows: tuple[TrialFigures, ...], report: str) -> None:
         """Stores the whole table, and the report."""
@@ -111,8 +110,12 @@ def sweeps_of(job: JobConfig) -> Store:
     return open_store(job_uri(job)).join("sweeps")
 
 
-def unfinished_sweep(plan: SweepPlan) -> SweepStore | None:
+def unfinished_sweep(plan: SweepPlan, tell: Callable[[str], None]) -> tuple[SweepStore, SweepRecord] | None:
     """The latest equal sweep, some trial of which hasn't ended well.
+
+    Args:
+        plan: what is to be done.
+        tell: hears of sweeps that nobody can go on with, because their records are damaged.
 
     Raises:
         StorageError: the storage can't be read.
@@ -120,7 +123,11 @@ def unfinished_sweep(plan: SweepPlan) -> SweepStore | None:
     sweeps = sweeps_of(plan.job)
     for sweep in sorted(sweeps.folders(), reverse=True):
         found = SweepStore(sweeps.join(sweep).uri)
-        record = found.read_record()
+        try:
+            record = found.read_record()
+        except ArtifactError as error:
+            tell(f"sweep {sweep} can't be resumed: {error}")
+            continue
         if record is not None and record.digest == plan.digest() and found.done(record.trials) < set(record.trials):
-            return found
+            return found, record
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ def test_a_finished_stage_stays_as_it_is(tmp_path: Path) -> None:
     ended = trained(FLOAT32, Keeper(tmp_path))
     again = trained(FLOAT32, Keeper(metrics=ended.metrics), resume=tmp_path)
     assert_same(again, ended)
+
+
+def test_elapsed_time_goes_on_where_the_checkpoint_ended(tmp_path: Path) -> None:
+    """Whoever goes on with a run began later than it."""
+    trained(FLOAT32, Keeper(tmp_path / "first", end_after=2))
+    state = StageState.load(tmp_path / "first")
+    state = replace(state, history=tuple(replace(event, elapsed_s=1000.0) for event in state.history))
+    state.save(tmp_path / "first")
+    trained(FLOAT32, Keeper(tmp_path / "second"), resume=tmp_path / "first")
+    elapsed = [event.elapsed_s for event in StageState.load(tmp_path / "second").history]
+    assert elapsed == sorted(elapsed) and elapsed[2] >= 1000.0
+
+
+def test_what_a_checkpoint_has_to_say_is_in_the_next_one(tmp_path: Path) -> None:
+    trained(FLOAT32, Keeper(tmp_path / "first", end_after=2))
+    replace(StageState.load(tmp_path / "first"), notes=("told",)).save(tmp_path / "first")
+    trained(FLOAT32, Keeper(tmp_path / "second"), resume=tmp_path / "first")
+    assert "told" in StageState.load(tmp_path / "second").notes
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:

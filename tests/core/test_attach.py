@@ -140,13 +140,6 @@ def test_one_compressor_alone_can_quantize_a_target() -> None:
         target.set_quantizer(Add(1), "other")
 
 
-def test_a_parametrization_of_the_user_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    parametrize.register_parametrization(model[0], "weight", nn.Identity())
-    with pytest.raises(CompressionError, match="parametrization of its own"):
-        space_with(model, "0.weight")
-
-
 def test_attaching_changes_neither_parameters_nor_names_and_detaching_leaves_nothing() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     parameters, keys = {id(p) for p in model.parameters()}, list(model.state_dict())

@@ -76,7 +76,6 @@ def test_a_share_holds_within_its_block() -> None:
     assert current_share() is None and not is_idle()
     with use_share(BatchShare(1, 4)) as _, pytest.raises(KeyError):
         assert current_share() == BatchShare(1, 4)
-        assert BatchShare(1, 4).weight == 0.25
         with use_share(BatchShare(0, 4)):
             assert is_idle()
         assert not is_idle()

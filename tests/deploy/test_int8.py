@@ -407,7 +407,6 @@ def broken(change: dict[str, Any]) -> Calibration:
         ({"0": {"gain": broken({})["0"]["weight"]}}, [], "no parameter 'gain'"),
         (broken({"scale": torch.tensor(float("nan"))}), [], "0.weight is not a positive number"),
         (broken({"quant_max": 2**17, "quant_dtype": "int18"}), [], "int18 from -127 to 131072"),
-        (broken({"scale": torch.rand(4, 2) + 1, "zero_point": torch.tensor(0)}), [], "several dimensions"),
         (broken({}), [("0", "norm")], "no module 'norm'"),
         (broken({}), [("1", "2")], "a ReLU cannot host a batch norm"),
         ({"2": broken({})["0"]}, [("0", "2")], "no parameter 'weight'"),

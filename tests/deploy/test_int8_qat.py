@@ -50,3 +50,70 @@ def test_what_training_simulated_is_what_integers_compute(granularity: str, acti
     lowered = lower_int8(model, calibration, folds, x, reduce_range=False)
     assert lowered.float_layers == ()
     assert sqnr_db(trained, lowered.as_module(threads=1)(x)) > 33
+
+
+class Block(nn.Module):
+    """Its one ReLU runs twice: once behind a fold, once behind the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.c2, self.b2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU()
+
+    def forward(self, value: Tensor) -> Tensor:
+        inner = self.relu(self.b1(self.c1(value)))
+        return self.relu(self.b2(self.c2(inner)) + value)
+
+
+def test_an_activations_second_call_is_in_the_integer_model() -> None:
+    torch.manual_seed(0)
+    model, images = Block(), torch.randn(8, 4, 8, 8)
+    activation = {"quant_dtype": "uint8", "quant_scheme": "affine"}
+    config = [
+        {
+            "op_types": ["Conv2d"],
+            "target_names": ["_input_", "weight", "_output_"],
+            "target_settings": {"_input_": activation, "_output_": activation, "weight": {"quant_dtype": "int8"}},
+            "fuse_names": [("c1", "b1", "relu"), ("c2", "b2")],
+        },
+    ]
+    quantizer = QATQuantizer(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    with quantizer.chain.run([optimizer]):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        simulated = model.eval()(images)
+        calibration, folds = quantizer.get_calibration_config(), quantizer.folds()
+        quantizer.unwrap_model()
+        expected = model.eval()(images)
+        real = lower_int8(model, calibration, folds, images).as_module()(images)
+    assert simulated.min() == real.min() == 0
+    assert sqnr_db(simulated, real) > 30
+    assert sqnr_db(expected, real) > 15
+
+
+def test_a_grouped_transposed_convolution_by_output_channel_is_lowered_with_its_rounding() -> None:
+    """No integer kernel takes its scales: the weight keeps the numbers of its grid, as floats."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Conv2d(6, 2, 1)), torch.randn(2, 4, 5, 5)
+    weight = {"quant_dtype": "int3", "granularity": "out_channel"}
+    config = [
+        {"op_names": ["0"], "target_names": ["weight"], **weight},
+        {"op_names": ["1"], "target_names": ["_input_", "weight", "_output_"]},
+    ]
+    quantizer = QATQuantizer(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    with quantizer.chain.run([optimizer]):
+        for _ in range(3):
+            model(images).sum().backward()
+            optimizer.step()
+    with torch.no_grad():
+        simulated, calibration = model.eval()(images), quantizer.get_calibration_config()
+        quantizer.unwrap_model()
+        real = lower_int8(model, calibration, [], images, reduce_range=False).as_module()(images)
+        dense = model(images)
+    assert sqnr_db(simulated, real) > 35 > 25 > sqnr_db(dense, real)

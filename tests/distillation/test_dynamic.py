@@ -122,14 +122,14 @@ def nearest_on_a_rank(rank: int, world: int) -> tuple[float, int]:
     optimizer = torch.optim.SGD(student.parameters(), 0.0)
     value = torch.full((1, 1), [1.0, 4.0][rank])
     batch = (value, torch.ones(1, 1))
-    with distiller.chain.run([optimizer]), use_share(BatchShare([1, 3][rank], 4)):
+    with distiller.chain.run([optimizer]), use_share(BatchShare([1, 3][rank], 4, sample_weight=[0.5, 1.5][rank])):
         student.train()(value)
         return float(distiller.chain.loss(torch.tensor(0.0), batch).detach()), rank
 
 
 def test_all_ranks_take_the_link_that_is_nearest_over_all_samples() -> None:
-    # Distances from 1: 0 and 9, so 27/4 in the mean; from 4: 9 and 0, so 9/4.
-    assert [loss for loss, _ in on_ranks(2, nearest_on_a_rank)] == [9, 0]
+    # Distances from 1: 0 and 9, so 27/4 in the mean; from 4: 9 and 0, so 9/4, half of the sum of the ranks' parts.
+    assert [loss for loss, _ in on_ranks(2, nearest_on_a_rank)] == [4.5, 0]
 
 
 def nearest_of_equal_parts_on_a_rank(rank: int, world: int) -> float:

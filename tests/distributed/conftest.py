@@ -40,6 +40,7 @@ def driver(script: str, *arguments: str, **environment: str) -> subprocess.Popen
         [sys.executable, "-c", script, *arguments],
         cwd=ROOT,
         env={**os.environ, **SETTINGS, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

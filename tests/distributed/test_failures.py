@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train
 import torch.distributed as dist
 from ray.train import ControllerError, WorkerGroupError
 
 from raycomp import CompressionJob
 from raycomp.distributed import job as job_module
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.worker import _RayListener
 from raycomp.errors import ClusterError, StorageError, TaskError
+from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.user_code import user_code
+from raycomp.storage.explain import explain
 from tests.conftest import ObjectStore
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
@@ -21,6 +28,32 @@ from tests.distributed.conftest import ROOT
 _PEER_LOST = RuntimeError(
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:22445."
 )
+
+
+# As Ray words it, shortened.
+_DIED = SystemError(
+    "A worker health check failed.\nWorker info: Worker(\n  actor=Actor(RayTrainWorker, 82b6),\n)\nThe actor died "
+    "unexpectedly before finishing this task.\n\tpid: 12921\nThe actor is dead because its worker process has died. "
+    "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2."
+)
+
+
+class _Sink:
+    """The actor that hears of progress."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+        self.push = SimpleNamespace(remote=self.heard.append)
+
+
+def test_a_replaced_worker_is_told_with_its_reason() -> None:
+    """Its neighbours' broken connections are no reason."""
+    sink = _Sink()
+    StopOnOurErrors(sink).after_exception(None, {0: _PEER_LOST, 1: _DIED, 2: _PEER_LOST})
+    assert sink.heard == [
+        "worker 1 failed: its worker process has died (killed, out of memory, or crashed): new workers go on from the "
+        "last checkpoint"
+    ]
 
 
 def _raised_in_user_code(error: Exception) -> Exception:
@@ -35,18 +68,48 @@ def _raised_in_user_code(error: Exception) -> Exception:
 def test_a_lost_peer_is_no_error_of_the_task(lost: Exception) -> None:
     """Else a killed worker would end the job, because its neighbours meet its death in the user's forward pass."""
     assert _raised_in_user_code(lost) is lost
-    StopOnOurErrors().after_exception(None, {0: _raised_in_user_code(lost), 1: SystemError("the actor died")})
+    StopOnOurErrors(_Sink()).after_exception(None, {0: _raised_in_user_code(lost), 1: SystemError("the actor died")})
 
 
 def test_an_error_of_the_task_ends_the_run() -> None:
     failures = {0: RuntimeError("collateral"), 1: _raised_in_user_code(RuntimeError("the mask has a wrong shape"))}
     with pytest.raises(TaskError, match=r"Tiny.training_step\(\) raised RuntimeError: the mask has a wrong shape"):
-        StopOnOurErrors().after_exception(None, failures)
+        StopOnOurErrors(_Sink()).after_exception(None, failures)
+
+
+def test_storage_that_is_away_is_tried_again() -> None:
+    """Also where a fresh worker meets it first."""
+    away = explain(ConnectionRefusedError("refused"), "s3://bucket/run")
+    StopOnOurErrors(_Sink()).after_exception(None, {0: away, 1: RuntimeError("collateral")})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's upload raises a plain OSError, which Ray would take for a lost worker."""
+
+    def report(*_: Any, **__: Any) -> None:
+        raise OSError(f"Error writing bytes to file. Detail: [errno {number}] {os.strerror(number)}")
+
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    state = StageState("prune", 1, 4, {}, {}, ())
+    with pytest.raises(StorageError) as caught:
+        _RayListener(SimpleNamespace(), "/models/run").checkpoint(lambda: state, {})
+    with pytest.raises(StorageError, match=r"/models/run: the (disk is full|file system is read-only)"):
+        StopOnOurErrors(_Sink()).after_exception(None, {0: caught.value})
+
+
+def test_storage_that_fails_under_ray_s_controller_is_told_as_such() -> None:
+    with (
+        pytest.raises(StorageError, match="s3://bucket/run: the store can't be reached"),
+        translated("s3://bucket/run"),
+    ):
+        raise ControllerError(ConnectionRefusedError("refused"))
 
 
 def test_of_several_errors_the_lowest_rank_s_is_told() -> None:
     with pytest.raises(TaskError, match="first"):
-        StopOnOurErrors().after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
+        StopOnOurErrors(_Sink()).after_exception(None, {3: TaskError("second"), 2: TaskError("first")})
 
 
 def test_ray_s_errors_become_one_of_ours() -> None:
@@ -63,7 +126,7 @@ def test_ray_s_errors_become_one_of_ours() -> None:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(job: Any) -> Any:
+    def refuse(*_: Any) -> Any:
         raise AssertionError("Ray was asked for")
 
     monkeypatch.setattr(job_module, "connect", refuse)

@@ -35,7 +35,7 @@ from raycomp import CompressionJob
 
 class Printer:
     def message(self, line): print("message", line, flush=True)
-    def event(self, event): print("event", event.stage, event.epoch, event.step, flush=True)
+    def event(self, event): print("event", event.stage, event.epoch, event.step, event.elapsed_s, flush=True)
 
 result = CompressionJob(json.loads(sys.argv[1]), base_dir=".").fit(progress=Printer())
 print("artifact", result.artifact_uri)
@@ -65,6 +65,11 @@ def undisturbed(local_ray: str, tmp_path_factory: pytest.TempPathFactory) -> Job
 
 def _contents(uri: str) -> dict[str, str]:
     return {name: open_artifact(uri).manifest.files[name].sha256 for name in _CONTENT}
+
+
+def _warnings(uri: str) -> list[str]:
+    warnings: list[str] = json.loads(open_artifact(uri).store.read_bytes("summary.json"))["warnings"]
+    return warnings
 
 
 def _loaded_elsewhere(uri: str, **environment: str) -> list[float]:
@@ -100,11 +105,16 @@ def test_a_killed_worker_changes_nothing_on_a_real_object_store(
     assert "artifact s3://" in out, err
     assert marker.exists()
     assert "Traceback" not in err
+    told = "worker 1 failed: its worker process has died (killed, out of memory, or crashed)"
+    assert f"message {told}" in out
+    elapsed = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("event ")]
+    assert elapsed == sorted(elapsed)
     uri = out.rsplit("artifact ", 1)[1].strip()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in object_store.environment().items():
             patch.setenv(name, value)
         assert _contents(uri) == _contents(undisturbed.artifact_uri)
+        assert any(warning.startswith(told) for warning in _warnings(uri))
     assert _loaded_elsewhere(uri, **object_store.environment()) == _loaded_elsewhere(undisturbed.artifact_uri)
 
 
@@ -120,7 +130,9 @@ class _Listener:
         self.events.append(event)
 
 
-def test_a_killed_driver_s_job_is_resumed(local_ray: str, tmp_path: Path) -> None:
+def test_a_killed_driver_s_job_is_resumed_though_its_newest_checkpoint_is_damaged(
+    local_ray: str, tmp_path: Path
+) -> None:
     job = _job(tmp_path / "artifacts")
     # What was pruned in the first stage is gone in the second, so logits alone still have the teacher's shape.
     logits = {"type": "DynamicLayerwiseDistiller", "config_list": [{"op_names": ["fc"], "apply_method": "kl"}]}
@@ -128,16 +140,23 @@ def test_a_killed_driver_s_job_is_resumed(local_ray: str, tmp_path: Path) -> Non
     job["stages"] = [{"name": "prune", "compressors": list(_PRUNE)}, {"name": "quantize", "compressors": quantize}]
     process = driver(_RUN, json.dumps(job), RAY_ADDRESS=local_ray)
     assert process.stdout is not None
-    # An epoch's event comes before its checkpoint, so the second one means that the first checkpoint is there.
-    begun = any(line.startswith("event quantize 2 ") for line in process.stdout)
+    # An epoch's event comes before its checkpoint, so the third one means that two checkpoints are there.
+    begun = any(line.startswith("event quantize 3 ") for line in process.stdout)
     process.kill()
     _, err = process.communicate(timeout=60)
     assert begun, err
     assert list((tmp_path / "artifacts").glob("tiny/artifacts/*/manifest.json")) == []
+    (stage,) = (tmp_path / "artifacts").glob("tiny/train/*/quantize")
+    newest = max(stage.glob("checkpoint_*-*"))
+    (newest / "model.safetensors").write_bytes(b"")
+    (stage / "checkpoint_manager_snapshot.json").write_text("{")  # Ray's list of them
 
     listener = _Listener()
+    job["scaling"]["max_failures"] = 7  # decides nothing of the result
     resumed = _fit(job, resume=True, progress=listener)
     assert listener.messages[1].startswith("resuming run")
+    assert any(f"{newest.name} was passed over" in line for line in listener.messages)
+    assert any(f"{newest.name} was passed over" in line for line in resumed.summary.warnings)
     assert {event.stage for event in listener.events} == {"quantize"}
     assert min(event.epoch for event in listener.events) >= 2
 

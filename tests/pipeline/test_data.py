@@ -12,10 +12,12 @@ from torch import Generator, Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from raycomp.core.batch_share import BatchShare, use_share
+from raycomp.core.batch_share import BatchShare, rank_slice, use_share, weighted_loss
+from raycomp.core.reduction import rank as own_rank
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches, rank_slice
+from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches
 from raycomp.pipeline.task import Task
+from raycomp.pipeline.training.shares import weighted_shares
 from tests.pipeline.ranks import gradients_of, on_ranks
 
 
@@ -68,16 +70,12 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert order(1, 0) != order(0, 1)
 
 
-def test_shares_weigh_samples_and_not_ranks() -> None:
+def test_shares_tell_samples() -> None:
     # 5 samples in micro-batches of 3 and 2, on 2 ranks: 2 + 1 and 1 + 1.
     steps = [steps_of(tensors(5), global_batch_size=5, accumulation=2, rank=rank, world=2)[0] for rank in range(2)]
     assert [[part.share for part in step] for step in steps] == [
         [BatchShare(2, 3), BatchShare(1, 2)],
         [BatchShare(1, 3), BatchShare(1, 2)],
-    ]
-    assert [[part.loss_weight for part in step] for step in steps] == [
-        pytest.approx([2 / 5 * 2, 1 / 5 * 2]),
-        pytest.approx([1 / 5 * 2, 1 / 5 * 2]),
     ]
 
 
@@ -85,7 +83,6 @@ def test_a_rank_without_samples_gets_a_stand_in() -> None:
     ranks = [steps_of(tensors(9), global_batch_size=8, rank=rank, world=3) for rank in range(3)]
     last = [rank[1][0] for rank in ranks]
     assert [part.share for part in last] == [BatchShare(1, 1), BatchShare(0, 1), BatchShare(0, 1)]
-    assert [part.loss_weight for part in last] == [3.0, 0.0, 0.0]
     assert [len(part.batch[0]) for part in last] == [1, 2, 2]
 
 
@@ -206,9 +203,9 @@ def _gradients(rank: int, world: int, length: int, accumulation: int) -> list[An
     gradients = []
     for step in open_batches(Task(), data, plan).iterate(0):
         model.zero_grad()
-        for part in step:
-            with use_share(part.share):
-                (wrapped(part.batch[0]).exp().mean() * part.loss_weight).backward()
+        for part, share in zip(step, weighted_shares(Task(), step), strict=True):
+            with use_share(share):
+                weighted_loss(wrapped(part.batch[0]).exp().mean()).backward()
         gradients.append(gradients_of(model))
     return gradients
 
@@ -264,6 +261,59 @@ def test_a_stream_is_read_in_batches_of_its_epoch() -> None:
     assert list(map(numbers, steps)) == [[20.0, 21.0], [22.0, 23.0], [24.0]]
 
 
+class NoisyStream(IterableDataset[Tensor]):
+    """Eleven samples, drawn from the generators that everybody draws from."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.rand(()) + random.random() + float(np.random.rand()) for _ in range(11))
+
+    def __len__(self) -> int:
+        return 11
+
+
+class Selfish(NoisyStream):
+    """Gives each worker samples of its own."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.tensor(float(own_rank() * 100 + k)) for k in range(11))
+
+
+def _noisy(own: int, world: int, num_data_workers: int = 0) -> Any:
+    torch.manual_seed(own)
+    plan = BatchPlan(4, 7, own, world, num_data_workers=num_data_workers)
+    batches = open_batches(Task(), NoisyStream(), plan)
+    found = []
+    for step in batches.iterate(1):
+        torch.rand(own + 1)  # what training draws in between
+        found.append((step[0].batch.tolist()[: step[0].share.samples], step[0].share.samples, step[0].share.total))
+    return batches.steps_per_epoch, batches.notes, found
+
+
+@pytest.mark.parametrize("num_data_workers", [0, 1, 3])
+def test_a_stream_is_shared_out_and_nothing_is_seen_twice(num_data_workers: int) -> None:
+    """11 samples in global batches of 4, 4 and 3; with 5 workers some have no part in a batch."""
+    steps, notes, alone = _noisy(0, 1, num_data_workers)
+    assert (steps, notes) == (3, ())
+    assert [samples for _, samples, _ in alone] == [4, 4, 3]
+    for world in (2, 5):
+        ranks = [found for _, _, found in on_ranks(world, _noisy, num_data_workers)]
+        for k in range(3):
+            assert list(chain.from_iterable(found[k][0] for found in ranks)) == alone[k][0]
+            assert {found[k][2] for found in ranks} == {alone[k][1]}
+
+
+def _selfish(own: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        list(open_batches(Task(), Selfish(), BatchPlan(4, rank=own, world=world)).iterate(0))
+    return str(raised.value)
+
+
+def test_a_stream_that_differs_between_workers_is_an_error_everywhere() -> None:
+    for message in on_ranks(2, _selfish):
+        assert "gives one worker other samples than another" in message
+        assert "a function of LoaderContext" in message
+
+
 class Shard:
     """What raycomp uses of a Ray Data shard."""
 
@@ -277,14 +327,15 @@ def test_ray_data_comes_in_batches() -> None:
 
 
 def _uneven_loaders(rank: int, world: int) -> list[tuple[int, int, float, int]]:
+    task = Task()
     sizes = [[3, 3, 2], [3]][rank]
 
     def loader(context: LoaderContext) -> Iterator[list[Tensor]]:
         return ([torch.zeros(size)] for size in sizes)
 
-    steps = open_batches(Task(), loader, BatchPlan(6, rank=rank, world=world)).iterate(0)
-    parts = [part for step in steps for part in step]
-    return [(part.share.samples, part.share.total, part.loss_weight, len(part.batch[0])) for part in parts]
+    steps = open_batches(task, loader, BatchPlan(6, rank=rank, world=world)).iterate(0)
+    parts = [(share, part) for step in steps for share, part in zip(weighted_shares(task, step), step, strict=True)]
+    return [(share.samples, share.total, share.loss_weight, len(part.batch[0])) for share, part in parts]
 
 
 def test_workers_whose_loaders_end_early_go_on_with_stand_ins() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import random_split
 
 from raycomp.core.reduction import rank
+from raycomp.pipeline.data import batches as batches_module
+from raycomp.pipeline.data.batches import BatchPlan, open_batches
 from tests.contracts import tiny
-from tests.contracts.training import Keeper, train
+from tests.contracts.training import Keeper, differing, train, weights_of
 from tests.pipeline.ranks import on_ranks
 
 Epochs = dict[int, list["Draw"]]
@@ -79,3 +85,66 @@ def drawn_on_a_rank(own: int, world: int) -> Any:
 def test_workers_drop_out_differently() -> None:
     first, second = on_ranks(2, drawn_on_a_rank)
     assert first[0][0].noise != second[0][0].noise
+
+
+class Careless(tiny.Tiny):
+    """Draws from all generators that need no name: in its model, its data, its augmentation and its steps."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        with torch.no_grad():
+            model.fc.bias.copy_(torch.tensor(numpy.random.randn(3)) + random.random())  # type: ignore[union-attr]
+        return model
+
+    def train_data(self) -> Any:
+        return random_split(super().train_data(), [40, 9])[0]
+
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        return sample[0] + float(numpy.random.rand()) + random.random(), sample[1]
+
+    def training_step(self, model: nn.Module, batch: Any) -> Tensor:
+        images, target = batch
+        noise = torch.tensor(numpy.random.randn(*images.shape), dtype=images.dtype)
+        return super().training_step(model, (images + noise * random.random(), target))
+
+
+def careless(disturb: int, resume: Path | None = None, keeper: Keeper | None = None) -> Any:
+    for seed in (numpy.random.seed, random.seed, torch.manual_seed):
+        seed(disturb)
+    raw = tiny.job(tiny.pruner(training_steps=4), tiny.quantizer(), steps=9)
+    raw["task"]["entrypoint"] = f"{__name__}:Careless"
+    return weights_of(train(raw, keeper, resume))
+
+
+def test_numpys_and_pythons_draws_are_the_jobs_too(tmp_path: Path) -> None:
+    expected = careless(1)
+    assert differing(careless(2), expected) == []
+    careless(3, keeper=Keeper(tmp_path, end_after=1))
+    assert differing(careless(4, resume=tmp_path), expected) == []
+
+
+class Loaded(tiny.Tiny):
+    """Augments, and collates, at random."""
+
+    def augment(self, sample: Any, generator: torch.Generator) -> Any:
+        return sample[0] * float(numpy.random.rand()) * random.random() * torch.rand(()), sample[1]
+
+    def collate(self, samples: list[Any]) -> Any:
+        images, target = super().collate(samples)
+        return images + float(numpy.random.rand()) * random.random() * torch.rand(()), target
+
+
+def first_batch(world: int, rank: int, num_data_workers: int = 0) -> Tensor:
+    task = Loaded()
+    plan = BatchPlan(16, 5, rank, world, num_data_workers=num_data_workers)
+    return next(iter(open_batches(task, task.train_data(), plan).iterate(3)))[0].batch[0]
+
+
+def test_loading_processes_draw_what_one_process_draws() -> None:
+    assert torch.equal(first_batch(1, 0), first_batch(1, 0, num_data_workers=2))
+
+
+def test_what_is_drawn_for_a_sample_is_the_same_on_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loaded, "collate", tiny.Tiny.collate)
+    monkeypatch.setattr(batches_module, "reduce_", lambda statistics: None)
+    assert torch.equal(torch.cat([first_batch(2, rank) for rank in range(2)]), first_batch(1, 0))

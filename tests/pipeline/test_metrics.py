@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from raycomp.core.model import evaluation_mode
 from raycomp.errors import TaskError
@@ -129,3 +129,29 @@ def test_inputs_take_the_type_that_is_asked_for() -> None:
             return {"double": torch.full((len(output),), float(output.dtype == torch.float64))}
 
     assert evaluate(Types(), Mode(), data(3), batch_size=3, dtype=torch.float64) == {"double": 1.0}
+
+
+class Numbered(IterableDataset[Any]):
+    """0 to 10, each with its double."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((torch.tensor([float(k)]), torch.tensor(0)) for k in range(11))
+
+
+class Sums(Task):
+    """Its metric is the sample itself."""
+
+    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        return {"value": batch[0][:, 0].double()}
+
+
+def _streamed(rank: int, world: int, batch_size: int, most: int | None) -> dict[str, float]:
+    return evaluate(
+        Sums(), nn.Linear(1, 2), Numbered(), batch_size=batch_size, max_samples=most, rank=rank, world=world
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "most", "mean"), [(2, None, 5.0), (3, 4, 1.5), (1, 1, 0.0)])
+def test_every_sample_of_a_stream_counts_once(batch_size: int, most: int | None, mean: float) -> None:
+    assert _streamed(0, 1, batch_size, most) == {"value": mean}
+    assert on_ranks(3, _streamed, batch_size, most) == [{"value": mean}] * 3

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raycomp.core.chain import Chain
 from raycomp.errors import ConfigError
@@ -203,3 +204,19 @@ def test_a_quantizer_between_does_not_lead() -> None:
     follower = L1NormPruner.from_compressor(quantizer, [following("norm", "conv", target_names=["weight"])])
     follower.chain.begin()
     assert follower.get_masks()["norm"]["weight"].tolist() == KEPT
+
+
+def test_a_moving_average_of_the_model_made_at_the_beginning_is_masked() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    entries = [
+        {"op_names": ["0"], "sparse_ratio": 0.5},
+        {"op_names": ["1"], "target_names": ["_output_0"], "align": {"module_name": "0", "target_name": "weight"}},
+    ]
+    pruner = L1NormPruner(model, entries)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+    averaged.update_parameters(model)
+    pruner.compress()
+    averaged.update_parameters(model)
+    value = torch.randn(3, 4)
+    assert torch.equal(averaged(value), model(value))
+    assert int((averaged.module[1](torch.ones(1, 6)) == 0).sum()) == 3  # type: ignore[union-attr, operator, index]

@@ -12,7 +12,6 @@ from raycomp.core.chain import Chain
 from raycomp.core.layout import Layout, layout_of
 from raycomp.core.moments import RunContext
 from raycomp.core.target import TargetId
-from raycomp.errors import ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner
 from raycomp.quantization import PtqQuantizer, QATQuantizer
 
@@ -230,12 +229,6 @@ def test_scales_by_output_channel(quantizer: type, name: str, axis: int) -> None
     assert list(found["scale"].shape) == shape
     assert found["scale"].flatten().tolist() == pytest.approx([norm / 127 for norm in NORMS], rel=1e-6)
     assert torch.allclose(model[0].weight, fresh(name, NORMS).weight, rtol=1e-6)
-
-
-def test_scales_by_output_channel_of_a_grouped_transposed_convolution_are_refused() -> None:
-    model = nn.Sequential(fresh("ConvTranspose1d in groups", NORMS))
-    with pytest.raises(ConfigError, match=r"the output channels of 0.weight, a grouped transposed .* no one dimension"):
-        QATQuantizer(model, [{"op_names": ["0"], "target_names": ["weight"], "granularity": "out_channel"}])
 
 
 @pytest.mark.parametrize(

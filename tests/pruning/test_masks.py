@@ -17,7 +17,7 @@ def request(key: str, saliency: list[Any], elements: int = 1, **settings: Any) -
 
 
 def kept(*requests: MaskRequest) -> list[list[int]]:
-    return [mask.int().tolist() for mask in make_masks(requests).values()]
+    return [mask.int().tolist() for mask in make_masks(requests).masks.values()]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,8 @@ def test_a_threshold_keeps_what_reaches_it() -> None:
     [
         ({"sparse_threshold": 6, "max_sparse_ratio": 0.2}, 3),
         ({"sparse_threshold": 6, "min_sparse_ratio": 0.5}, 8),
-        ({"sparse_threshold": 100}, 16),
+        ({"sparse_threshold": 100}, 15),
+        ({"sparse_threshold": 100, "max_sparse_ratio": 1.0}, 16),
         ({"sparse_ratio": 0.5, "max_sparse_ratio": 0.25}, 4),
         ({"sparse_ratio": 0.25, "min_sparse_ratio": 0.5}, 8),
         ({"sparse_ratio": 0.5, "max_sparse_ratio": 0.25, "global_group_id": "g"}, 4),
@@ -80,7 +81,7 @@ def test_a_global_group_never_takes_a_layer_beyond_its_clamp() -> None:
 
 def test_ties_in_a_global_group_go_by_config_order_then_index() -> None:
     group = {"sparse_ratio": 0.5, "global_group_id": "g"}
-    assert kept(request("b", [1, 1, 1], **group), request("a", [1, 1, 1], **group)) == [[0, 0, 0], [1, 1, 1]]
+    assert kept(request("b", [1, 1, 2], **group), request("a", [1, 1, 2], **group)) == [[0, 0, 1], [0, 1, 1]]
 
 
 def test_unequal_ratios_in_a_global_group_are_refused() -> None:
@@ -125,7 +126,7 @@ def test_members_of_a_dependency_group_need_equal_shapes_and_ratios() -> None:
 
 def test_a_convolutions_channels_can_go_with_a_linear_layers() -> None:
     group = {"sparse_ratio": 0.5, "dependency_group_id": "d"}
-    masks = make_masks([request("conv", [[[[1]]], [[[5]]]], **group), request("fc", [[1], [5]], **group)])
+    masks = make_masks([request("conv", [[[[1]]], [[[5]]]], **group), request("fc", [[1], [5]], **group)]).masks
     assert [tuple(mask.shape) for mask in masks.values()] == [(2, 1, 1, 1), (2, 1)]
     assert [mask.flatten().tolist() for mask in masks.values()] == [[False, True]] * 2
 
@@ -140,7 +141,7 @@ def test_a_dependency_group_stands_in_a_global_group_as_one() -> None:
 
 def schedule(fraction: float, saliency: list[float], pruned: Tensor | None, **settings: Any) -> Tensor:
     item = MaskRequest("a", torch.tensor(saliency), 1, PruneTarget(**settings), fraction, pruned)
-    return make_masks([item])["a"]
+    return make_masks([item]).masks["a"]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,60 @@ def test_what_a_global_group_pruned_stays_though_a_clamp_takes_the_budget() -> N
     pruned = torch.tensor([True, True, True, False])
     requests = [
         MaskRequest("a", torch.ones(4), 1, PruneTarget(**shared), 1.0, pruned),
-        MaskRequest("b", torch.ones(4), 1, PruneTarget(min_sparse_ratio=0.75, **shared), 1.0, None),
+        MaskRequest("b", torch.arange(4.0), 1, PruneTarget(min_sparse_ratio=0.75, **shared), 1.0, None),
     ]
-    assert [mask.int().tolist() for mask in make_masks(requests).values()] == [[0, 0, 0, 1], [0, 0, 0, 1]]
+    assert [mask.int().tolist() for mask in make_masks(requests).masks.values()] == [[0, 0, 0, 1], [0, 0, 0, 1]]
+
+
+WHOLE = "b: all of it would be masked, so a block stays (unless max_sparse_ratio: 1)"
+
+
+def test_a_global_group_leaves_every_target_a_block_and_says_so() -> None:
+    group = {"sparse_ratio": 0.5, "global_group_id": "g"}
+    masks, notes = make_masks([request("a", [5, 6, 7, 8], **group), request("b", [1, 2], **group)])
+    assert [mask.int().tolist() for mask in masks.values()] == [[0, 0, 1, 1], [0, 1]]
+    assert notes == (WHOLE,)
+    masks, notes = make_masks([request("a", [5, 6, 7, 8], **group), request("b", [1, 2], max_sparse_ratio=1, **group)])
+    assert [mask.int().tolist() for mask in masks.values()] == [[0, 1, 1, 1], [0, 0]]
+    assert notes == ()
+
+
+def test_a_target_whose_goal_leaves_one_block_is_none_of_these() -> None:
+    group = {"sparse_ratio": 0.5, "global_group_id": "g"}
+    _, notes = make_masks([request("a", [5, 6], **group), request("b", [1, 9], **group)])
+    assert notes == ()
+
+
+def test_a_threshold_above_all_leaves_a_block_and_says_so() -> None:
+    masks, notes = make_masks([request("b", [1, 2, 3], sparse_threshold=9)])
+    assert (masks["b"].int().tolist(), notes) == ([0, 0, 1], (WHOLE,))
+    masks, notes = make_masks([request("b", [1, 2, 3], sparse_threshold=9, max_sparse_ratio=1)])
+    assert (masks["b"].int().tolist(), notes) == ([0, 0, 0], ())
+
+
+CONSTANT = "a: all saliencies are the same, so nothing of it is masked"
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_blocks_of_one_saliency_are_not_pruned_by_their_index(value: float) -> None:
+    masks, notes = make_masks([request("a", [value] * 4, sparse_ratio=0.5), request("b", [1, 2], sparse_ratio=0.5)])
+    assert [mask.int().tolist() for mask in masks.values()] == [[1, 1, 1, 1], [0, 1]]
+    assert notes == (CONSTANT,)
+
+
+def test_a_constant_target_is_as_if_outside_of_its_global_group() -> None:
+    group = {"sparse_ratio": 0.5, "global_group_id": "g"}
+    masks, notes = make_masks([request("a", [0] * 4, **group), request("c", [1, 2, 3, 4], **group)])
+    assert [mask.int().tolist() for mask in masks.values()] == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert notes == (CONSTANT,)
+
+
+def test_a_threshold_says_of_equal_saliencies_what_goes() -> None:
+    masks, notes = make_masks([request("a", [1, 1, 1], sparse_threshold=0.5)])
+    assert (masks["a"].all(), notes) == (True, ())
+
+
+def test_what_is_left_of_a_target_may_be_constant_once_the_goal_is_reached() -> None:
+    gone = torch.tensor([True, True, False, False])
+    masks, notes = make_masks([MaskRequest("a", torch.ones(4), 1, PruneTarget(sparse_ratio=0.5), 1.0, gone)])
+    assert (masks["a"].int().tolist(), notes) == ([0, 0, 1, 1], ())

@@ -34,8 +34,16 @@ def reference(requests: list[MaskRequest]) -> dict[Any, numpy.ndarray]:
         steps = numpy.take_along_axis(values, order, 1).mean(0)
         ranked.append((members, order, steps, blocks * sum(member.elements for member in members)))
     counts = [count_alone(members, steps) for members, _, steps, _ in ranked]
+    constant = [is_constant(members, steps, count) for (members, _, steps, _), count in zip(ranked, counts)]
+    counts = [gone(item[2]) if flat else count for item, flat, count in zip(ranked, constant, counts)]
     for group in {members[0].settings.global_group_id for members, *_ in ranked} - {None}:
-        where = [index for index, item in enumerate(ranked) if item[0][0].settings.global_group_id == group]
+        where = [
+            index
+            for index, item in enumerate(ranked)
+            if item[0][0].settings.global_group_id == group and not constant[index]
+        ]
+        if not where:
+            continue
         for index, count in zip(where, counts_together([ranked[index] for index in where])):
             counts[index] = count
     found = {}
@@ -53,12 +61,23 @@ def pinned(member: MaskRequest) -> numpy.ndarray:
     return values
 
 
+def gone(steps: numpy.ndarray) -> int:
+    return int((steps == -numpy.inf).sum())
+
+
+def is_constant(members: list[MaskRequest], steps: numpy.ndarray, count: int) -> bool:
+    """Whether a ratio would choose among several blocks that are all alike."""
+    settings, alive = members[0].settings, steps[steps > -numpy.inf]
+    chooses = settings.global_group_id is not None or count > gone(steps)
+    return settings.sparse_threshold is None and chooses and len(alive) > 1 and len(set(alive.tolist())) == 1
+
+
 def clamps(members: list[MaskRequest], steps: numpy.ndarray) -> tuple[int, int]:
-    gone = int((steps == -numpy.inf).sum())
     least_ratio = max(member.settings.min_sparse_ratio or 0.0 for member in members)
     most = [member.settings.max_sparse_ratio for member in members if member.settings.max_sparse_ratio is not None]
     fraction = members[0].fraction
-    return max(part(len(steps), least_ratio * fraction), gone), max(part(len(steps), min(most, default=1.0)), gone)
+    upper = min(part(len(steps), min(most, default=1.0)), len(steps) - (1.0 not in most))
+    return max(part(len(steps), least_ratio * fraction), gone(steps)), max(upper, gone(steps))
 
 
 def count_alone(members: list[MaskRequest], steps: numpy.ndarray) -> int:
@@ -105,7 +124,7 @@ def random_requests(generator: numpy.random.Generator) -> list[MaskRequest]:
         if generator.random() < 0.3:
             keys["min_sparse_ratio"] = float(generator.choice([0.1, 0.3]))
         if generator.random() < 0.3:
-            keys["max_sparse_ratio"] = float(generator.choice([0.5, 0.8]))
+            keys["max_sparse_ratio"] = float(generator.choice([0.5, 0.8, 1.0]))
         if mode in ("dependency", "both") and index < max(count - 1, 1):
             keys["dependency_group_id"] = "d"
             if blocks > 1:
@@ -135,7 +154,7 @@ def test_masks_are_those_of_sorting_everything(seed: int) -> None:
     for _ in range(CASES // 8):
         requests = random_requests(generator)
         expected = reference(requests)
-        found = make_masks(requests)
+        found = make_masks(requests).masks
         assert list(found) == list(expected)
         for key, mask in found.items():
             assert mask.numpy().tolist() == expected[key].tolist(), requests
@@ -168,7 +187,7 @@ def test_one_large_target_is_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None
         {"sparse_threshold": 0.3},
         {"sparse_ratio": 0.3, "dependency_group_id": "d"},
     ):
-        (mask,) = make_masks([MaskRequest("a", saliency, 1, PruneTarget(**settings))]).values()
+        (mask,) = make_masks([MaskRequest("a", saliency, 1, PruneTarget(**settings))]).masks.values()
         assert float(saliency[~mask].max()) < float(saliency[mask].min())
         assert 0 < int((~mask).sum()) < len(saliency)
 

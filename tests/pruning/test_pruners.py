@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raycomp import TorchEvaluator
 from raycomp.core.attach import is_wrapped
-from raycomp.errors import CompressionError, ConfigError
+from raycomp.errors import CompressionError, ConfigError, NotFiniteError
 from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
 
 
@@ -171,16 +172,12 @@ def test_a_schedule_takes_a_basic_pruner_alone() -> None:
         LinearPruner(inner, 2, 2)  # type: ignore[arg-type]
 
 
-def test_a_diverged_training_is_told() -> None:
+def test_weights_that_are_not_finite_are_not_ranked() -> None:
     model = Net()
-    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], training_steps=1)
-    original = model.fc1.parametrizations.weight.original
-
-    def diverge(step: int) -> None:
-        original.grad = torch.full((4, 4), torch.nan)
-
-    with pytest.raises(CompressionError, match=r"fc1.weight: the saliency is not finite"):
-        masks_while_training(pruner, model, 1, diverge)
+    with torch.no_grad():
+        model.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"the saliency of fc1\.weight is not finite"):
+        L1NormPruner(model, [fc1(sparse_ratio=0.5)]).compress()
 
 
 def test_groups_that_do_not_fit_are_refused() -> None:
@@ -274,3 +271,47 @@ def test_wrapping_puts_every_target_back_once(wraps: Callable[[Any], Any]) -> No
 def test_saliencies_add_up_at_least_in_float32(weights: torch.dtype, sums: torch.dtype) -> None:
     pruner = TaylorPruner(Net().to(weights), [fc1(sparse_ratio=0.5)], training_steps=1)
     assert {statistic.tensor.dtype for statistic in pruner.statistics()} == {sums}
+
+
+def train_alone(model: nn.Module, frozen: str = "") -> TorchEvaluator:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+
+    def train(model: Any, optimizer: Any, step: Any, schedulers: Any, max_steps: int, max_epochs: Any) -> None:
+        for number in range(max_steps):
+            optimizer.zero_grad()
+            step(torch.randn(8, 4, generator=torch.Generator().manual_seed(number)), model).backward()
+            optimizer.step()
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return TorchEvaluator(train, torch.optim.SGD(trained, 0.01), lambda batch, model: model(batch).square().mean())
+
+
+def test_a_frozen_layer_is_told_and_left_whole() -> None:
+    """Its gradients are 0 everywhere, so nothing says which channels matter."""
+    model = Net()
+    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], train_alone(model, "fc1"), training_steps=2)
+    with pytest.warns(UserWarning, match=r"TaylorPruner: fc1\.weight: all saliencies are the same"):
+        _, masks = pruner.compress()
+    assert bool(masks["fc1"]["weight"].all()) and bool(masks["fc1"]["bias"].all())
+
+
+def test_compressing_again_asks_how_long() -> None:
+    model = Net()
+    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], train_alone(model), training_steps=2)
+    pruner.compress()
+    with pytest.raises(CompressionError, match=r"has trained already, 2 steps \(to train on, say how long"):
+        pruner.compress()
+    pruner.compress(max_steps=3)
+    assert pruner.chain.step == 5
+
+
+def test_compressing_again_trains_what_is_left_until_the_last_decision() -> None:
+    model = Net()
+    pruner = TaylorPruner(model, [fc1(sparse_ratio=0.5)], train_alone(model), training_steps=4)
+    with pytest.warns(UserWarning, match="the goal is not reached"):
+        pruner.compress(max_steps=3)
+    assert bool(pruner.get_masks()["fc1"]["weight"].all())
+    pruner.compress()
+    assert pruner.chain.step == 4
+    assert int((pruner.get_masks()["fc1"]["bias"] == 0).sum()) == 2

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raycomp.core.chain import Chain
 from raycomp.core.reduction import reduce_
-from raycomp.errors import CompressionError, ConfigError
+from raycomp.errors import CompressionError, ConfigError, FoldError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
 from raycomp.quantization.fold import fold_factor
@@ -139,8 +140,8 @@ def test_in_evaluation_the_folded_weight_is_what_is_quantized() -> None:
     integers = (product / found["scale"]).round().clamp(-127, 127)
     bias = (model.conv.bias - model.norm.running_mean) * factor + model.norm.bias
     expected = functional.relu(functional.conv2d(images(), integers * found["scale"], bias))
-    assert torch.allclose(model.conv(images()), expected, atol=1e-5)
-    assert torch.equal(model.relu(model.norm(expected)), expected)
+    assert torch.allclose(model.conv(images()).value, expected, atol=1e-5)
+    assert torch.equal(model.relu(model.norm(model.conv(images()))), model.conv(images()).value)
 
 
 def test_outputs_are_watched_behind_the_whole_and_hosted_modules_have_no_targets() -> None:
@@ -180,7 +181,7 @@ def test_masked_channels_of_a_folded_pair_are_exactly_zero() -> None:
     quantizer = QATQuantizer.from_compressor(pruner, [{"op_names": ["conv"], "fuse_names": FUSED[:1]}])
     train(quantizer, 3)
     kept = pruner.get_masks()["conv"]["bias"]
-    output = model.eval()(images()), model.conv(images())
+    output = model.eval()(images()), model.conv(images()).value
     assert kept.sum() == 2
     assert bool((output[1][:, kept == 0] == 0).all())
     simulated = output[0]
@@ -269,3 +270,102 @@ def merged_range_on_a_rank(own: int, world: int) -> list[float]:
 
 def test_workers_whose_norms_saw_other_batches_agree_on_the_range() -> None:
     assert on_ranks(2, merged_range_on_a_rank) == [[-2, 6]] * 2
+
+
+class Block(nn.Module):
+    """The usual block of a ResNet, whose one ReLU runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.b1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.c2, self.b2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+
+    def forward(self, value: Tensor) -> Tensor:
+        inner = self.relu(self.b1(self.c1(value)))
+        return self.relu(self.b2(self.c2(inner)) + value)
+
+
+def block_and_images() -> tuple[Block, Tensor]:
+    torch.manual_seed(1)
+    block = Block().eval()
+    for norm in (block.b1, block.b2):
+        norm.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr, operator]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+    return block, torch.randn(4, 3, 6, 6)
+
+
+def fused_block(block: nn.Module, *folds: tuple[str, ...], example: Any = None) -> QATQuantizer:
+    config = [{"op_types": ["Conv2d"], "target_names": ["weight"], "fuse_names": list(folds)}]
+    return QATQuantizer(Chain(block, example), config, quant_start_step=NEVER)
+
+
+@pytest.mark.parametrize(
+    "folds",
+    [
+        [("c1", "b1", "relu"), ("c2", "b2")],
+        [("c1", "b1", "relu")],
+        [("c1", "b1"), ("c2", "b2")],
+    ],
+)
+def test_the_call_of_an_activation_that_is_not_folded_stays(folds: list[tuple[str, ...]]) -> None:
+    block, images = block_and_images()
+    expected = block(images)
+    fused_block(block, *folds, example=images).rehearse()
+    assert torch.allclose(block.eval()(images), expected, atol=1e-6)
+    assert block(images).min() == 0
+
+
+def test_one_activation_may_stand_behind_two_hosts() -> None:
+    class Two(Block):
+        def forward(self, value: Tensor) -> Tensor:
+            return self.relu(self.b2(self.c2(self.relu(self.b1(self.c1(value))))))
+
+    torch.manual_seed(1)
+    model, images = Two().eval(), torch.randn(4, 3, 6, 6)
+    expected = model(images)
+    quantizer = fused_block(model, ("c1", "b1", "relu"), ("c2", "b2", "relu"))
+    assert torch.allclose(model(images), expected, atol=1e-6)
+    quantizer.unwrap_model()
+    assert type(model.relu) is nn.ReLU and "raycomp" not in str(vars(model.relu))
+
+
+class Crooked(Block):
+    """Something else, too, uses what comes from the first convolution."""
+
+    def __init__(self, use: Any) -> None:
+        super().__init__()
+        self.use = use
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.use(self, self.c1(value))
+
+
+CROOKED = {
+    "a sum": lambda self, inner: self.relu(self.b1(inner)) + inner,
+    "a sum from the left": lambda self, inner: inner + self.relu(self.b1(inner)),
+    "a function": lambda self, inner: self.relu(self.b1(functional.dropout(inner))),
+    "a method": lambda self, inner: self.relu(self.b1(inner.contiguous())),
+    "another layer": lambda self, inner: self.relu(self.b1(self.c2(inner))),
+    "the norm left out": lambda self, inner: self.relu(inner),
+    "a concatenation": lambda self, inner: torch.cat([self.relu(self.b1(inner)), inner]),
+    "an index": lambda self, inner: self.relu(self.b1(inner))[:1] * inner[:1],
+}
+
+
+@pytest.mark.parametrize("use", CROOKED.values(), ids=list(CROOKED))
+def test_members_that_are_not_each_others_alone_are_refused(use: Any) -> None:
+    block, images = Crooked(use).eval(), torch.randn(2, 3, 6, 6)
+    quantizer = fused_block(block, ("c2", "b2"), ("c1", "b1", "relu"), example=images)
+    with pytest.raises(ConfigError, match=r"config_list\[0\]\.fuse_names: c1 \+ b1 \+ relu are fused, and"):
+        quantizer.rehearse()
+    with pytest.raises(FoldError, match=r"c1 \+ b1 \+ relu are fused, and .* uses what c1 gives"):
+        block(images)
+
+
+def test_a_host_that_the_model_gives_away_is_told() -> None:
+    block, images = Block(), torch.randn(2, 3, 6, 6)
+    fused_block(block, ("c1", "b1"))
+    with pytest.raises(FoldError, match=r"c1 \+ b1 are fused, and square uses what c1 gives"):
+        torch.square(block.c1(images))
+    assert block.c1(images).shape == (2, 3, 6, 6)

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from raycomp.core.batch_share import BatchShare, use_share
+from raycomp.core.chain import Chain
 from raycomp.core.moments import RunContext
+from raycomp.core.target import TargetId
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import QATQuantizer
@@ -66,7 +69,8 @@ def test_the_golden_scales_of_a_weight(dtype: str, scheme: str, scale: float, ze
 
 def test_an_inputs_maximum_is_a_moving_average() -> None:
     quantizer = quantized(linear(), target_names=["_input_"])
-    train(quantizer, torch.tensor([[1.0, -0.5]]), torch.tensor([[2.0, -0.5]]))
+    # What the first step saw, unquantized, has no part in it.
+    train(quantizer, torch.tensor([[9.0, -9.0]]), torch.tensor([[1.0, -0.5]]), torch.tensor([[2.0, -0.5]]))
     found = quantizer.get_calibration_config()["0"]["_input_0"]
     assert float(found["tracked_max"]) == pytest.approx(1.01, rel=1e-6)
     assert float(found["tracked_min"]) == pytest.approx(-0.5, rel=1e-6)
@@ -108,10 +112,36 @@ def test_before_its_start_step_it_watches_and_changes_nothing() -> None:
     exact = [torch.equal(output, plain(batch)) for output, batch in zip(outputs, batches, strict=True)]
     assert exact == [True, True, True, False, False]
     tracked = float(quantizer.get_calibration_config()["0"]["_input_0"]["tracked_max"])
-    expected = 0.7
-    for step in range(1, 5):
-        expected = 0.99 * expected + 0.01 * 0.7 * (step + 1)
-    assert tracked == pytest.approx(expected, rel=1e-5)
+    # The average begins with the fourth batch, the first that was quantized.
+    assert tracked == pytest.approx(0.99 * 0.7 * 4 + 0.01 * 0.7 * 5, rel=1e-5)
+
+
+def test_until_a_quantized_step_has_passed_the_average_of_the_others_serves() -> None:
+    quantizer = QATQuantizer(linear(), [{"op_types": ["Linear"], "target_names": ["_input_"]}], quant_start_step=2)
+    tracked = []
+    for value in (1.0, 2.0, 5.0, 7.0):
+        train(quantizer, torch.tensor([[value, 0.0]]))
+        tracked.append(float(quantizer.quantizers[TargetId("0", "_input_0")].tracked_max))
+    assert tracked == pytest.approx([1.0, 1.01, 5.0, 5.02], rel=1e-6)
+
+
+def test_a_range_is_that_of_observing_in_the_quantized_forward_pass() -> None:
+    """The second of two layers is given what the first rounds: the average of 24 steps is near what they give it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    entries = [
+        {"op_names": ["0"], "target_names": ["_output_"], "quant_dtype": "uint2"},
+        {"op_names": ["1"], "target_names": ["_input_"]},
+    ]
+    quantizer = QATQuantizer(model, entries)
+    batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) for step in range(24)]
+    seen: list[float] = []
+    model[1].register_forward_pre_hook(lambda _, args: seen.append(float(args[0].detach().max())), prepend=True)
+    train(quantizer, *batches)
+    expected = seen[1]
+    for value in seen[2:]:
+        expected = 0.99 * expected + 0.01 * value
+    assert float(quantizer.quantizers[TargetId("1", "_input_0")].tracked_max) == pytest.approx(expected, rel=1e-5)
 
 
 def test_there_is_no_calibration_of_what_is_not_quantized_yet() -> None:
@@ -165,7 +195,7 @@ def test_bfloat16_activations_are_averaged_in_float32() -> None:
     model = linear()
     quantizer = quantized(model, target_names=["_output_"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = train(quantizer, torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]]))
+        outputs = train(quantizer, torch.ones(1, 2), torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]]))
     found = quantizer.get_calibration_config()["0"]["_output_0"]["tracked_max"]
     assert outputs[0].dtype == torch.bfloat16
     assert found.dtype == torch.float32
@@ -209,6 +239,37 @@ def test_a_reloaded_state_quantizes_as_the_saved_one() -> None:
     assert torch.equal(fresh.model.eval()(value), quantizer.model.eval()(value))
     copied = copy.deepcopy(quantizer.model)
     assert torch.equal(copied(value), quantizer.model(value))
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_a_moving_average_of_the_model_made_at_the_beginning_quantizes(use_buffers: bool) -> None:
+    """It takes over tensors alone: whether and how it rounds must be among them."""
+    settings = {"weight": {"granularity": "out_channel"}, "_input_": {"granularity": "per_channel"}}
+    model = linear()
+    quantizer = QATQuantizer(Chain(model, torch.ones(1, 2)), [{"op_types": ["Linear"], "target_settings": settings}])
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.0), use_buffers=use_buffers)
+    averaged.update_parameters(model)
+    train(quantizer, *[torch.tensor([[1.0, 2.0]]) for _ in range(3)])
+    averaged.update_parameters(model)
+    value = torch.randn(5, 2)
+    assert torch.equal(averaged.eval()(value), model.eval()(value))
+    assert not torch.equal(averaged(value), linear()(value))
+
+
+def test_whether_it_rounds_is_read_again_where_it_was_written() -> None:
+    quantizer = quantized(linear(), target_names=["weight"])
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    module = quantizer.quantizers[TargetId("0", "weight")]
+    assert module.active
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    module.reset()
+    assert not module.active
+    module.load_state_dict(state, assign=True)
+    assert module.active and copy.deepcopy(module).active
+    module.enabled.fill_(False)
+    assert not module.active
+    with torch.inference_mode():
+        assert copy.deepcopy(module).active is False
 
 
 def test_a_stored_calibration_can_be_taken_over() -> None:
@@ -263,6 +324,7 @@ def test_blocks_are_no_granularity_of_scales() -> None:
         (nn.ConvTranspose2d(2, 3, 1), "out_channel", 1),
         (nn.ConvTranspose2d(2, 3, 1), "in_channel", 0),
         (nn.ConvTranspose2d(2, 3, 1), "default", None),
+        (nn.ConvTranspose2d(2, 3, 1), "per_channel", 1),
     ],
 )
 def test_a_weights_scales_lie_along_its_channels(layer: nn.Module, granularity: str, axis: int | None) -> None:
@@ -281,3 +343,61 @@ def test_each_channel_of_an_input_has_its_own_range() -> None:
     train(quantizer, torch.tensor([[1.0, -2.0], [3.0, 5.0]]))
     found = quantizer.get_calibration_config()["0"]["_input_0"]
     assert (found["axis"], found["tracked_min"].tolist(), found["tracked_max"].tolist()) == (1, [[1, -2]], [[3, 5]])
+
+
+def test_a_grouped_transposed_convolutions_output_channels_have_a_scale_each() -> None:
+    """Six output channels in two groups; the k-th is scaled by 2^-k, so all lose the same to rounding."""
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 2, groups=2)
+    magnitude = 2.0 ** -torch.arange(6)
+    with torch.no_grad():
+        layer.weight.view(2, 2, 3, 2, 2).mul_(magnitude.view(2, 1, 3, 1, 1))
+    weight = layer.weight.detach().clone()
+    entry = {"op_names": ["0"], "target_names": ["weight"], "granularity": "out_channel"}
+    quantizer = QATQuantizer(nn.Sequential(layer), [entry])
+    quantizer.set_parameter_ranges(active=True)
+    found = quantizer.get_calibration_config()["0"]["weight"]
+    per_channel = weight.view(2, 2, 3, 4).abs().amax((1, 3))
+    assert torch.allclose(found["scale"].view(2, 2, 3), per_channel.view(2, 1, 3).expand(2, 2, 3) / 127)
+    error = (layer.weight - weight).view(2, 2, 3, 4).abs().amax((1, 3)) / per_channel
+    assert 0 < float(error.max()) <= 0.5 / 127 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("layer", "target", "granularity", "message"),
+    [
+        (nn.Linear(2, 2), "_input_", "out_channel", "0._input_0 is an input, which has no out_channels"),
+        (nn.Linear(2, 2), "_output_", "in_channel", "0._output_0 is an output, which has no in_channels"),
+        (nn.Linear(2, 2), "bias", "in_channel", "0.bias has no input channels of its own"),
+        (nn.ConvTranspose2d(2, 2, 1, groups=2), "weight", "in_channel", "0.weight has no input channels of its own"),
+        (nn.GELU(), "_output_", "per_channel", "which dimension of 0._output_0 holds its channels isn't known"),
+    ],
+)
+def test_a_granularity_that_names_no_channels_is_refused(
+    layer: nn.Module, target: str, granularity: str, message: str
+) -> None:
+    entry = {"op_names": ["0"], "target_names": [target], "granularity": granularity}
+    with pytest.raises(ConfigError) as raised:
+        QATQuantizer(nn.Sequential(layer), [entry])
+    assert str(raised.value).startswith(f"config_list[0].granularity: {message}")
+
+
+@pytest.mark.parametrize(
+    ("layer", "target", "granularity", "shape"),
+    [
+        (nn.Linear(2, 3), "bias", "out_channel", [3]),
+        (nn.Conv2d(2, 3, 1), "bias", "per_channel", [3]),
+        (nn.Conv2d(2, 3, 1), "_input_", "in_channel", [1, 2, 1, 1]),
+        (nn.Conv2d(2, 3, 1), "_output_", "out_channel", [1, 3, 1, 1]),
+        (nn.Linear(2, 3), "_output_", "out_channel", [1, 1, 3]),
+    ],
+)
+def test_a_granularity_of_values_and_biases_names_their_channels(
+    layer: nn.Module, target: str, granularity: str, shape: list[int]
+) -> None:
+    entry = {"op_names": ["0"], "target_names": [target], "granularity": granularity}
+    model = nn.Sequential(layer)
+    quantizer = QATQuantizer(model, [entry])
+    train(quantizer, torch.randn(4, 2, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(4, 5, 2))
+    (found,) = quantizer.get_calibration_config()["0"].values()
+    assert list(found["scale"].shape) == shape

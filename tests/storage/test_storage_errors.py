@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
+import os
+import pickle
 import socket
 import threading
 import time
@@ -13,6 +16,7 @@ import pytest
 
 from raycomp.errors import StorageError
 from raycomp.storage import Store, open_artifact, open_store, publish, s3
+from raycomp.storage.explain import explain
 from tests.conftest import ObjectStore
 
 ACTIONS: dict[str, Callable[[Store], object]] = {
@@ -238,3 +242,86 @@ def test_a_create_gives_up_after_three_attempts(flaky: _Server) -> None:
     store = open_store("s3://bucket/x", f"http://127.0.0.1:{flaky.server_address[1]}")
     assert "500" in error_of(lambda: store.create_bytes("claim", b"ours")).message
     assert flaky.statuses == [200]
+
+
+def test_a_mounted_file_of_credentials_serves(
+    object_store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a cluster's nodes need no keys in their environment, where Ray would show them."""
+    file = tmp_path / "credentials"
+    keys = f"aws_access_key_id = {object_store.access_key}\naws_secret_access_key = {object_store.secret_key}\n"
+    file.write_text(f"[default]\naws_access_key_id = other\naws_secret_access_key = wrong\n[models]\n{keys}")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_PROFILE", "models")
+    store = open_store(object_store.uri(), object_store.endpoint)
+    store.check()
+    assert store.create_bytes("claim", b"first") and not store.create_bytes("claim", b"second")
+    assert store.read_bytes("claim") == b"first"
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_store_that_is_away_for_a_while_is_waited_for(closed_port: str) -> None:
+    """Longer than other requests wait; a run's stores are patient, also in the workers that they are sent to."""
+    store = open_store("s3://bucket/x", closed_port)
+    patient = pickle.loads(pickle.dumps(store.patient()))
+    server: list[_Server] = []
+
+    def come_back() -> None:
+        server.append(_Server(("127.0.0.1", int(closed_port.rpartition(":")[2])), _Replies))
+        server[0].serve_forever(poll_interval=0.02)
+
+    back = threading.Timer(4, come_back)
+    back.start()
+    try:
+        assert "nothing answers there" in error_of(lambda: store.read_bytes("file")).message
+        assert patient.read_bytes("file") == _Server.stored
+    finally:
+        back.join(0)
+        server[0].shutdown()
+        back.join()
+        server[0].server_close()
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_store_on_its_way_to_a_worker_holds_no_secret() -> None:
+    store = open_store("s3://bucket/x", "http://127.0.0.1:1")
+    for travelling in (store, store.filesystem):
+        assert b"secret" not in pickle.dumps(travelling).replace(b"secret_key", b"")
+
+
+def _os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionRefusedError("refused"), "the store can't be reached"),
+        (TimeoutError("timed out"), "the store can't be reached"),
+        (OSError("When writing: AWS Error SLOW_DOWN during PutObject operation"), "fewer requests"),
+        (OSError("When writing: AWS Error INTERNAL_FAILURE during PutObject operation"), "out of order"),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7"), "nothing answers there"),
+        (_os_error(errno.EIO), "Input/output error"),
+        (_os_error(errno.ESTALE), "Stale file handle"),
+    ],
+)
+def test_what_may_pass_is_told_as_passing(error: OSError, told: str) -> None:
+    explained = explain(error, "here")
+    assert explained.passing and told in explained.message
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (_os_error(errno.ENOSPC), "the disk is full"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), "disk is full"),
+        (_os_error(errno.EDQUOT), "the disk quota is used up"),
+        (_os_error(errno.EROFS), "the file system is read-only"),
+        (_os_error(errno.EACCES), "permission denied"),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation"), "denies access"),
+        (OSError("AWS Error NO_SUCH_BUCKET during PutObject operation"), "no such bucket"),
+    ],
+)
+def test_what_will_not_pass_is_told_as_final(error: OSError, told: str) -> None:
+    explained = explain(error, "here")
+    assert not explained.passing and told in explained.message

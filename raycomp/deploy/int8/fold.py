@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from raycomp.core.attach import TargetSpace
+from raycomp.core.folding import fold_calls
 from raycomp.errors import SpeedupError
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def fold_(model: nn.Module, folds: Sequence[Sequence[str]]) -> None:
-    """Fold in place: each tuple's first module takes over the work of the others, which become identities.
+def fold_(space: TargetSpace, folds: Sequence[Sequence[str]]) -> None:
+    """Fold in place: each tuple's first module takes over the work of the others, which pass on what it gives.
 
     A batch norm behind a convolution or linear layer goes into its weight and bias, with the running statistics; any
     other module behind the host is applied to the host's output (before the output is quantized).
@@ -25,32 +27,25 @@ def fold_(model: nn.Module, folds: Sequence[Sequence[str]]) -> None:
         SpeedupError: an unknown module, a batch norm without running statistics, or a host that cannot hold it.
     """
     for fold in folds:
-        host = _module(model, fold[0])
+        host = _module(space, fold[0])
         for name in fold[1:]:
-            folded = _module(model, name)
+            folded = _module(space, name)
             if isinstance(folded, _BATCH_NORMS):
                 _fold_batch_norm_(host, folded, f"{fold[0]} and {name}")
             else:
                 host.register_forward_hook(_then(folded))
-            _replace_(model, folded, nn.Identity())
+        fold_calls(space, fold)
 
 
-def _module(model: nn.Module, name: str) -> nn.Module:
+def _module(space: TargetSpace, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return space.module(name)
     except AttributeError:
         raise SpeedupError(f"the model has no module {name!r}", remedy="the folds belong to another model") from None
 
 
 def _then(module: nn.Module) -> Any:
-    return lambda _host, _args, output: module(output)
-
-
-def _replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if child is old:
-                setattr(parent, name, new)
+    return lambda _host, _args, output: module.alone(output)  # type: ignore[operator]
 
 
 @torch.no_grad()

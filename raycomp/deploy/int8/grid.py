@@ -107,9 +107,33 @@ def grid_of(entry: Mapping[str, Any], where: str) -> Grid:
     """The grid of one calibration entry.
 
     Raises:
-        SpeedupError: scales that are not positive and finite, a range wider than 16 bits, or a per-channel scale that
-            varies along more than one dimension.
+        SpeedupError: scales that are not positive and finite, a range wider than 16 bits, or scales that vary along
+            more than one dimension.
     """
+    scale, zero_point = _checked(entry, where)
+    return Grid(
+        scale=tuple(scale.flatten().tolist()),
+        zero_point=tuple(int(z) for z in zero_point.flatten().tolist()),
+        quant_min=int(entry["quant_min"]),
+        quant_max=int(entry["quant_max"]),
+        axis=_axis(entry, scale, where),
+    )
+
+
+def in_blocks(entry: Mapping[str, Any]) -> bool:
+    """Whether scales vary along several dimensions, which no integer kernel and no ONNX operator computes with."""
+    return sum(size > 1 for size in torch.as_tensor(entry["scale"]).shape) > 1
+
+
+def on_blocks_grid(value: Tensor, entry: Mapping[str, Any], where: str) -> Tensor:
+    """A parameter whose scales vary along several dimensions, on its grid, as floats; errors as in `grid_of`."""
+    scale, zero_point = (each.to(value) for each in _checked(entry, where))
+    integers = torch.round(value / scale + zero_point).clamp(int(entry["quant_min"]), int(entry["quant_max"]))
+    return (integers - zero_point) * scale
+
+
+def _checked(entry: Mapping[str, Any], where: str) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, found fit to be stored."""
     scale = torch.as_tensor(entry["scale"]).detach().cpu().to(torch.float32)
     zero_point = torch.as_tensor(entry["zero_point"]).detach().cpu().to(torch.float64).expand(scale.shape)
     if not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
@@ -125,13 +149,7 @@ def grid_of(entry: Mapping[str, Any], where: str) -> Grid:
             where=where,
             remedy="2 to 16 bits can be lowered",
         )
-    return Grid(
-        scale=tuple(scale.flatten().tolist()),
-        zero_point=tuple(int(z) for z in zero_point.flatten().tolist()),
-        quant_min=quant_min,
-        quant_max=quant_max,
-        axis=_axis(entry, scale, where),
-    )
+    return scale, zero_point
 
 
 def _axis(entry: Mapping[str, Any], scale: Tensor, where: str) -> int | None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.attach import TargetSpace
+from raycomp.core.folding import Hosted
 from raycomp.core.target import TargetId
 from raycomp.deploy.int8.fold import fold_
-from raycomp.deploy.int8.grid import Grid, grid_of
+from raycomp.deploy.int8.grid import Grid, grid_of, in_blocks, on_blocks_grid
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.program import as_float32
 
@@ -103,8 +104,13 @@ def simulate_int8(
         _check(copied, bias)
         parameter = copied.get_submodule(host).get_parameter("bias")
         parameter.data = grid_of(grids.pop(bias), str(bias)).fake_quantize(parameter.data)
-    fold_(copied, folds)
+    for target_id in [key for key, entry in grids.items() if not key.target.startswith("_") and in_blocks(entry)]:
+        # No kernel takes such scales: the weight keeps the numbers of its grid, as floats.
+        _check(copied, target_id)
+        parameter = copied.get_submodule(target_id.module).get_parameter(target_id.target)
+        parameter.data = on_blocks_grid(parameter.data, grids.pop(target_id), str(target_id))
     space = TargetSpace(copied)
+    fold_(space, folds)
     for target_id, entry in grids.items():
         _check(copied, target_id)
         grid = grid_of(entry, str(target_id))
@@ -122,7 +128,8 @@ def _check(model: nn.Module, target_id: TargetId) -> None:
             f"the calibration names {target_id.module!r}, which the model does not have",
             remedy="give the calibration that belongs to this model",
         ) from None
-    if not target_id.target.startswith("_") and module._parameters.get(target_id.target) is None:
+    lacks = isinstance(module, Hosted) or module._parameters.get(target_id.target) is None
+    if not target_id.target.startswith("_") and lacks:
         raise SpeedupError(
             f"{type(module).__name__} {target_id.module!r} has no parameter {target_id.target!r} to quantize",
             where=str(target_id),

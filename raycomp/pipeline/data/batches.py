@@ -1,15 +1,13 @@
 """Global batches: the k-th of an epoch is the same set of samples on any number of workers.
 
-A rank takes its slice of it, and its loss weighs as much as its share of the samples: an uneven or a last small batch
-is right, no sample is repeated to pad. A rank without samples takes part with a stand-in that weighs nothing, so that
-collectives meet.
+A rank takes its slice of it; an uneven or a last small batch is right, no sample is repeated to pad. A rank without
+samples takes part with a stand-in that weighs nothing, so that collectives meet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from raycomp.core.batch_share import BatchShare
+from raycomp.core.batch_share import BatchShare, rank_slice
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.samples import fetched_batches, sample_seed
+from raycomp.pipeline.data.samples import fetched_batches
+from raycomp.pipeline.data.seeds import derived_seed
 from raycomp.pipeline.data.source import SampleSource
+from raycomp.pipeline.data.streams import Slice, StreamView, slices
 from raycomp.pipeline.user_code import user_code
 
 
@@ -60,13 +60,10 @@ class MicroBatch(NamedTuple):
     Args:
         batch: collated samples; a stand-in where `share.samples` is 0.
         share: this rank's samples among those of all ranks in this micro-batch.
-        loss_weight: multiply the mean loss over `batch` by it: gradients that are averaged over the ranks (as DDP does)
-            and summed over the micro-batches are then those of the mean loss over the global batch.
     """
 
     batch: Any
     share: BatchShare
-    loss_weight: float
 
 
 class Batches(Protocol):
@@ -113,7 +110,31 @@ def open_batches(task: SampleSource, data: Any, plan: BatchPlan) -> Batches:
     """
     if is_map_style(data):
         return GlobalBatches(task, data, plan)
-    return LoaderBatches(task, as_loader_factory(task, data, plan.num_data_workers), plan)
+    if isinstance(data, IterableDataset):
+        return StreamBatches(task, data, plan)
+    return LoaderBatches(task, as_loader_factory(task, data), plan)
+
+
+def batches_of(task: SampleSource, data: Any, count: int) -> Iterator[Any]:
+    """Batches of `count` samples, unshuffled, of data in whatever form; errors are the user's own."""
+    if is_map_style(data):
+        for first in range(0, len(data), count):
+            yield task.collate([data[index] for index in range(first, min(first + count, len(data)))])
+    elif isinstance(data, IterableDataset):
+        yield from (each.batch for each in slices(task, data, StreamView(count)))
+    else:
+        yield from as_loader_factory(task, data)(LoaderContext(0, 1, count, 0, 0))
+
+
+def first_batch(task: SampleSource, data: Any, count: int) -> Any:
+    """The first batch of `count` samples; errors are the user's own.
+
+    Raises:
+        TaskError: there is none.
+    """
+    for batch in batches_of(task, data, count):
+        return batch
+    raise TaskError("the data is empty", where=type(task).__name__)
 
 
 def is_map_style(data: Any) -> bool:
@@ -122,10 +143,8 @@ def is_map_style(data: Any) -> bool:
     return not isinstance(data, unfit) and hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
-def as_loader_factory(task: SampleSource, data: Any, num_data_workers: int = 0) -> LoaderFactory:
-    """Data that can't be indexed, as a function that gives a worker's batches of one epoch."""
-    if isinstance(data, IterableDataset):
-        return partial(_stream, task, data, num_data_workers)
+def as_loader_factory(task: SampleSource, data: Any) -> LoaderFactory:
+    """Data that comes in batches, as a function that gives a worker's batches of one epoch."""
     if isinstance(data, TorchBatches):
         return lambda context: data.iter_torch_batches(batch_size=context.batch_size)
     if callable(data):
@@ -136,19 +155,6 @@ def as_loader_factory(task: SampleSource, data: Any, num_data_workers: int = 0) 
         remedy="return a map-style or iterable Dataset, a ray.data.Dataset, or a function of LoaderContext that gives "
         "an iterable of batches",
     )
-
-
-def _stream(
-    task: SampleSource, data: IterableDataset[Any], num_data_workers: int, context: LoaderContext
-) -> DataLoader[Any]:
-    if hasattr(data, "set_epoch"):
-        data.set_epoch(context.epoch)
-    return DataLoader(data, batch_size=context.batch_size, collate_fn=task.collate, num_workers=num_data_workers)
-
-
-def rank_slice(total: int, rank: int, world: int) -> slice:
-    """The contiguous part of `total` samples that a rank takes; sizes differ by one at most, rank 0 has the largest."""
-    return slice(-(-total * rank // world), -(-total * (rank + 1) // world))
 
 
 class GlobalBatches:
@@ -181,27 +187,26 @@ class GlobalBatches:
             self._task, self._dataset, wanted, self._plan.seed, epoch, num_data_workers=self._plan.num_data_workers
         )
         for parts in steps:
-            yield [MicroBatch(next(batches), part.share, part.loss_weight) for part in parts]
+            yield [MicroBatch(next(batches), part.share) for part in parts]
 
     def _global_batches(self, epoch: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(sample_seed(self._plan.seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self._plan.seed, epoch))
         return torch.split(torch.randperm(self._length, generator=generator), self._plan.global_batch_size)
 
     def _step(self, indices: Tensor) -> list[_Part]:
         pieces = (indices[rank_slice(len(indices), i, self._plan.accumulation)] for i in range(self._plan.accumulation))
-        return [self._part(piece, len(indices)) for piece in pieces if len(piece)]
+        return [self._part(piece) for piece in pieces if len(piece)]
 
-    def _part(self, indices: Tensor, step_samples: int) -> _Part:
+    def _part(self, indices: Tensor) -> _Part:
         mine = indices[rank_slice(len(indices), self._plan.rank, self._plan.world)]
         share = BatchShare(samples=len(mine), total=len(indices))
         # Two stand-ins, because a batch norm that is not synchronised refuses a single value per channel.
-        return _Part(mine if len(mine) else indices[:1].expand(2), share, len(mine) / step_samples * self._plan.world)
+        return _Part(mine if len(mine) else indices[:1].expand(2), share)
 
 
 class _Part(NamedTuple):
     indices: Tensor
     share: BatchShare
-    loss_weight: float
 
 
 def _check_length(length: int, task_name: str) -> None:
@@ -246,36 +251,42 @@ class LoaderBatches:
         last = None
         while True:
             batches = self._take(loader)
-            last = batches[-1] if batches else last
+            last = batches[-1][0] if batches else last
             counts = torch.zeros(self._plan.accumulation, dtype=torch.int64)
-            counts[: len(batches)] = torch.tensor([self._task.count_samples(batch) for batch in batches])
+            counts[: len(batches)] = torch.tensor([count for _, count in batches])
             totals, starved = counts.clone(), torch.tensor(int(last is None))
             reduce_([Statistic(totals, "sum"), Statistic(starved, "max")])
             if not totals.any():
                 return
             if starved:
                 raise TaskError("a worker's loader gave no batch at all", where=self._where)
-            yield list(self._weighted(batches, last, counts.tolist(), totals.tolist()))
+            yield list(self._shared([batch for batch, _ in batches], last, counts.tolist(), totals.tolist()))
 
     @property
     def _where(self) -> str:
         return f"{type(self._task).__name__}.train_data()"
 
+    @property
+    def _micro_batch_size(self) -> int:
+        return -(-self._plan.global_batch_size // self._plan.accumulation)
+
     def _loader(self, epoch: int) -> Iterable[Any]:
-        micro_batch = -(-self._plan.global_batch_size // self._plan.accumulation)
-        mine = rank_slice(micro_batch, self._plan.rank, self._plan.world)
+        mine = rank_slice(self._micro_batch_size, self._plan.rank, self._plan.world)
         batch_size = max(1, mine.stop - mine.start)
         return self._factory(LoaderContext(self._plan.rank, self._plan.world, batch_size, epoch, self._plan.seed))
 
-    def _take(self, loader: Iterator[Any]) -> list[Any]:
+    def _take(self, loader: Iterator[Any]) -> list[tuple[Any, int]]:
+        """The next step's batches, each with its samples."""
         with user_code(self._where):
-            return list(islice(loader, self._plan.accumulation))
+            batches = list(islice(loader, self._plan.accumulation))
+        with user_code(f"{type(self._task).__name__}.count_samples()"):
+            return [(batch, self._task.count_samples(batch)) for batch in batches]
 
-    def _weighted(self, batches: list[Any], last: Any, counts: list[int], totals: list[int]) -> Iterator[MicroBatch]:
+    def _shared(self, batches: list[Any], last: Any, counts: list[int], totals: list[int]) -> Iterator[MicroBatch]:
         for i, (count, total) in enumerate(zip(counts, totals, strict=True)):
             if total:
                 batch = batches[i] if i < len(batches) else last
-                yield MicroBatch(batch, BatchShare(count, total), count / sum(totals) * self._plan.world)
+                yield MicroBatch(batch, BatchShare(count, total))
 
     def _count_steps(self) -> int | None:
         with user_code(self._where):
@@ -284,6 +295,53 @@ class LoaderBatches:
         least, most = torch.tensor(length), torch.tensor(length)
         reduce_([Statistic(least, "min"), Statistic(most, "max")])
         return -(-int(most) // self._plan.accumulation) if least >= 0 else None
+
+
+class StreamBatches(LoaderBatches):
+    """Global batches of an iterable dataset.
+
+    Args:
+        task: gives collate and the names in errors.
+        data: gives every worker the same samples in the same order.
+        plan: how it is cut into steps.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, task: SampleSource, data: IterableDataset[Any], plan: BatchPlan) -> None:
+        self._data = data
+        super().__init__(task, lambda context: (), plan)
+
+    def _loader(self, epoch: int) -> Iterable[Any]:
+        self._begins = True
+        plan = self._plan
+        view = StreamView(
+            self._micro_batch_size, plan.rank, plan.world, plan.seed, epoch, num_data_workers=plan.num_data_workers
+        )
+        return slices(self._task, self._data, view)
+
+    def _take(self, loader: Iterator[Any]) -> list[tuple[Any, int]]:
+        with user_code(self._where):
+            found: list[Slice] = list(islice(loader, self._plan.accumulation))
+        if self._begins:
+            self._check_agreement(found)
+            self._begins = False
+        return [(batch, samples) for batch, samples, _ in found]
+
+    def _check_agreement(self, found: list[Slice]) -> None:
+        digests = [torch.tensor(found[0].digest if found else 0) for _ in range(2)]
+        reduce_([Statistic(digests[0], "min"), Statistic(digests[1], "max")])
+        if digests[0] != digests[1]:
+            raise TaskError(
+                "the stream gives one worker other samples than another",
+                where=self._where,
+                remedy="raycomp itself shares it out: give every worker all of it, in one order; or return a function "
+                "of LoaderContext that gives a worker its own batches",
+            )
+
+    def _count_steps(self) -> int | None:
+        length = _known_length(self._data)
+        return -(-length // (self._micro_batch_size * self._plan.accumulation)) if length >= 0 else None
 
 
 def _known_length(loader: Iterable[Any]) -> int:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from raycomp.errors import TaskError
+from raycomp.pipeline.data.seeds import derived_seed, restored_generators, seed_generators
 from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.user_code import user_code
-
-
-def sample_seed(*parts: int) -> int:
-    """A 63-bit seed that depends on every part; equal parts give equal seeds on every machine."""
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1
 
 
 def fetched_batches(
@@ -38,7 +29,8 @@ def fetched_batches(
     """A collated batch for each tensor of indices in `wanted`, in this order.
 
     What a dataset draws from the global random generators (torch's, Python's, NumPy's) while it gives a sample, and
-    what `task.augment` draws from its own, depends on seed, epoch and the sample's index alone.
+    what `task.augment` draws from its own, depends on seed, epoch and the sample's index alone. What `task.collate`
+    draws depends on seed, epoch and the samples of the batch, so on the number of workers, too.
 
     Raises:
         TaskError: the dataset, augment or collate raises.
@@ -52,7 +44,7 @@ def fetched_batches(
         sampler=wanted,  # type: ignore[arg-type]
         num_workers=num_data_workers,
         collate_fn=_as_it_is,
-        generator=torch.Generator().manual_seed(sample_seed(seed, epoch)),
+        generator=torch.Generator().manual_seed(derived_seed(seed, epoch)),
     )
     return _until_failure(iter(loader))
 
@@ -103,21 +95,22 @@ class _Fetcher(Dataset[Any]):
 
     def _collated(self, indices: list[int]) -> Any:
         name = type(self._task).__name__
-        with _restored_random_state():
+        with restored_generators():
             samples = [self._sample(index, name) for index in indices]
-        with user_code(f"{name}.collate()"):
-            return self._task.collate(samples)
+            seed_generators(derived_seed(self._seed, self._epoch, *indices))
+            with user_code(f"{name}.collate()"):
+                return self._task.collate(samples)
 
     def _sample(self, index: int, name: str) -> Any:
-        seed = sample_seed(self._seed, self._epoch, index)
-        _seed_global_generators(seed)
+        seed = derived_seed(self._seed, self._epoch, index)
+        seed_generators(seed)
         position = index if self._origin is None else int(self._origin[index])
         with user_code(f"sample {index} of {name}'s data"):
             sample = self._dataset[position]
         if not self._augments:
             return sample
         with user_code(f"{name}.augment()"):
-            return self._task.augment(sample, torch.Generator().manual_seed(sample_seed(seed, 1)))
+            return self._task.augment(sample, torch.Generator().manual_seed(derived_seed(seed, 1)))
 
 
 def _without_subsets(dataset: Any) -> tuple[Any, Tensor | None]:
@@ -128,24 +121,3 @@ def _without_subsets(dataset: Any) -> tuple[Any, Tensor | None]:
         origin = indices if origin is None else indices[origin]
         dataset = dataset.dataset
     return dataset, origin
-
-
-def _seed_global_generators(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
-@contextmanager
-def _restored_random_state() -> Iterator[None]:
-    """Global generators are after the block as they were before it, so training's own randomness is not touched."""
-    numpy = sys.modules.get("numpy")
-    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])

@@ -10,11 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor
 
 from raycomp.core.masks import Masks
-from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.pt2 import export_pt2
@@ -105,17 +103,6 @@ def _write_history(path: Path, summary: RunSummary) -> None:
         for event in summary.history
     ]
     pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def load_calibration(content: Mapping[str, Any]) -> Calibration:
-    """The calibration that `write_statistics` wrote, with tensors again."""
-
-    def entry(values: Mapping[str, Any]) -> dict[str, Any]:
-        tensors = {name: torch.tensor(values[name]) for name in ("scale", "tracked_min", "tracked_max")}
-        return {**values, **tensors, "zero_point": torch.tensor(values["zero_point"], dtype=torch.int32)}
-
-    targets: Mapping[str, Any] = content["targets"]
-    return {module: {name: entry(values) for name, values in found.items()} for module, found in targets.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -26,13 +26,13 @@ from raycomp.deploy.int8 import Int8Model, sqnr_db
 from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
+from raycomp.pipeline.data.seeds import restored_generators
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.inputs import real_inputs
 from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
-from raycomp.pipeline.user_code import user_code
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures
 from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
@@ -157,12 +157,13 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
     """Each form's metrics, in one pass over the data: every batch goes through all forms, as many at once as fit."""
     evaluation = job.evaluation
     tallies = {name: Tally(task, module, dtype=_dtype(module)) for name, module in modules.items()}
+    data = given(task, "eval_data")
     with ExitStack() as stack:
         for module in modules.values():
             stack.enter_context(evaluation_mode(module))
-        pool = stack.enter_context(ThreadPoolExecutor(max(1, _cores() // job.scaling.threads_per_worker)))
-        with user_code(f"{type(task).__name__}.eval_data()"):
-            data = task.eval_data()
+        stack.enter_context(restored_generators())
+        at_once = 1 if _draws(task, modules, data) else max(1, _cores() // job.scaling.threads_per_worker)
+        pool = stack.enter_context(ThreadPoolExecutor(at_once))
         for batch, wanted in evaluation_batches(task, data, View(evaluation.batch_size, evaluation.max_samples)):
             running = {name: pool.submit(tally.add, batch, wanted) for name, tally in tallies.items()}
             for name, future in running.items():
@@ -171,6 +172,16 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
                     continue
                 del tallies[name]
     return {name: tally.means() for name, tally in tallies.items()}
+
+
+def _draws(task: Task, modules: Mapping[str, nn.Module], data: Any) -> bool:
+    """Whether a forward pass draws random numbers in evaluation mode: threads would mix the forms' draws."""
+    before = torch.get_rng_state()
+    for batch, _ in evaluation_batches(task, data, View(2, 2)):
+        for module in modules.values():
+            with suppress(Exception):  # It is told when the form is evaluated.
+                task.forward(module, move_batch(batch, "cpu", _dtype(module)))
+    return not torch.equal(before, torch.get_rng_state())
 
 
 def _cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,11 +13,13 @@ from raycomp.deploy.onnx_runtime import load_onnx
 from raycomp.deploy.pt2 import load_pt2
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.ending import artifact as files
+from raycomp.pipeline.ending.calibration_file import read_calibration
 from raycomp.pipeline.ending.conclude import Conclusion
 from raycomp.pipeline.masks_file import load_masks
 from raycomp.results.summary import RunSummary
 from raycomp.speedup import Plan, apply_plan
 from raycomp.storage import Artifact, load_tensors, open_artifact
+from raycomp.storage.artifact import understood
 
 _FORMATS = {"onnx": (files.ONNX, files.INT8), "pt2": (files.PROGRAM,), "state-dict": (files.MODEL, files.PLAN)}
 
@@ -45,28 +46,47 @@ def load(
         region: likewise.
 
     Raises:
-        ArtifactError: there is no such artifact, or it isn't whole.
+        ArtifactError: there is no such artifact, or it isn't whole, or not what raycomp writes.
+        SpeedupError: its model isn't one that raycomp loads, or the given instance isn't what was compressed.
     """
-    artifact = open_artifact(uri, endpoint, region)
-    with TemporaryDirectory() as name:
+    with understood(str(uri)):
+        artifact = open_artifact(uri, endpoint, region)
+    with TemporaryDirectory() as name, understood(artifact.uri, Path(name)):
         folder = Path(name)
         if int8:
             return load_onnx(_fetch(artifact, files.INT8, folder))
         if model is None:
             return load_pt2(_fetch(artifact, files.PROGRAM, folder))
-        smaller = apply_plan(model, Plan.from_json(_fetch(artifact, files.PLAN, folder).read_text()))
-        weights = load_tensors(_fetch(artifact, files.MODEL, folder))
-        smaller.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
-        smaller.load_state_dict(weights)
-        return smaller.eval()
+        return _repeated(model, _fetch(artifact, files.PLAN, folder), _fetch(artifact, files.MODEL, folder))
+
+
+def _repeated(model: nn.Module, plan: Path, state: Path) -> nn.Module:
+    """The instance, cut as the plan says, with the stored weights."""
+    smaller = apply_plan(model, Plan.from_json(plan.read_bytes()))
+    weights = load_tensors(state)
+    dtype = next((value.dtype for value in weights.values() if value.is_floating_point()), None)
+    try:
+        smaller.to(dtype).load_state_dict(weights)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ArtifactError(
+            f"the stored weights don't fit the model: {' '.join(lines[:2])}",
+            where=str(state),
+            remedy="give an instance of the class that was compressed, made with the same arguments",
+        ) from error
+    return smaller.eval()
 
 
 def stored_conclusion(artifact: Artifact) -> Conclusion:
-    """Summary, masks and calibration of a stored run."""
-    with TemporaryDirectory() as folder:
+    """Summary, masks and calibration of a stored run.
+
+    Raises:
+        ArtifactError: one of them isn't there, or isn't what a run writes.
+    """
+    with TemporaryDirectory() as folder, understood(artifact.uri, Path(folder)):
         masks = load_masks(_fetch(artifact, files.MASKS, Path(folder)))
-    calibration = files.load_calibration(json.loads(artifact.read_bytes(files.CALIBRATION)))
-    return Conclusion(RunSummary.from_json(artifact.read_bytes(files.SUMMARY)), masks, calibration)
+        calibration = read_calibration(artifact.read_bytes(files.CALIBRATION))
+        return Conclusion(RunSummary.from_json(artifact.read_bytes(files.SUMMARY)), masks, calibration)
 
 
 def export(
@@ -88,7 +108,8 @@ def export(
     """
     if to not in _FORMATS:
         raise RaycompError(f"can't export to {to!r}", where="to", remedy=nearest(to, _FORMATS))
-    artifact = open_artifact(uri, endpoint, region)
+    with understood(str(uri)):
+        artifact = open_artifact(uri, endpoint, region)
     names = [name for name in _FORMATS[to] if name in artifact.names]
     if not names:
         raise ArtifactError(f"the artifact has no {to} form", where=artifact.uri, remedy="see the report's warnings")

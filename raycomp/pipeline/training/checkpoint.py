@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import join_state, load_tensors, save_tensors, split_state
+from raycomp.storage.explain import explained
 
-_FORMAT = 2
+_FORMAT = 3
 _MODEL, _STATE, _PROGRESS = "model.safetensors", "state.safetensors", "progress.json"
 _HISTORY = TypeAdapter(tuple[ProgressEvent, ...])
 
@@ -47,37 +49,69 @@ class StageState:
         save_tensors(folder / _MODEL, self.model)
         save_tensors(folder / _STATE, tensors)
         content = {
-            "format": _FORMAT,
             "stage": self.stage,
             "epoch": self.epoch,
             "step": self.step,
             "training": plain,
             "history": _HISTORY.dump_python(self.history, mode="json"),
             "notes": self.notes,
+            "files": {name: _digest(folder / name) for name in (_MODEL, _STATE)},
         }
-        (folder / _PROGRESS).write_text(json.dumps(content))
+        text = json.dumps(content)
+        with explained(str(folder)):
+            (folder / _PROGRESS).write_text(json.dumps({"format": _FORMAT, "sha256": _sha256(text), "content": text}))
 
     @classmethod
     def load(cls, folder: Path) -> StageState:
         """Reads what `save` wrote.
 
         Raises:
-            ArtifactError: the folder holds something else, or another format.
+            ArtifactError: the folder holds something else or another format, or is damaged.
+            StorageError: it can't be read.
         """
+        content = _content(folder)
         try:
-            content = json.loads((folder / _PROGRESS).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"it is not a stage's checkpoint: {error}", where=str(folder)) from None
-        if content.get("format") != _FORMAT:
-            raise ArtifactError(
-                f"its format is {content.get('format')}, this raycomp reads {_FORMAT}", where=str(folder)
+            return cls(
+                stage=content["stage"],
+                epoch=content["epoch"],
+                step=content["step"],
+                model=load_tensors(folder / _MODEL),
+                training=join_state(load_tensors(folder / _STATE), content["training"]),
+                history=_HISTORY.validate_python(content["history"]),
+                notes=tuple(content["notes"]),
             )
-        return cls(
-            stage=content["stage"],
-            epoch=content["epoch"],
-            step=content["step"],
-            model=load_tensors(folder / _MODEL),
-            training=join_state(load_tensors(folder / _STATE), content["training"]),
-            history=_HISTORY.validate_python(content["history"]),
-            notes=tuple(content["notes"]),
-        )
+        except (KeyError, TypeError, ValidationError) as error:
+            raise ArtifactError(f"it is not a stage's checkpoint: {error!r}", where=str(folder)) from None
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """What is in the checkpoint besides its tensors; all its files are what their digests say."""
+    path = folder / _PROGRESS
+    if not path.is_file():
+        raise ArtifactError(f"it is not a stage's checkpoint: {_PROGRESS} is missing", where=str(folder))
+    try:
+        with explained(str(path)):
+            stored = json.loads(path.read_bytes())
+        found, text, sha256 = stored["format"], stored.get("content"), stored.get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"it is damaged: {_PROGRESS}: {error}", where=str(folder)) from None
+    if found != _FORMAT:
+        raise ArtifactError(f"its format is {found}, this raycomp reads {_FORMAT}", where=str(folder))
+    if _sha256(str(text)) != sha256:
+        raise ArtifactError(f"it is damaged: {_PROGRESS} has another digest than it says", where=str(folder))
+    content: dict[str, Any] = json.loads(text)
+    for name, digest in content["files"].items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"it is not whole: {name} is missing", where=str(folder))
+        if _digest(folder / name) != digest:
+            raise ArtifactError(f"it is damaged: {name} has another digest than {_PROGRESS} says", where=str(folder))
+    return content
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with explained(str(path)), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

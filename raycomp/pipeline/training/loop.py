@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -15,21 +15,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raycomp.config import EvaluationConfig, TrainingConfig
-from raycomp.core.batch_share import use_share
+from raycomp.core.batch_share import BatchShare, use_share, weighted_loss
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Trainee
+from raycomp.core.finite import THE_BATCH
 from raycomp.core.moments import RunContext
-from raycomp.core.reduction import Statistic, rank, reduce_, world_size
+from raycomp.core.reduction import Statistic, gathered, rank, reduce_, world_size
 from raycomp.core.rounds import conduct
-from raycomp.errors import ConfigError, Problem, TaskError
+from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
-from raycomp.pipeline.data.samples import sample_seed
+from raycomp.pipeline.data.seeds import derived_seed, seed_everything
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.parallel import data_parallel, take_buffers_of_rank_0_
+from raycomp.pipeline.training.schedule import follows_metric, step_schedule
+from raycomp.pipeline.training.shares import weighted_shares
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
 
@@ -59,7 +62,7 @@ class StageTraining:
         listener: hears of progress and checkpoints.
         device: of this process.
         data: train and evaluation data where the task's own are not to be used (shards of Ray Data).
-        started: `time.monotonic()` when the run began, for the elapsed time.
+        started: `time.time()` when the run began, for the elapsed time.
     """
 
     name: str
@@ -70,7 +73,7 @@ class StageTraining:
     listener: Listener
     device: torch.device
     data: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=time.time)
 
     def run(self, resume: StageState | None = None) -> None:
         """Trains all rounds and calibrates, from the beginning or from a checkpoint. A collective.
@@ -91,14 +94,17 @@ class StageTraining:
         self.rounds = max(self.chain.rounds, 1) if self.chain.wants_training else 0
         self.steps_per_round = self._steps_per_round() if self.rounds else 0
         self.steps = self.steps_per_round * self.rounds
-        self.epoch = 0
+        self.epoch = self.saved_epoch = 0
         self.loss_sum, self.loss_steps = torch.zeros((), device=self.device), 0
         self.history: tuple[ProgressEvent, ...] = ()
         self.notes = self.batches.notes
         self.reset()
         if resume is not None:
             self._restore(resume)
-        conduct(self.chain, self.rounds)
+        try:
+            conduct(self.chain, self.rounds)
+        except NotFiniteError as error:
+            raise self._told_by_all(error) from None
 
     # What the compressors ask for.
 
@@ -130,11 +136,13 @@ class StageTraining:
 
     def calibrate(self, trainee: Trainee, max_steps: int | None = None) -> None:
         """Passes the training batches through the model, forward only, and saves what came of it."""
+        seed_everything(derived_seed(self.training.seed, self.epoch, rank()))
         with trainee.calibrating():
             for micro_batches in islice(self.batches.iterate(self.epoch), max_steps):
                 for micro_batch in micro_batches:
                     batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
-                    with use_share(micro_batch.share), self._autocast(), user_code(self._call("forward")):
+                    share = self._with_positions(micro_batch.share, batch)
+                    with use_share(share), self._autocast(), user_code(self._call("forward")):
                         trainee.calibration_step(partial(self.task.forward, self.chain.model, batch))
         self.epoch += 1
         self.loss_steps = 0
@@ -159,13 +167,13 @@ class StageTraining:
 
     def _epoch(self) -> None:
         # Seeding each epoch makes a resumed run draw what an undisturbed one draws (dropout).
-        torch.manual_seed(sample_seed(self.training.seed, self.epoch, rank()))
+        seed_everything(derived_seed(self.training.seed, self.epoch, rank()))
         self.chain.model.train()
         self.loss_sum, self.loss_steps, last_event = torch.zeros((), device=self.device), 0, time.monotonic()
         for micro_batches in self.batches.iterate(self.epoch):
             self.loss_sum += self._step(micro_batches)
-            if self.scheduler is not None:
-                self.scheduler.step()
+            if self.scheduler is not None and not follows_metric(self.scheduler):
+                step_schedule(self.scheduler, self._call("scheduler"), metric=0.0)
             self.loss_steps += 1
             if rank() == 0 and self.chain.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
@@ -183,24 +191,38 @@ class StageTraining:
         """One optimizer step; returns this rank's part of the global batch's loss, times the number of ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for index, micro_batch in enumerate(micro_batches):
+        for index, share in enumerate(weighted_shares(self.task, micro_batches)):
             last = index == len(micro_batches) - 1
-            with self._gradients(self.model, last), use_share(micro_batch.share):
-                batch = move_batch(micro_batch.batch, self.device, self._input_dtype)
+            batch = move_batch(micro_batches[index].batch, self.device, self._input_dtype)
+            with self._gradients(self.model, last), use_share(self._with_positions(share, batch)):
                 losses: list[Tensor] = []
                 with self._autocast():
                     objective = self.chain.training_step(partial(self._training_step, batch, losses), batch)
-                (objective * micro_batch.loss_weight).backward()
-            total += losses[0].detach() * micro_batch.loss_weight
+                with user_code(f"the backward pass of {self._call('training_step')}"):
+                    objective.backward()
+                total += weighted_loss(losses[0].detach())
         self._check_gradients()
         with user_code(f"the step of {self._call('optimizer')}"):
             self.optimizer.step()
         return total
 
+    def _with_positions(self, share: BatchShare, batch: Any) -> BatchShare:
+        with user_code(self._call("attention_mask")):
+            return replace(share, positions=self.task.attention_mask(batch))
+
     def _training_step(self, batch: Any, losses: list[Tensor]) -> Tensor:
         with user_code(self._call("training_step")):
             losses.append(self.task.training_step(self.model, batch))
         return losses[0]
+
+    def _told_by_all(self, error: NotFiniteError) -> NotFiniteError:
+        """The same on every rank; all meet it at once, and the one whose samples did it knows where it began."""
+        told = gathered((error.what, error.began))
+        what, began = min(told, key=lambda each: (each[1] is None, each[1] != THE_BATCH))
+        saved = (
+            f"the checkpoint of epoch {self.saved_epoch} is good" if self.saved_epoch else "there is no checkpoint yet"
+        )
+        return NotFiniteError(what, began=began, remedy=f"{error.remedy}; {saved}")
 
     def _check_gradients(self) -> None:
         """DDP would fail in the next step, and name its own argument instead of the task's attribute."""
@@ -219,12 +241,17 @@ class StageTraining:
     def _end_epoch(self, *, last: bool) -> None:
         if not self.training.sync_batch_norm:
             take_buffers_of_rank_0_(self.chain.model)
-        event = self._event(self.epoch, self._mean_loss(), self._metrics(self.chain.model))
+        metrics = self._metrics(self.chain.model)
+        event = self._event(self.epoch, self._mean_loss(), metrics)
+        if self.scheduler is not None and follows_metric(self.scheduler):
+            step_schedule(self.scheduler, self._call("scheduler"), metric=next(iter(metrics.values())))
         self.history = (*self.history, event)
         if rank() == 0:
             self.listener.progress(event)
         if last or self.epoch % self.training.checkpoint_every_epochs == 0:
+            self.chain.check_weights()
             self.chain.settle()
+            self.saved_epoch = self.epoch
             self.listener.checkpoint(self._state, event.metrics)
 
     def _mean_loss(self) -> float | None:
@@ -269,12 +296,17 @@ class StageTraining:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.training["scheduler"])
         self.epoch, self.history = state.epoch, state.history
+        self.saved_epoch = state.epoch
+        self.notes = tuple(dict.fromkeys([*state.notes, *self.notes]))
+        if self.history:
+            # Where another process began the run, its clock stood still until this one went on.
+            self.started = min(self.started, time.time() - self.history[-1].elapsed_s)
 
     def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
         # Without a length, as many steps as the epochs so far had; a calibration is one more epoch.
         per_epoch = self.batches.steps_per_epoch or max(-(-self.chain.step // max(epoch, 1)), 1)
         epochs = max(epoch, (self.training.epochs or -(-self.steps_per_round // per_epoch)) * self.rounds)
-        elapsed = time.monotonic() - self.started
+        elapsed = time.time() - self.started
         return ProgressEvent(
             self.name,
             epoch,
@@ -321,8 +353,7 @@ class StageTraining:
     def _data(self, split: str) -> Any:
         if split in self.data:
             return self.data[split]
-        with user_code(self._call(f"{split}_data")):
-            return getattr(self.task, f"{split}_data")()
+        return given(self.task, f"{split}_data", self.training.seed)
 
     def _call(self, method: str) -> str:
         return f"{type(self.task).__name__}.{method}()"

@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
+from raycomp.core.batch_share import rank_slice
 from raycomp.core.model import evaluation_mode
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style, rank_slice
+from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.data.samples import fetched_batches
+from raycomp.pipeline.data.seeds import restored_generators, seed_everything
+from raycomp.pipeline.data.streams import StreamView, slices
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
@@ -58,7 +62,7 @@ def evaluate(
     plain = model.module if isinstance(model, DistributedDataParallel) else model
     tally = Tally(task, plain, device, dtype)
     view = View(batch_size, max_samples, rank, world, num_data_workers)
-    with evaluation_mode(plain):
+    with evaluation_mode(plain), restored_generators():
         for batch, wanted in evaluation_batches(task, data, view):
             tally.add(batch, wanted)
     return tally.means(world)
@@ -83,13 +87,18 @@ class Tally:
 
     @torch.no_grad()
     def add(self, batch: Any, wanted: int) -> None:
-        """Runs the model on a batch, of which the first `wanted` samples count."""
+        """Runs the model on a batch, of which the first `wanted` samples count.
+
+        A forward that draws in evaluation mode, too, draws the same for every model that is given the batch.
+        """
         moved = move_batch(batch, self._device, self._dtype)
+        seed_everything(self._count)
         with user_code(f"{type(self._task).__name__}.forward()"):
             output = self._task.forward(self._model, moved)
         with user_code(f"{type(self._task).__name__}.metrics()"):
             values = self._task.metrics(output, moved)
-        present = self._task.count_samples(moved)
+        with user_code(f"{type(self._task).__name__}.count_samples()"):
+            present = self._task.count_samples(moved)
         _add(self._sums, values, present, wanted)
         self._count += min(wanted, present)
 
@@ -118,12 +127,16 @@ def evaluation_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any,
     if is_map_style(data):
         yield from _indexed_batches(task, data, view)
         return
+    if isinstance(data, IterableDataset):
+        yield from _streamed_batches(task, data, view)
+        return
     left = view.max_samples
     if left is not None:
         part = rank_slice(left, view.rank, view.world)
         left = part.stop - part.start
     for batch in _loaded(task, data, view):
-        present = task.count_samples(batch)
+        with user_code(f"{type(task).__name__}.count_samples()"):
+            present = task.count_samples(batch)
         yield batch, present if left is None else min(present, left)
         if left is not None:
             left -= min(present, left)
@@ -132,7 +145,8 @@ def evaluation_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any,
 
 
 def _indexed_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any, int]]:
-    total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
+    with user_code(f"{type(task).__name__}.eval_data(): len()"):
+        total = len(data) if view.max_samples is None else min(len(data), view.max_samples)
     if total == 0:
         return
     mine = torch.arange(total)[rank_slice(total, view.rank, view.world)]
@@ -142,8 +156,16 @@ def _indexed_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any, i
     yield from zip(fetched, counts, strict=True)
 
 
+def _streamed_batches(task: Task, data: IterableDataset[Any], view: View) -> Iterator[tuple[Any, int]]:
+    total = view.batch_size * view.world
+    stream = StreamView(total, view.rank, view.world, most=view.max_samples, num_data_workers=view.num_data_workers)
+    with user_code(f"{type(task).__name__}.eval_data()"):
+        for batch, samples, _ in slices(task, data, stream):
+            yield batch, samples
+
+
 def _loaded(task: Task, data: Any, view: View) -> Iterator[Any]:
-    factory = as_loader_factory(task, data, view.num_data_workers)
+    factory = as_loader_factory(task, data)
     with user_code(f"{type(task).__name__}.eval_data()"):
         loader: Iterable[Any] = factory(LoaderContext(view.rank, view.world, view.batch_size, 0, 0))
         yield from loader

@@ -63,7 +63,7 @@ def _without_graph(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, fx.GraphModule):
         return model
-    kind: type[nn.Module] = type(type(model).__name__, (nn.Module,), {"forward": type(model).forward})
+    kind: type[nn.Module] = type(type(model).__name__, (nn.Module,), {"forward": staticmethod(model.forward)})
     module = kind.__new__(kind)
     module.__dict__.update(model.__dict__)
     return module

@@ -98,8 +98,9 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 def _set(model: nn.Module, attribute: Attribute) -> None:
     module = _module(model, attribute.module)
-    present = getattr(module, attribute.name, None)
-    if present not in (attribute.old, attribute.new):
+    # Among the instance's own values: a property of the class could run anything.
+    present = vars(module).get(attribute.name)
+    if type(present) is not int or present not in (attribute.old, attribute.new):
         raise SpeedupError(
             f"the plan expects {attribute.name} = {attribute.old}, and it is {present}",
             where=attribute.module,
@@ -110,9 +111,20 @@ def _set(model: nn.Module, attribute: Attribute) -> None:
 
 def _add_bias(model: nn.Module, bias: NewBias) -> None:
     module = _module(model, bias.module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = module._parameters.get("weight")
+    if (
+        weight is None
+        or module._parameters.get("bias", weight) is not None
+        or bias.size not in _outputs(module, weight)
+    ):
+        raise SpeedupError(f"the plan gives a bias of {bias.size} to a module that can't have it", where=bias.module)
     module.bias = nn.Parameter(weight.new_zeros(bias.size), requires_grad=weight.requires_grad)
+
+
+def _outputs(module: nn.Module, weight: Tensor) -> tuple[int, ...]:
+    """How many outputs a weight can stand for: they are in its first dimension, or (transposed) in its second."""
+    groups = vars(module).get("groups", 1)
+    return (*weight.shape[:1], *(size * groups for size in weight.shape[1:2]))
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -124,7 +136,8 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 def _find(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
-    tensor = getattr(_module(model, path), last, None)
-    if not isinstance(tensor, Tensor):
+    module = _module(model, path)
+    tensor = module._parameters.get(last, module._buffers.get(last))
+    if tensor is None:
         raise SpeedupError("the plan names a parameter that the model lacks", where=name)
     return tensor

@@ -17,7 +17,7 @@ def cut_calibration(calibration: Calibration, plan: Plan) -> dict[str, dict[str,
     """The calibration of the sped-up model.
 
     Args:
-        calibration: by module and target, with `axis` where the scales belong to the coordinates of a dimension.
+        calibration: by module and target; scales have the target's rank where they belong to its channels.
         plan: the surgery of the model that was calibrated.
     """
     return {
@@ -28,14 +28,11 @@ def cut_calibration(calibration: Calibration, plan: Plan) -> dict[str, dict[str,
 
 def _cut_target(values: Mapping[str, Any], module: str, target: str, plan: Plan) -> dict[str, Any]:
     result = dict(values)
-    axis = values.get("axis")
-    if axis is None:
-        return result
     for each in _cuts(module, target, plan):
         for name, tensor in result.items():
-            is_channelwise = isinstance(tensor, Tensor) and tensor.ndim > 0
-            if is_channelwise and each.dim == axis and tensor.shape[axis] == each.size:
-                result[name] = tensor.index_select(axis, torch.tensor(each.keep, device=tensor.device))
+            # In the dimensions in which scales are the same for all, they have the size 1.
+            if isinstance(tensor, Tensor) and tensor.ndim > each.dim and tensor.shape[each.dim] == each.size > 1:
+                result[name] = tensor.index_select(each.dim, torch.tensor(each.keep, device=tensor.device))
     return result
 
 

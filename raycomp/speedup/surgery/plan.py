@@ -1,16 +1,14 @@
-"""The surgery plan: what is cut, as JSON, so that it can be repeated on a fresh instance of the user's class."""
+"""The surgery plan: what is cut, so that it can be repeated on a fresh instance of the user's class."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.value_masks import ValueMask
-
-FORMAT = 1
+from raycomp.speedup.surgery.plan_text import FORMAT, PlanText, SurgeryText, read_plan
 
 
 @dataclass(frozen=True)
@@ -132,32 +130,32 @@ class Plan:
         return json.dumps({"format": FORMAT, "keep": table, "surgeries": stages}, separators=(",", ":"))
 
     @staticmethod
-    def from_json(text: str) -> Plan:
+    def from_json(text: str | bytes) -> Plan:
         """The plan that `to_json` wrote.
 
         Raises:
             SpeedupError: the text isn't a plan.
         """
-        try:
-            data = json.loads(text)
-            if data["format"] != FORMAT:
-                raise SpeedupError(f"the plan has format {data['format']}, this version of raycomp reads {FORMAT}")
-            table = [tuple(keep) for keep in data["keep"]]
-            return Plan(tuple(_surgery(stage, table) for stage in data["surgeries"]))
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise SpeedupError(f"this is not a surgery plan: {error!r}") from error
+        read = read_plan(text)
+        return Plan(tuple(_surgery(stage, read) for stage in read.surgeries))
 
 
-def _surgery(stage: Mapping[str, Any], table: Sequence[tuple[int, ...]]) -> Surgery:
+def _surgery(stage: SurgeryText, plan: PlanText) -> Surgery:
     return Surgery(
-        cuts=tuple(Cut(**{**entry, "keep": table[entry["keep"]]}) for entry in stage["cuts"]),
+        cuts=tuple(Cut(e.tensor, e.dim, e.size, plan.kept(e.keep, e.size)) for e in stage.cuts),
         block_cuts=tuple(
-            BlockCut(e["tensor"], tuple(e["shape"]), tuple(Block(table[r], table[c]) for r, c in e["blocks"]))
-            for e in stage["block_cuts"]
+            BlockCut(
+                e.tensor,
+                (e.shape[0], e.shape[1]),
+                tuple(Block(plan.kept(r, e.shape[0]), plan.kept(c, e.shape[1])) for r, c in e.blocks),
+            )
+            for e in stage.block_cuts
         ),
-        attributes=tuple(Attribute(**entry) for entry in stage["attributes"]),
-        biases=tuple(NewBias(**entry) for entry in stage["biases"]),
-        value_masks=tuple(ValueMask(**{**entry, "shape": tuple(entry["shape"])}) for entry in stage["value_masks"]),
-        activations=tuple(ActivationCut(**{**entry, "keep": table[entry["keep"]]}) for entry in stage["activations"]),
-        graph=stage["graph"],
+        attributes=tuple(Attribute(e.module, e.name, e.old, e.new) for e in stage.attributes),
+        biases=tuple(NewBias(e.module, e.size) for e in stage.biases),
+        value_masks=tuple(ValueMask(e.module, e.target, tuple(e.shape), e.method) for e in stage.value_masks),
+        activations=tuple(
+            ActivationCut(e.module, e.target, e.dim, e.size, plan.kept(e.keep, e.size)) for e in stage.activations
+        ),
+        graph=stage.graph,
     )

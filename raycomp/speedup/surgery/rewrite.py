@@ -18,11 +18,10 @@ from raycomp.core.parts import as_call
 from raycomp.speedup.graph.example import Example, Tree, describe, parameter_names, with_batch_size
 from raycomp.speedup.graph.graph import Call, Execution, Graph, Value, executions
 from raycomp.speedup.graph.inplace import functional, functional_target
+from raycomp.speedup.graph.operators import is_identifier, named_function
 from raycomp.speedup.graph.program import export_program
 from raycomp.speedup.rules.base import Kept, Registry
-from raycomp.speedup.surgery.graph_code import CannotRewriteError, graph_from_json, name_of, named_operator
-
-_CONSTANT = "raycomp_constant"
+from raycomp.speedup.surgery.graph_code import CONSTANT, CannotRewriteError, graph_from_json, name_of
 
 
 def rewrite(
@@ -221,7 +220,7 @@ class _Writer:
         present = _by_name(schema, node.args, node.kwargs)
         operator_name = rule.resized_operator if changed and rule.resized_operator else None
         if operator_name is not None:
-            schema = named_operator(operator_name)._schema
+            schema = named_function(operator_name)._schema  # type: ignore[attr-defined]
         merged = {**present, **{k: _merge(present.get(k), call.arguments.get(k), v) for k, v in changed.items()}}
         args = [merged[a.name] for a in schema.arguments if not a.kwarg_only and a.name in merged]
         kwargs = {a.name: merged[a.name] for a in schema.arguments if a.kwarg_only and a.name in merged}
@@ -265,7 +264,7 @@ class _Writer:
     def _constant(self, tensor: Any) -> str:
         if not isinstance(tensor, Tensor):
             raise CannotRewriteError("forward() uses an object that isn't a tensor")
-        name = f"{_CONSTANT}_{len(self.constants)}"
+        name = f"{CONSTANT}_{len(self.constants)}"
         self.constants[name] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
         self.live.register_buffer(name, tensor.detach().clone())
         return name
@@ -279,6 +278,8 @@ class _Writer:
         if kind == "dict":
             items = {key: self._structure(item, results) for key, item in tree["items"].items()}
             if tree["attributes"]:
+                if not all(map(is_identifier, items)):
+                    raise CannotRewriteError("the model's outputs have names that can't be attributes")
                 name = self._add("call_function", "outputs", "raycomp.outputs", (), items)
                 return {"node": name}
             return {"dict": items}

@@ -1,0 +1,88 @@
+"""One step of all that a task does in training and evaluation, on two samples: what is wrong is told in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raycomp.config import TrainingConfig
+from raycomp.core.batch_share import use_share
+from raycomp.errors import TaskError
+from raycomp.pipeline.build import dense_model, weight_dtype
+from raycomp.pipeline.data.batches import BatchPlan, TorchBatches, open_batches
+from raycomp.pipeline.data.structure import move_batch
+from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.training.metrics import evaluate
+from raycomp.pipeline.training.schedule import step_schedule
+from raycomp.pipeline.training.shares import weighted_shares
+from raycomp.pipeline.user_code import user_code
+
+_SAMPLES = 2
+
+
+def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool) -> tuple[str, ...]:
+    """Takes one optimizer step and the metrics of two samples on a model of its own, on the CPU.
+
+    Data of Ray's is left out, because reading it needs the cluster.
+
+    Args:
+        task: the user's, prepared.
+        training: precision and seed.
+        trains: whether any stage trains; one that only calibrates needs no loss.
+
+    Returns:
+        The names of the task's metrics, the main one first; none where they can't be known without a cluster.
+
+    Raises:
+        TaskError: what the task's code raised, or what it gave that can't serve.
+    """
+    dtype = weight_dtype(training)
+    model = dense_model(task, training.seed).to(dtype=dtype)
+    train_data = given(task, "train_data", training.seed)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.precision == "bf16"):
+        if trains and not isinstance(train_data, TorchBatches):
+            _step(task, model, train_data, training.seed, dtype)
+        eval_data = given(task, "eval_data", training.seed)
+        if isinstance(eval_data, TorchBatches):
+            return ()
+        return tuple(evaluate(task, model, eval_data, batch_size=_SAMPLES, dtype=dtype, max_samples=_SAMPLES))
+
+
+def _step(task: Task, model: nn.Module, data: Any, seed: int, dtype: torch.dtype) -> None:
+    name = type(task).__name__
+    step = next(iter(open_batches(task, data, BatchPlan(_SAMPLES, seed)).iterate(0)), None)
+    if step is None:
+        raise TaskError("the train data gave no batch", where=f"{name}.train_data()")
+    with user_code(f"{name}.optimizer()"):
+        optimizer = task.optimizer(model)
+    with user_code(f"{name}.scheduler()"):
+        scheduler = task.scheduler(optimizer, 2)
+    model.train()
+    batch = move_batch(step[0].batch, "cpu", dtype)
+    with use_share(weighted_shares(task, step)[0]), user_code(f"{name}.training_step()"):
+        loss = task.training_step(model, batch)
+    _check_loss(loss, name)
+    with user_code(f"{name}.training_step()'s backward pass"):
+        loss.backward()
+    with user_code(f"the step of {name}.optimizer()"):
+        optimizer.step()
+    if scheduler is not None:
+        step_schedule(scheduler, f"{name}.scheduler()", metric=0.0)
+
+
+def _check_loss(loss: Any, name: str) -> None:
+    where = f"{name}.training_step()"
+    if not isinstance(loss, Tensor):
+        raise TaskError(f"it gave {type(loss).__name__}", where=where, remedy="return the loss, a tensor of shape []")
+    if loss.ndim:
+        raise TaskError(
+            f"it gave a loss of shape {list(loss.shape)}", where=where, remedy="return the mean, of shape []"
+        )
+    if not loss.requires_grad:
+        remedy = "compute it from the model's output, without detach() or no_grad()"
+        raise TaskError("its loss depends on no trainable parameter", where=where, remedy=remedy)
+    if not bool(torch.isfinite(loss)):
+        remedy = "look at the first samples, the model's weights and the loss"
+        raise TaskError(f"the loss of the dense model is {loss.item()}", where=where, remedy=remedy)
