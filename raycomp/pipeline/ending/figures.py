@@ -121,6 +121,8 @@ def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: tuple[ModelFig
         float_weight_bytes=int8.float_weight_bytes,
         vnni=int8.vnni,
         reduce_range=int8.reduce_range,
+        layers=len(int8.layers),
+        float_layers=int8.float_causes,
     )
 
 
@@ -212,7 +214,9 @@ def _latencies_s(timed: Mapping[str, nn.Module], example: Any, size: int, runs: 
             found |= latencies_s({name: module}, example, size, 1, warmup=0, threads=1)
             able[name] = module
     others = {name: module for name, module in able.items() if name != "simulated"}
-    return found | (latencies_s(others, example, size, runs, warmup=_WARM_UP, threads=1, limit_s=_TIMING_S) if others else {})
+    return found | (
+        latencies_s(others, example, size, runs, warmup=_WARM_UP, threads=1, limit_s=_TIMING_S) if others else {}
+    )
 
 
 class _Float32(nn.Module):
