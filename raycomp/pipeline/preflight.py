@@ -16,15 +16,19 @@ from raycomp.config.compressors import PrunerSettings, ScheduleSettings
 from raycomp.core.chain import Chain
 from raycomp.core.layout import traced_shapes
 from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
 from raycomp.core.selection import resolve
+from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
 from raycomp.pipeline.data.batches import is_map_style
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.stage import stage_context
 from raycomp.pipeline.task import Task, given, prepare_task
 from raycomp.pipeline.user_code import user_code
+from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import obstacles
 
 
@@ -69,6 +73,8 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
             with chain.space.as_written(), user_code(f"{type(task).__name__}.optimizer()"):
                 task.optimizer(chain.model)
             problems += _unseen_problems(chain, index)
+            if job.wants_int8 and index == len(job.stages) - 1 and not problems:
+                warnings += _computed_in_float(task, chain, context)
         except ConfigError as error:
             problems += error.problems
         except SpeedupError as error:
@@ -116,6 +122,18 @@ def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> 
                 f"cut: {reason}"
             )
     return told
+
+
+def _computed_in_float(task: Task, chain: Chain, context: BuildContext) -> tuple[str, ...]:
+    """What of the int8 model will not be computed in integers, or why there will be none; of the dense model's form."""
+    notes, calibration = Notes(), Calibration()
+    for member in chain.members:
+        for module, targets in member.blank_calibration().items() if isinstance(member, Quantizer) else ():
+            calibration.setdefault(module, {}).update(targets)
+    with notes.instead_of("there will be no int8 model"):
+        found = foreseen_hindrances(dense_model(task, context.seed), calibration, chain.folds(), context.example)
+        notes.say(*(f"int8 will compute in float {each}" for each in layers_by_cause(found)))
+    return notes()
 
 
 def _order_problems(stages: Sequence[StageConfig]) -> list[Problem]:

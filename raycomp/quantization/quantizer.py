@@ -174,6 +174,14 @@ class Quantizer(Compressor):
                 calibration.setdefault(target_id.module, {})[target_id.target] = quantizer.calibration()
         return calibration
 
+    def blank_calibration(self) -> Calibration:
+        """The calibration's form, as it is before there are ranges: every target, with scales of 1."""
+        calibration: Calibration = {}
+        for target_id, quantizer in self.quantizers.items():
+            if quantizer.settings.apply_method != "bypass":
+                calibration.setdefault(target_id.module, {})[target_id.target] = quantizer.calibration()
+        return calibration
+
     def update_calibration_config(self, calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Takes over ranges that were stored before.
 

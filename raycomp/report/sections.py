@@ -11,6 +11,7 @@ import yaml
 from raycomp.report import text
 from raycomp.report.comparison import comparison, load_line, verification_text
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
+from raycomp.report.outcome import change, doubts, float_share, outcome
 from raycomp.report.plots import Mark, Point, bar, line_chart
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary
@@ -35,29 +36,6 @@ def headline(summary: RunSummary) -> str:
             _warnings(summary),
             "</header>",
         )
-    )
-
-
-def outcome(summary: RunSummary) -> str:
-    """The result in a sentence or two, for someone who reads nothing else."""
-    if not summary.models:
-        return "The run made no model."
-    dense, last = summary.models[0], summary.models[-1]
-    if last is dense:
-        return "The run measured the dense model only."
-    changes = (
-        _change(dense.macs, last.macs, "fewer MACs", "more MACs"),
-        _change(dense.file_bytes, last.file_bytes, "smaller on disk", "larger on disk"),
-    )
-    gains = [f"{ratio} {what}" for ratio, what in changes if ratio]
-    first = next(iter(dense.metrics), None)
-    quality = ""
-    if first is not None and first in last.metrics:
-        quality = (
-            f" {first.capitalize()} {text.number(last.metrics[first])} against {text.number(dense.metrics[first])}."
-        )
-    return (
-        f"The {last.name} model, against the dense one it was made from: {' and '.join(gains) or 'as large'}.{quality}"
     )
 
 
@@ -124,7 +102,8 @@ def result(summary: RunSummary) -> str:
         "than dense (below 1× is worse). Latency is the median time of one call on the machine under Environment.",
         "soft small",
     )
-    forms = facts({model.name: _FORMS[model.name] for model in summary.models if model.name in _FORMS})
+    described = {**_FORMS, "int8": _FORMS["int8"] + float_share(summary)}
+    forms = facts({model.name: described[model.name] for model in summary.models if model.name in described})
     load = ""
     if summary.artifact_uri:
         load = paragraph("To use it:") + code_block(load_line(summary.artifact_uri, summary.runs_alone))
@@ -154,6 +133,8 @@ def int8(summary: RunSummary) -> str:
         else "The processor that measured has no VNNI instructions: 8-bit dot products may saturate there and gain "
         "little or no speed; expect better latency on one that has them."
     )
+    if figures.layers and len(figures.float_layers) == figures.layers:
+        hardware = "No layer computes with integers: see what is computed in float."
     if figures.reduce_range:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
@@ -162,7 +143,9 @@ def int8(summary: RunSummary) -> str:
         "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of the "
         f"{text.size(figures.float_weight_bytes)} that they take in float32",
     }
-    return section("Integer arithmetic", facts(pairs), paragraph(hardware))
+    rows = [(dotted(layer), escape(cause)) for layer, cause in figures.float_layers.items()]
+    in_float = table((Column("Computed in float", "name"), Column("Why")), rows) if rows else ""
+    return section("Integer arithmetic", facts(pairs), paragraph(hardware), in_float)
 
 
 def _difference(value: float | None) -> str:
@@ -283,29 +266,23 @@ def _head_figures(dense: ModelFigures, last: ModelFigures) -> list[tuple[str, st
         for name, value in list(dense.metrics.items())[:1]
         if name in last.metrics
     ]
-    ratio, label = _change(dense.macs, last.macs, "fewer MACs", "more MACs")
+    ratio, label = change(dense.macs, last.macs, "fewer MACs", "more MACs")
     heads.append((label, ratio, f"{text.count(dense.macs)} → {text.count(last.macs)}"))
-    ratio, label = _change(dense.file_bytes, last.file_bytes, "smaller file", "larger file")
+    ratio, label = change(dense.file_bytes, last.file_bytes, "smaller file", "larger file")
     heads.append((label, ratio, f"{text.size(dense.file_bytes)} → {text.size(last.file_bytes)}"))
     batches = sorted(set(dense.latency_s) & set(last.latency_s), key=int)
     for batch in batches[-1:]:
         before, after = dense.latency_s[batch], last.latency_s[batch]
-        ratio, label = _change(before, after, f"faster, batch {batch}", f"slower, batch {batch}")
+        ratio, label = change(before, after, f"faster, batch {batch}", f"slower, batch {batch}")
         heads.append((label, ratio, f"{text.seconds(before)} → {text.seconds(after)}"))
     return heads
 
 
-def _change(dense: float | None, last: float | None, better: str, worse: str) -> tuple[str, str]:
-    """The ratio as at least 1, and the word for its direction; an empty ratio where nothing changed or is known."""
-    if dense and last and last > dense:
-        return text.times(last, dense), worse
-    return text.times(dense, last), better
-
-
 def _warnings(summary: RunSummary) -> str:
-    if not summary.warnings:
+    told = (*doubts(summary), *summary.warnings)
+    if not told:
         return ""
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in summary.warnings)
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in told)
     return f'<div class="warnings" role="note"><strong>Worth knowing</strong><ul>{items}</ul></div>'
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from raycomp.report import text
 from raycomp.report.comparison import Cell, comparison, load_line, verification_text
+from raycomp.report.outcome import doubts, float_share, outcome
 from raycomp.results.summary import RunSummary, TrialFigures
 
 ARTIFACT_LABEL = "artifact  "
@@ -47,13 +48,18 @@ def result_table(summary: RunSummary) -> Table:
 
 
 def print_result(console: Console, summary: RunSummary, artifact_uri: str, report_path: str) -> None:
-    """Prints how a run ends: the table, the verification, warnings, where all is stored, and how to load it."""
+    """Prints how a run ends: in a sentence, as a table, the verification, warnings, where all is stored, and how to
+    load it."""
     console.print()
+    print_line(console, outcome(summary), "bold")
+    for doubt in doubts(summary):
+        print_line(console, f"warning: {doubt}", "bold red")
     console.print(Visible(result_table(summary)))
     passed = summary.verification is None or summary.verification.passed
     print_line(console, verification_text(summary), "" if passed else "bold red")
     if summary.int8 is not None:
-        print_line(console, f"int8 against the simulated quantization: SQNR {text.number(summary.int8.sqnr_db)} dB.")
+        sqnr = f"SQNR {text.number(summary.int8.sqnr_db)} dB{float_share(summary)}"
+        print_line(console, f"int8 against the simulated quantization: {sqnr}.")
     for warning in summary.warnings:
         print_line(console, f"warning: {warning}", "yellow")
     console.print()

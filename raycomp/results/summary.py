@@ -68,6 +68,8 @@ class Int8Figures:
         float_weight_bytes: bytes of the same weights in float32.
         vnni: whether the CPU that measured has VNNI instructions (dot products of int8).
         reduce_range: whether weights were held to 7 bits, as CPUs without VNNI need.
+        layers: how many layers have int8 weights.
+        float_layers: those of them that are computed in float all the same -> why, with the remedy.
     """
 
     sqnr_db: float
@@ -76,6 +78,8 @@ class Int8Figures:
     float_weight_bytes: int
     vnni: bool
     reduce_range: bool
+    layers: int = 0
+    float_layers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

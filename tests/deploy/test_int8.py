@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8, sqnr_db
+from raycomp.deploy.int8 import Int8Model, foreseen_hindrances, lower_int8, simulate_int8, sqnr_db
 from raycomp.deploy.measure import count_parameters
 from raycomp.errors import SpeedupError
 from tests.deploy.networks import RESIDUAL_FOLDS, Calibration, ResidualNet, calibrate, entry, randomize_norms_
@@ -40,6 +40,8 @@ def run_both(
     lowered = lower_int8(model, calibration, folds, x[:2], reduce_range=reduce_range)
     with torch.no_grad():
         simulated = simulate_int8(model, calibration, folds, reduce_range=reduce_range)(x)
+    # What the graph lets foresee is what ONNX Runtime does.
+    assert lowered.hindrances == lowered.float_causes
     return lowered, simulated, lowered.as_module(threads=1)(x)
 
 
@@ -142,6 +144,7 @@ def test_what_has_no_integer_kernel_is_computed_in_float_and_named(
     x = torch.randn(8, 4, 6, 6)
     lowered, simulated, real = run_both(model, calibrate(model, x, layers, folds=folds), folds, x)
     assert lowered.float_layers == ("0",)
+    assert "no integer kernel for" in lowered.float_causes["0"]
     assert sqnr_db(simulated, real) > 40
 
 
@@ -151,6 +154,9 @@ def test_a_convolution_without_output_quantizer_is_named(residual: tuple[nn.Modu
     lowered, simulated, real = run_both(model, calibration, RESIDUAL_FOLDS, x)
     # The stem ends in conv1's (and the shortcut's) input quantizer, conv1 in conv2's; the sum's two operands are float.
     assert lowered.float_layers == ("conv2", "shortcut")
+    assert set(lowered.float_causes.values()) == {"its output has no scale: add `_output_` to its target_names"}
+    blank = {name: {key: entry(-torch.ones(()), torch.ones(())) for key in calibration[name]} for name in calibration}
+    assert foreseen_hindrances(model, blank, RESIDUAL_FOLDS, x) == lowered.float_causes
     assert lowered.execution.operators["QLinearConv"] == 2
     assert sqnr_db(simulated, real) > 40
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -8,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
-from raycomp.config import TaskConfig, load_job
+from raycomp.config import TaskConfig, load_job, parse_job
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import BatchPlan, open_batches
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.pipeline.training.metrics import evaluate
 from tests.contracts.training import chain_of
@@ -163,3 +166,18 @@ def test_a_hugging_face_model_learns_with_the_defaults_alone() -> None:
     example = task.example_input()
     assert isinstance(example, dict)
     assert {name: tuple(value.shape) for name, value in example.items()} == {"pixel_values": (2, 1, 8, 8)}
+
+
+def test_the_readmes_job_gives_real_int8_and_needs_its_outputs_for_it(tmp_path: Path) -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    raw = yaml.safe_load(
+        next(block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "name: digits" in block)
+    )
+    task = build("digits.py:Digits", width=8, dense_epochs=1)
+    prepare_task(task, tmp_path / "files")
+    in_float = "int8 will compute in float"
+    assert not [told for told in check_stages(parse_job(raw), task).warnings if in_float in told]
+    quantizer = raw["stages"][0]["compressors"][1]["config_list"][0]
+    quantizer["target_names"].remove("_output_")
+    del quantizer["target_settings"]["_output_"]
+    assert [told for told in check_stages(parse_job(raw), task).warnings if in_float in told]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from raycomp import Task
@@ -192,3 +192,52 @@ def test_what_cannot_stand_together_is_refused_when_it_is_built() -> None:
     with pytest.raises(ConfigError) as raised:
         stage_chain(config, 0, Small(), start, resolved)
     assert {problem.where for problem in raised.value.problems} == {"stages[0].compressors[1].config_list[0]"}
+
+
+class Images(Task):
+    """Two convolutions, the first one folded with its norm and activation."""
+
+    def model(self) -> nn.Module:
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ConvTranspose2d(4, 2, 3)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(72, 3))
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(0, 3, (64,)))
+
+    eval_data = train_data
+
+
+def test_what_int8_will_compute_in_float_is_told_with_the_remedy() -> None:
+    targets = ["_input_", "weight"]
+    lists = [
+        {"op_types": ["Conv2d"], "target_names": targets, "fuse_names": [["0", "1", "2"]]},
+        {"op_types": ["ConvTranspose2d", "Linear"], "target_names": targets},
+    ]
+    config = parse_job(job([{"type": "QATQuantizer", "config_list": lists}], steps=2, epochs=None))
+    # The first ends in the second one's input; the second in the third's.
+    no_kernel = "ONNX Runtime has no integer kernel for ConvTranspose: leave it out of the quantizer"
+    found = [told for told in check_stages(config, Images()).warnings if "int8" in told]
+    assert found == [f"int8 will compute in float 4: {no_kernel}"]
+    lists[0] = {"op_names": ["0"], "target_names": targets}
+    config = parse_job(job([{"type": "QATQuantizer", "config_list": lists}], steps=2, epochs=None))
+    assert any(
+        told == "int8 will compute in float 0: its output has no scale: add `_output_` to its target_names"
+        for told in check_stages(config, Images()).warnings
+    )
+
+
+def test_that_there_will_be_no_int8_model_is_told() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else self.fc(-x)
+
+    class Asking(Small):
+        def model(self) -> nn.Module:
+            return Branching()
+
+    found = check_stages(parse_job(job([QAT])), Asking()).warnings
+    assert [told.startswith("there will be no int8 model: ") for told in found] == [True]

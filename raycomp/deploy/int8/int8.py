@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raycomp.deploy.int8.reference import lowering, simulate_int8
 from raycomp.deploy.measure import hardware
-from raycomp.deploy.onnx_export import export_to_ir
+from raycomp.deploy.onnx_export import OnnxExport, export_to_ir
 from raycomp.deploy.onnx_file import OnnxSignature
 from raycomp.deploy.onnx_runtime import Execution, OnnxModule, execution
 from raycomp.errors import SpeedupError
@@ -34,6 +34,8 @@ class Int8Model:
         vnni: whether this machine multiplies 8-bit integers without saturation.
         grown_scales: weights whose learned scale had to grow so that the bias fits into int32.
         fixed: sizes that it takes alone, though the inputs that it was exported for differ there.
+        layers: those that have integer weights.
+        hindrances: why some of them have no integer kernel, with the remedy.
     """
 
     onnx: bytes
@@ -44,6 +46,8 @@ class Int8Model:
     vnni: bool
     grown_scales: tuple[str, ...]
     fixed: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    hindrances: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes the ONNX file."""
@@ -58,15 +62,22 @@ class Int8Model:
         """Which operators ONNX Runtime runs for this model on this machine's CPU."""
         return execution(self.onnx)
 
-    @property
+    @cached_property
     def float_layers(self) -> tuple[str, ...]:
-        """The layers with integer weights that ONNX Runtime nevertheless computes in float on this machine.
+        """The layers with integer weights that ONNX Runtime nevertheless computes in float on this machine."""
+        return tuple(layer for name in self.execution.dequantized if (layer := _layer_of(name)) is not None)
 
-        A convolution needs its input, weight and output quantized (a ReLU or max pooling may stand between), a linear
-        layer its input and weight.
-        """
-        paths = [name.removesuffix("_quantized").split(".") for name in self.execution.dequantized]
-        return tuple(".".join(path[:-1]) for path in paths if path[-1] == "weight")
+    @property
+    def float_causes(self) -> dict[str, str]:
+        """Why it computes each of them in float, with the remedy where there is one."""
+        unknown = "ONNX Runtime has no integer kernel for it as it stands in the model"
+        return {layer: self.hindrances.get(layer, unknown) for layer in self.float_layers}
+
+
+def _layer_of(name: str) -> str | None:
+    """The layer whose integer weight a constant is; None for another constant."""
+    layer, _, target = name.rpartition(".")
+    return layer if target == "weight_quantized" else None
 
 
 def lower_int8(
@@ -99,19 +110,13 @@ def lower_int8(
     """
     machine = hardware()
     reduced = not machine.vnni if reduce_range is None else reduce_range
-    if not any(calibration.values()):
-        raise SpeedupError("the calibration is empty: nothing was quantized", remedy="run a quantizer first")
-    reference = simulate_int8(model, calibration, folds, reduce_range=reduced)
-    with lowering():
-        exported = export_to_ir(reference, example_as_float32(example), [*map(example_as_float32, others)])
-    from raycomp.deploy.int8.qdq import to_qdq_
-
-    grown = to_qdq_(exported.graph)
+    exported, grown = _exported(model, calibration, folds, example, others, reduced)
     content, fixed = exported.serialized({"reduce_range": reduced})
-    tensors = [
-        value.const_value for value in exported.graph.graph.initializers.values() if value.const_value is not None
-    ]
+    initializers = exported.graph.graph.initializers.values()
+    tensors = [value.const_value for value in initializers if value.const_value is not None]
     state = [*model.parameters(), *model.buffers()]
+    from raycomp.deploy.int8.hindrances import hindrances
+
     return Int8Model(
         onnx=content,
         signature=exported.signature,
@@ -121,7 +126,49 @@ def lower_int8(
         vnni=machine.vnni,
         grown_scales=grown,
         fixed=fixed,
+        layers=tuple(layer for value in initializers if (layer := _layer_of(value.name or "")) is not None),
+        hindrances=hindrances(exported.graph.graph),
     )
+
+
+def foreseen_hindrances(
+    model: nn.Module,
+    calibration: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    folds: Sequence[Sequence[str]],
+    example: Example,
+) -> dict[str, str]:
+    """Which layers of the int8 model would be computed in float, and why, without making it.
+
+    Args:
+        model, folds, example: as `lower_int8` takes them.
+        calibration: of the form that it will have; the values of the scales don't count.
+
+    Raises:
+        SpeedupError: as `lower_int8`.
+    """
+    exported, _ = _exported(model, calibration, folds, example, (), reduced=False)
+    from raycomp.deploy.int8.hindrances import hindrances
+
+    return hindrances(exported.graph.graph)
+
+
+def _exported(
+    model: nn.Module,
+    calibration: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    folds: Sequence[Sequence[str]],
+    example: Example,
+    others: Sequence[Example],
+    reduced: bool,
+) -> tuple[OnnxExport, tuple[str, ...]]:
+    """The lowered graph, and the weights whose scales had to grow."""
+    if not any(calibration.values()):
+        raise SpeedupError("the calibration is empty: nothing was quantized", remedy="run a quantizer first")
+    reference = simulate_int8(model, calibration, folds, reduce_range=reduced)
+    with lowering():
+        exported = export_to_ir(reference, example_as_float32(example), [*map(example_as_float32, others)])
+    from raycomp.deploy.int8.qdq import to_qdq_
+
+    return exported, to_qdq_(exported.graph)
 
 
 def sqnr_db(reference: Tensor, real: Tensor) -> float:

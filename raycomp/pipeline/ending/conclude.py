@@ -19,7 +19,7 @@ from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.inputs import differing_inputs, real_inputs
-from raycomp.pipeline.notes import Notes
+from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
@@ -163,8 +163,7 @@ def _lowered(
         int8 = lower_int8(
             result.model, result.calibration, result.folds, example, others=others, reduce_range=reduce_range
         )
-        if int8.float_layers:
-            notes.say(f"ONNX Runtime computes these layers in float here: {', '.join(int8.float_layers)}")
+        notes.say(*(f"int8 computes in float {each}" for each in layers_by_cause(int8.float_causes)))
         if int8.grown_scales:
             notes.say(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
         return int8

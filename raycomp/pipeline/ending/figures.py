@@ -38,8 +38,9 @@ from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
 
 _SQNR_SAMPLES = 256
-_TIMING_S = 10.0
+_TIMING_S = 5.0
 """How long the forms are timed with one batch size, in turn; the simulation apart from them is run once."""
+_WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: tuple[ModelFig
         float_weight_bytes=int8.float_weight_bytes,
         vnni=int8.vnni,
         reduce_range=int8.reduce_range,
+        layers=len(int8.layers),
+        float_layers=int8.float_causes,
     )
 
 
@@ -211,7 +214,9 @@ def _latencies_s(timed: Mapping[str, nn.Module], example: Any, size: int, runs: 
             found |= latencies_s({name: module}, example, size, 1, warmup=0, threads=1)
             able[name] = module
     others = {name: module for name, module in able.items() if name != "simulated"}
-    return found | (latencies_s(others, example, size, runs, threads=1, limit_s=_TIMING_S) if others else {})
+    return found | (
+        latencies_s(others, example, size, runs, warmup=_WARM_UP, threads=1, limit_s=_TIMING_S) if others else {}
+    )
 
 
 class _Float32(nn.Module):

@@ -1,0 +1,58 @@
+"""What comes first in a result: that int8 is slow, that its outputs are wrong, that layers compute in float."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from raycomp.report import print_result, render_report
+from raycomp.report.outcome import doubts, outcome
+from raycomp.results.summary import RunSummary
+from tests.report.summaries import summary
+
+
+def with_int8(**changes: object) -> RunSummary:
+    found = summary()
+    assert found.int8 is not None
+    return replace(found, int8=replace(found.int8, **changes))  # type: ignore[arg-type]
+
+
+def slow() -> RunSummary:
+    """With batches of 1 alone: 0.5 against 0.4 ms."""
+    found = summary()
+    *others, int8 = found.models
+    return replace(found, models=(*others, replace(int8, latency_s={"1": 0.0005, "32": 0.002})))
+
+
+def printed(shown: RunSummary) -> list[str]:
+    console = Console(file=io.StringIO(), width=200)
+    print_result(console, shown, "artifacts/x", "report.html")
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def test_int8_that_is_slower_than_float_says_so_in_the_first_line() -> None:
+    told = "int8 is slower than float on this machine: 500 µs against 400 µs with batch 1."
+    assert outcome(slow()).endswith(told)
+    assert printed(slow())[0].endswith(told)
+    assert "slower than float" not in outcome(summary())
+
+
+def test_a_low_sqnr_is_a_warning_in_the_first_lines() -> None:
+    shown = with_int8(sqnr_db=9.5)
+    assert "SQNR 9.5 dB, below 10" in printed(shown)[1]
+    page = render_report(shown)
+    assert page.index("SQNR 9.5 dB, below 10") < page.index("Result</h2>")
+    assert doubts(with_int8(sqnr_db=10.5)) == ()
+
+
+def test_layers_in_float_are_listed_with_their_cause_and_nothing_says_otherwise() -> None:
+    cause = "its output has no scale: add `_output_` to its target_names"
+    some = render_report(with_int8(layers=3, float_layers={"stem.conv": cause}, vnni=True))
+    assert "1 of its 3 quantized layers compute in float" in some and cause in some
+    every = with_int8(layers=1, float_layers={"stem.conv": cause}, vnni=True)
+    page = render_report(every)
+    assert "No layer computes with integers" in page and "exact and fast" not in page
+    assert "SQNR 38.25 dB; 1 of its 1 quantized layers compute in float." in "\n".join(printed(every))
