@@ -64,6 +64,10 @@ _PURE = frozenset(
     _assert_async _assert_scalar _assert_tensor_metadata _cast_Float _log_softmax _local_scalar_dense
     _reshape_alias _softmax _to_copy _unsafe_view _weight_norm _shape_as_tensor sym_constrain_range
     sym_constrain_range_for_size sym_numel sym_size sym_storage_offset sym_stride
+    __and__ __or__ __xor__ __lshift__ __rshift__ lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell embedding_bag
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d
+    fractional_max_pool2d fractional_max_pool3d affine_grid_generator stft istft det trapezoid linalg_cholesky
+    linalg_det linalg_eigvalsh linalg_inv linalg_matmul linalg_qr linalg_solve linalg_svdvals special_erfcx
     """.split()  # noqa: SIM905
 )
 """Names in `aten`; their in-place forms (`relu_`) are meant, too, and forms that write to a given `out` are not."""
