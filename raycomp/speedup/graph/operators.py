@@ -10,7 +10,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce, wraps
 from typing import Any
 
@@ -181,6 +181,23 @@ def _is_of_tensors(operator_: torch._ops.OpOverload) -> bool:
     kinds = [str(value.type) for value in (*schema.arguments, *schema.returns)]
     on_tensors = any("Tensor" in kind for kind in kinds) or schema.name == "aten::_assert_scalar"
     return on_tensors and not any(argument.is_out for argument in schema.arguments)
+
+
+def check_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Whether an operator can be called with so many arguments of these names.
+
+    Raises:
+        SpeedupError: it can't.
+    """
+    if not isinstance(function, torch._ops.OpOverload):
+        return
+    arguments = function._schema.arguments
+    positional = [argument.name for argument in arguments if not argument.kwarg_only]
+    given = [*positional[: len(args)], *kwargs]
+    missing = [a.name for a in arguments if not a.has_default_value() and a.name not in given]
+    odd = [name for name in kwargs if name not in (a.name for a in arguments)]
+    if missing or odd or len(args) > len(positional) or len(set(given)) != len(given):
+        raise SpeedupError(f"{function} is called with {len(args)} arguments and {', '.join(kwargs) or 'no names'}")
 
 
 def named_function(name: str) -> Callable[..., Any]:
