@@ -78,7 +78,8 @@ def _check_graph(graph: Graph, where: str) -> None:
         for key, text in node.metadata.items():
             if key not in _METADATA:
                 raise refused(f"the metadata {key!r}", where)
-            _plain(text, "the text", where)
+            if not text.isprintable():
+                raise refused(f"the text {text[:80]!r}", where)
         for item in node.inputs:
             if item.arg.as_graph is not None:
                 _check_graph(item.arg.as_graph.graph, where)
