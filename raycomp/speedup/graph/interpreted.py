@@ -91,6 +91,8 @@ class Interpreted(fx.GraphModule):
                 try:
                     values[step.result] = step.function(*given, **named)
                 except Exception as error:
+                    if _is_of_others(error):
+                        raise
                     raise _told(error, step) from error
             else:
                 values[step.result] = _found(self, step.function)(*given, **named)
@@ -105,14 +107,9 @@ class Interpreted(fx.GraphModule):
         if len(args) > len(names):
             raise TypeError(f"forward() takes {len(names)} arguments, and {len(args)} were given")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        missing, odd = [name for name in names if name not in bound], [name for name in bound if name not in names]
-        if missing or odd or len(bound) != len(args) + len(kwargs):
-            wrong = (
-                f"lacks {missing[0]!r}"
-                if missing
-                else f"got {(odd or list(kwargs))[0]!r} that it doesn't take, or twice"
-            )
-            raise TypeError(f"forward() {wrong}; it takes {', '.join(names)}")
+        if set(bound) != set(names) or len(bound) != len(args) + len(kwargs):
+            given = [*names[: len(args)], *kwargs]
+            raise TypeError(f"forward() takes {', '.join(names)}, each once, and got {', '.join(given) or 'none'}")
         return [bound[name] for name in names]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -136,10 +133,12 @@ def _forward(inputs: tuple[str, ...]) -> Any:
     return forward
 
 
-def _told(error: Exception, step: _Step) -> Exception:
-    # Those who trace a model, or look for free memory, wait for errors of other kinds.
-    if isinstance(error, (SpeedupError, torch.OutOfMemoryError)) or is_traced():
-        return error
+def _is_of_others(error: Exception) -> bool:
+    """Whether someone waits for this very error: those who trace a model, or look for free memory."""
+    return isinstance(error, (SpeedupError, torch.OutOfMemoryError)) or is_traced()
+
+
+def _told(error: Exception, step: _Step) -> GraphError:
     cause = next(iter(str(error).splitlines()), type(error).__name__)
     return GraphError(f"{name_of_function(step.function)} cannot run what it is given: {cause}", where=step.name)
 
