@@ -215,14 +215,15 @@ def sweep(sweep: Path, resume: bool) -> None:
     code is 1 only where all of them fail.
     """
     from raycomp.report import ProgressPrinter
+    from raycomp.report.table import Visible, print_line
     from raycomp.tune import sweep as run_sweep
 
     with ProgressPrinter() as progress:
         result = run_sweep(sweep, resume=resume, progress=progress, resume_with=_resuming("sweep", sweep))
     console = _console()
-    console.print(result.table())
+    console.print(Visible(result.table()))
     for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):
-        console.print(Text(line), soft_wrap=True)
+        print_line(console, line)
     if len(result.failed) == len(result.rows):
         sys.exit(1)
 
