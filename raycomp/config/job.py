@@ -106,6 +106,8 @@ class EvaluationConfig(Settings):
     """Samples per batch for the metrics."""
     max_samples: Count | None = None
     """Measure on the first of the evaluation data only (null: on all)."""
+    limit_s: Positive = 600.0
+    """Seconds after which the finished forms are measured no further: their metrics are of the samples up to there."""
     latency_batch_size: Count = 32
     """The batch whose latency is measured beside that of one sample."""
     latency_runs: Count = 50

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from raycomp.deploy.int8 import lower_int8, simulate_int8
@@ -139,3 +140,21 @@ def test_what_the_model_returns_in_a_class_of_its_own_loads_without_that_class(t
         torch.testing.assert_close(output.logits, expected.logits)
         torch.testing.assert_close(output["weights"][0], expected.weights[0])
         assert output.loss is None and output[0] is output.logits
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_transformer_loads_for_texts_of_any_length(attention: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=16, attn_implementation=attention,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+
+    def tokens(length: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.arange(2 * length).view(2, -1) % 16, "attention_mask": text(length)["mask"]}
+
+    assert export_pt2(model, tokens(5), tmp_path / "model.pt2", [tokens(9)]).fixed == ()
+    loaded = load_pt2(tmp_path / "model.pt2")
+    for length in (3, 12):
+        torch.testing.assert_close(loaded(**tokens(length)).logits, called(model, tokens(length)).logits)

@@ -17,6 +17,7 @@ from raycomp.pipeline.ending import artifact, conclude, figures
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import StageStart, resolve_start
 from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.metrics import evaluate
 from raycomp.report import render_report
 from raycomp.report.comparison import load_line
 from raycomp.results.summary import FORMS, RunSummary
@@ -42,9 +43,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def ended(checkpoint: Path, folder: Path) -> RunSummary:
-    """What the head node makes of the training."""
-    config = parse_job(RAW)
+def ended(checkpoint: Path, folder: Path, **keys: Any) -> RunSummary:
+    """What the head node makes of the training, for a job with other keys."""
+    config = parse_job({**RAW, **keys})
     task, start = build_task(config.task), StageStart()
     state, facts = StageState.load(checkpoint), conclude.RunFacts("run", "now", str(folder), {}, {})
     return conclude.conclude(
@@ -164,3 +165,30 @@ def test_every_form_is_measured_and_held_against_the_one_whose_function_it_shoul
     assert found.simulation.metric_difference == accuracy["sped-up simulated"] - accuracy["simulated"]
     assert found.int8.sqnr_db > 20
     assert found.int8.metric_difference == accuracy["int8"] - accuracy["sped-up simulated"]
+
+
+def test_every_form_sees_every_batch_and_each_is_read_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    batches = figures.evaluation_batches
+
+    def counted(*given: Any) -> Iterator[Any]:
+        for batch, wanted in batches(*given):
+            read.append(wanted)
+            yield batch, wanted
+
+    monkeypatch.setattr(figures, "evaluation_batches", counted)
+    summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 8, "latency_runs": 1})
+    # Two samples tell whether anything draws at random.
+    assert read == [2, 8, 8, 5]
+    config = parse_job(RAW)
+    task = build_task(config.task)
+    expected = evaluate(task, task.model(), task.eval_data(), batch_size=21)
+    assert summary.models[0].metrics == pytest.approx(expected)
+
+
+def test_measuring_ends_at_its_limit_for_all_forms_alike(checkpoint: Path, tmp_path: Path) -> None:
+    summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 1, "limit_s": 1e-9, "latency_runs": 1})
+    assert [row.metrics["accuracy"] in (0.0, 1.0) for row in summary.models] == [True] * len(FORMS)
+    assert "metrics are of the first 1 samples: evaluation.limit_s is 1e-09" in summary.warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -210,13 +211,18 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
         stack.enter_context(restored_generators())
         at_once = 1 if _draws(task, modules, data) else max(1, _cores() // job.scaling.threads_per_worker)
         pool = stack.enter_context(ThreadPoolExecutor(at_once))
+        begun, seen = time.monotonic(), 0
         for batch, wanted in evaluation_batches(task, data, View(evaluation.batch_size, evaluation.max_samples)):
+            if seen and time.monotonic() - begun > evaluation.limit_s:
+                notes.say(f"metrics are of the first {seen} samples: evaluation.limit_s is {evaluation.limit_s:g}")
+                break
             running = {name: pool.submit(tally.add, batch, wanted) for name, tally in tallies.items()}
             for name, future in running.items():
                 with notes.instead_of(f"the {name} model is not evaluated"):
                     future.result()
                     continue
                 del tallies[name]
+            seen += wanted
     return {name: tally.means() for name, tally in tallies.items()}
 
 

@@ -71,6 +71,9 @@ _PURE = frozenset(
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real
     view_copy vsplit vstack _weight_norm where xlogy __xor__ zero zeros zeros_like
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices max_unpool3d
+    fractional_max_pool2d fractional_max_pool3d det trapezoid linalg_eigvalsh linalg_matmul linalg_qr
+    linalg_svdvals special_erfcx
     """.split()  # noqa: SIM905
 )
 """Names in `aten`; their in-place forms (`relu_`) are meant, too, and forms that write to a given `out` are not."""
