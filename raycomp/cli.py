@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class _Commands(click.Group):
                 raise
             tell(error, Console(stderr=True))
             ctx.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt as error:
+            ctx.exit(getattr(error, "exit_code", _INTERRUPTED))  # raycomp's own knows its signal
 
 
 def tell(error: RaycompError, console: Console) -> None:
@@ -81,7 +84,9 @@ def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
 
     config, source = _job(job, settings)
     with ProgressPrinter() as progress:
-        result = CompressionJob(config, job.resolve().parent, source).fit(resume=resume, progress=progress)
+        result = CompressionJob(config, job.resolve().parent, source).fit(
+            resume=resume, progress=progress, resume_with=_resuming("run", job, settings)
+        )
     print_result(_console(), result.summary, result.artifact_uri, result.report_path)
 
 
@@ -210,14 +215,15 @@ def sweep(sweep: Path, resume: bool) -> None:
     code is 1 only where all of them fail.
     """
     from raycomp.report import ProgressPrinter
+    from raycomp.report.table import Visible, print_line
     from raycomp.tune import sweep as run_sweep
 
     with ProgressPrinter() as progress:
-        result = run_sweep(sweep, resume=resume, progress=progress)
+        result = run_sweep(sweep, resume=resume, progress=progress, resume_with=_resuming("sweep", sweep))
     console = _console()
-    console.print(result.table())
+    console.print(Visible(result.table()))
     for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):
-        console.print(Text(line), soft_wrap=True)
+        print_line(console, line)
     if len(result.failed) == len(result.rows):
         sys.exit(1)
 
@@ -247,6 +253,12 @@ def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
 
         found = selection_problems(raw, path.resolve().parent)
         raise source.located(ConfigError([*error.problems, *found])) from None
+
+
+def _resuming(command: str, file: Path, settings: Sequence[str] = ()) -> str:
+    """The command line that goes on with what was interrupted."""
+    options = [part for setting in settings for part in ("--set", setting)]
+    return shlex.join(["raycomp", command, str(file), "--resume", *options])
 
 
 def _value(setting: str, text: str) -> Any:

@@ -65,7 +65,7 @@ class FakeJob:
             raise FakeJob.error
         return ("stage prune: fc will be masked",)
 
-    def fit(self, *, resume: bool, progress: Any) -> SimpleNamespace:
+    def fit(self, *, resume: bool, progress: Any, resume_with: str) -> SimpleNamespace:
         FakeJob.resume = resume
         progress.message("run 1 on local Ray")
         self.validate()
@@ -224,7 +224,7 @@ def test_export_names_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_sweep_prints_its_table_and_fails_where_all_trials_do(
     failed: int, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_sweep(path: Path, *, resume: bool, progress: object) -> SimpleNamespace:
+    def run_sweep(path: Path, *, resume: bool, progress: object, resume_with: str) -> SimpleNamespace:
         table = Text(f"front of {path.name}, {resume}")
         return SimpleNamespace(
             table=lambda: table, uri="there", report_path="there/report.html", rows=[0, 1], failed=[0, 1][:failed]

@@ -116,7 +116,9 @@ def _session(model: bytes, threads: int | None, cuda: bool, optimized: Path | No
     wanted = ["CUDAExecutionProvider"] if cuda else []
     available = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
-        return onnxruntime.InferenceSession(model, options, providers=[*available, "CPUExecutionProvider"])
+        providers = [*available, "CPUExecutionProvider"]
+        # Its fallback prints the model's error to the terminal, and tries the same again.
+        return onnxruntime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:
         raise SpeedupError(f"ONNX Runtime cannot load the model: {str(error).splitlines()[0]}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raycomp.core.parts import as_call
 from raycomp.deploy import pt2_schema as schema
 from raycomp.deploy.pt2_archive import METADATA, PROGRAM, not_whole, open_archive
-from raycomp.deploy.pt2_program import InputSizes, build_program, input_sizes
+from raycomp.deploy.pt2_program import InputSizes, argument_names, build_program, input_sizes
 from raycomp.deploy.pt2_tensors import read_tensors
 from raycomp.deploy.pt2_unread import check_unread
 from raycomp.deploy.signature import Signature, count_tensors, read_description
@@ -22,12 +22,10 @@ from raycomp.deploy.sizes import ExportReport, describe_fixed, leaf_names
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Example, bind, describe, flatten, parameter_names, rebuild
+from raycomp.speedup.graph.interpreted import GraphError
 from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
+from raycomp.speedup.graph.result_bytes import is_traced
 from raycomp.storage.documents import parse_document
-
-
-class ProgramError(SpeedupError, RuntimeError):
-    """A loaded program can't run what it was given."""
 
 
 class ProgramModule(nn.Module):
@@ -60,27 +58,23 @@ class ProgramModule(nn.Module):
 
         Raises:
             TypeError: other arguments than the exported model takes.
-            ProgramError: tensors of other sizes than it takes, or an operator that refuses them.
+            GraphError: tensors of other sizes than it takes, or an operator that refuses them.
         """
         tensors = flatten(self.input_tree, bind(self.parameter_names, args, kwargs))
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-            return rebuild(self.output_tree, iter(self.program(*tensors)))
-        self._check_sizes(tensors)
-        try:
-            return rebuild(self.output_tree, iter(self.program(*tensors)))
-        except Exception as error:
-            raise ProgramError(f"the program cannot run this input: {cause_of(error)}") from error
+        if not is_traced():
+            self._check_sizes(tensors)
+        return rebuild(self.output_tree, iter(self.program(*tensors)))
 
     def _check_sizes(self, tensors: Sequence[Tensor]) -> None:
         known: dict[str, int] = {}
         for (name, sizes), tensor in zip(self.sizes, tensors, strict=True):
             if tensor.ndim != len(sizes):
-                raise ProgramError(f"expected {len(sizes)} dimensions, but got {tensor.ndim}", where=name)
+                raise GraphError(f"expected {len(sizes)} dimensions, but got {tensor.ndim}", where=name)
             for dim, (size, actual) in enumerate(zip(sizes, tensor.shape, strict=True)):
                 expected = known.setdefault(size, actual) if isinstance(size, str) else size
                 if actual != expected:
                     message = f"expected dimension {dim} to be equal to {expected}, but got {actual}"
-                    raise ProgramError(message, where=name, remedy="the model was exported for these sizes")
+                    raise GraphError(message, where=name, remedy="the model was exported for these sizes")
 
 
 def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Sequence[Example] = ()) -> ExportReport:
@@ -150,6 +144,9 @@ def _read(content: bytes, where: str) -> ProgramModule:
     module = build_program(program, read_tensors(archive), where)
     sizes = input_sizes(program)
     signature, metadata = read_description(bytes(archive.files.get(METADATA, b"")), f"{where}: {METADATA}")
+    told = argument_names(program)
+    if told and set(told) != set(signature.inputs.items):
+        raise not_whole("other arguments than its description", where)
     if count_tensors(signature.input_tree()) != len(sizes):
         raise not_whole("another signature than its program", where)
     if count_tensors(signature.output_tree()) != len(module.graph.output_node().args[0]):  # type: ignore[arg-type]

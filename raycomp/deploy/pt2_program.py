@@ -13,7 +13,7 @@ from raycomp.deploy import pt2_schema as schema
 from raycomp.deploy.pt2_archive import not_whole, refused
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.interpreted import Interpreted, interpreted
-from raycomp.speedup.graph.operators import FUNCTIONS, is_identifier, named_function
+from raycomp.speedup.graph.operators import FUNCTIONS, check_call, is_identifier, named_function
 
 _BLOCKS = {
     "torch.ops.higher_order.wrap_with_set_grad_enabled": "raycomp.with_grad",
@@ -91,6 +91,7 @@ class _Builder:
         self._checked(node.name or "unnamed")
         args = [self._value(item.arg) for item in node.inputs if item.kind != 2]
         kwargs = {self._checked(item.name): self._value(item.arg) for item in node.inputs if item.kind == 2}
+        check_call(function, args, kwargs)
         result = self.graph.call_function(function, tuple(args), kwargs)
         outputs = [schema.only(output) for output in node.outputs]
         if len(outputs) == 1 and outputs[0][0] == "as_tensors":
@@ -200,6 +201,12 @@ def _register(root: nn.Module, path: str, tensor: Tensor, persistent: bool) -> N
         root.register_parameter(name, tensor)
     else:
         root.register_buffer(name, tensor, persistent=persistent)
+
+
+def argument_names(program: schema.Program) -> list[str]:
+    """The names of the arguments that torch wrote down; none where it knows none."""
+    entry = next((entry for entry in program.graph_module.module_call_graph if not entry.fqn), None)
+    return [] if entry is None or entry.signature is None else entry.signature.forward_arg_names or []
 
 
 def input_sizes(program: schema.Program) -> list[InputSizes]:

@@ -40,6 +40,7 @@ class _Spec(Document):
     children_spec: list[_Spec]
 
 
+_CONTEXT: TypeAdapter[JsonValue] = TypeAdapter(JsonValue)
 _SPEC: TypeAdapter[tuple[int, _Spec]] = TypeAdapter(tuple[int, _Spec])
 
 
@@ -77,7 +78,8 @@ def _check_graph(graph: Graph, where: str) -> None:
         for key, text in node.metadata.items():
             if key not in _METADATA:
                 raise refused(f"the metadata {key!r}", where)
-            _plain(text, "the text", where)
+            if not text.isprintable():
+                raise refused(f"the text {text[:80]!r}", where)
         for item in node.inputs:
             if item.arg.as_graph is not None:
                 _check_graph(item.arg.as_graph.graph, where)
@@ -127,7 +129,7 @@ def _check_spec(text: str, where: str) -> None:
             raise refused(f"the type {each.type[:80]!r}", where)
         context = each.context
         if isinstance(context, str):
-            context = parse_document(TypeAdapter(JsonValue), context, "a specification's context", where, SpeedupError)
+            context = parse_document(_CONTEXT, context, "a specification's context", where, SpeedupError)
         if "__enum__" in json.dumps(context):
             raise refused("an enumeration in its signature", where)
         _check_context(context, where)

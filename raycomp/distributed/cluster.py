@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import ray
+import ray.data
+from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
@@ -20,7 +23,6 @@ from raycomp.storage import s3
 _TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 Tell = Callable[[str], None]
 SPARE_CPUS = 1
@@ -40,6 +42,16 @@ class Cluster:
     local: bool
     use_gpu: bool
     description: str
+
+    def require_data_cpu(self, scaling: ScalingConfig) -> None:
+        """Raises ClusterError if the workers leave no CPU to the tasks of Ray Data, which would wait for ever."""
+        free = ray.cluster_resources().get("CPU", 0.0) - demand(scaling, use_gpu=False).get("CPU", 0.0)
+        if free < 1:
+            raise ClusterError(
+                f"the data is Ray Data's, whose tasks need a CPU, and the workers leave {free:g} of them",
+                where="scaling",
+                remedy="fewer num_workers, or less CPU in resources_per_worker",
+            )
 
 
 def _silent(line: str) -> None:
@@ -62,7 +74,40 @@ def connect(job: JobConfig, tell: Tell = _silent) -> Iterator[Cluster]:
     with ExitStack() as stack:
         if not ray.is_initialized():
             _start(stack, job, tell)
+        stack.enter_context(_quiet())
         yield _checked(job.scaling)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray's tracebacks, logs and progress bars from the terminal: each cause is told in a line of raycomp's."""
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.train", "ray.data", "ray.tune")]
+    levels = [logger.level for logger in loggers]
+    context = ray.data.DataContext.get_current()
+    bars = context.enable_progress_bars
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def on_demand(start: Callable[[], object]) -> Iterator[None]:
+    """Within the block, code that touches Ray before it is connected gets what `start` connects to.
+
+    Ray would connect or start one by itself, and know nothing of the job's cluster and CPUs.
+    """
+    before = auto_init_hook.auto_init_ray
+    auto_init_hook.auto_init_ray = lambda: None if ray.is_initialized() else start()
+    try:
+        yield
+    finally:
+        auto_init_hook.auto_init_ray = before
 
 
 def exposure(names: Sequence[str]) -> str:
@@ -134,20 +179,25 @@ def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None
     return {"env_vars": passed}
 
 
+def demand(scaling: ScalingConfig, *, use_gpu: bool) -> dict[str, float]:
+    """What all workers of a job reserve together."""
+    per_worker = dict(scaling.resources_per_worker)
+    if use_gpu:
+        per_worker.setdefault("GPU", 1.0)
+    return {name: amount * scaling.num_workers for name, amount in per_worker.items()}
+
+
 def _checked(scaling: ScalingConfig) -> Cluster:
     local = local_folder() is not None
     resources = ray.cluster_resources()
-    per_worker = dict(scaling.resources_per_worker)
-    gpus = per_worker.get("GPU", 1.0) * scaling.num_workers
+    gpus = scaling.resources_per_worker.get("GPU", 1.0) * scaling.num_workers
     use_gpu = 0 < gpus <= resources.get("GPU", 0.0) if scaling.use_gpu == "auto" else scaling.use_gpu
-    if use_gpu:
-        per_worker.setdefault("GPU", 1.0)
-    for name, amount in per_worker.items():
-        needed, there = amount * scaling.num_workers, resources.get(name, 0.0)
+    for name, needed in demand(scaling, use_gpu=use_gpu).items():
+        there = resources.get(name, 0.0)
         if needed > there:
             raise ClusterError(
-                f"{scaling.num_workers} workers with {amount:g} {name} each need {needed:g} {name}, "
-                f"the cluster has {there:g}",
+                f"{scaling.num_workers} workers with {needed / scaling.num_workers:g} {name} each need {needed:g} "
+                f"{name}, the cluster has {there:g}",
                 where="scaling",
                 remedy="fewer num_workers or smaller resources_per_worker, or a larger cluster",
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,10 +78,6 @@ def translated(where: str) -> Iterator[None]:
     Raises:
         RaycompError: what a worker raised, or a ClusterError for lost workers.
     """
-    quiet = [logging.getLogger(name) for name in ("ray.train", "ray.data", "ray")]
-    levels = [logger.level for logger in quiet]
-    for logger in quiet:
-        logger.setLevel(logging.CRITICAL)
     try:
         yield
     except WorkerGroupError as error:
@@ -91,9 +86,6 @@ def translated(where: str) -> Iterator[None]:
         raise _ours(error) or _of_ray(error.controller_failure, where) from None
     except ray.exceptions.RayError as error:
         raise _ours(error) or _of_ray(error, where) from None
-    finally:
-        for logger, level in zip(quiet, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _of_ray(error: BaseException, where: str) -> RaycompError:

@@ -12,13 +12,13 @@ import ray
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.distributed.cluster import head_node_options, on_head_node
-from raycomp.distributed.run_store import RunStore, here
+from raycomp.distributed.load_task import load_task
+from raycomp.distributed.run_store import RunStore
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
-from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import finish_stage, resolve_start
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
@@ -50,7 +50,7 @@ class HeadOrder:
 
     def task(self, folder: Path) -> Task:
         """The user's task, with what it prepared; `folder` must stay as long as the task."""
-        return build_task(self.job.task, here(self.base_dir), self.run_store.fetch_prepared(folder))
+        return load_task(self.job.task, self.base_dir, self.run_store.fetch_prepared(folder))
 
     def state(self) -> StageState:
         """The stage's last checkpoint.
@@ -88,7 +88,7 @@ def on_head(function: Callable[..., Result], *args: Any) -> Result:
 def resolve_next(job: JobConfig, base_dir: str, run_store: RunStore, index: int) -> ResolvedStage:
     """What a later stage's config lists mean for the model that the stages before it left."""
     with scratch() as folder:
-        task = build_task(job.task, here(base_dir), run_store.fetch_prepared(folder))
+        task = load_task(job.task, base_dir, run_store.fetch_prepared(folder))
         return resolve_start(job, index, task, run_store.fetch_start(index))
 
 

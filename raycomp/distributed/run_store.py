@@ -160,12 +160,6 @@ def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> tuple[RunStor
     return None
 
 
-def here(base_dir: str) -> Path:
-    """The job's folder on this node: where it is on the driver, else this process's copy of the working directory."""
-    folder = Path(base_dir)
-    return folder if folder.is_dir() else Path.cwd()
-
-
 def _local(source: Store, folder: Path) -> Path:
     if source.is_local:
         return Path(source.path)

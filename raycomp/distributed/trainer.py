@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.rendezvous import torch_config
-from raycomp.distributed.worker import WorkerOrder, train_loop
+from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
@@ -49,30 +49,37 @@ class Silent:
         """Nothing."""
 
 
+class Listener(Progress, Protocol):
+    """Who follows a run's training on the driver."""
+
+    def saved(self, checkpoint: Saved) -> None:
+        """A checkpoint is in storage."""
+
+
 class _Sink:
-    """Holds news until the driver takes it: events, and what is to be told."""
+    """Holds news until the driver takes it."""
 
     def __init__(self) -> None:
-        self._news: list[ProgressEvent | str] = []
+        self._news: list[News] = []
 
-    def push(self, news: ProgressEvent | str) -> None:
+    def push(self, news: News) -> None:
         self._news.append(news)
 
-    def take(self) -> list[ProgressEvent | str]:
+    def take(self) -> list[News]:
         news, self._news = self._news, []
         return news
 
 
 @contextmanager
-def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
-    """An actor that workers and Ray's controllers push news to; a thread of this process hands it on to `progress`."""
+def progress_sink(listener: Listener) -> Iterator[ActorHandle]:
+    """An actor that workers and Ray's controllers push news to; a thread of this process hands it on to `listener`."""
     sink = ray.remote(num_cpus=0)(_Sink).remote()
     ended = threading.Event()
 
     def follow() -> None:
         while not ended.wait(_POLL_S):
-            _hand_on(sink, progress)
-        _hand_on(sink, progress)
+            _hand_on(sink, listener)
+        _hand_on(sink, listener)
 
     thread = threading.Thread(target=follow, name="raycomp-progress", daemon=True)
     thread.start()
@@ -84,16 +91,19 @@ def progress_sink(progress: Progress) -> Iterator[ActorHandle]:
         ray.kill(sink)
 
 
-def _hand_on(sink: Any, progress: Progress) -> None:
+def _hand_on(sink: Any, listener: Listener) -> None:
     try:
         found = ray.get(sink.take.remote(), timeout=10)
     except ray.exceptions.RayError:
         return
     for news in found:
-        if isinstance(news, str):
-            progress.message(news)
-        else:
-            progress.event(news)
+        match news:
+            case str():
+                listener.message(news)
+            case Saved():
+                listener.saved(news)
+            case ProgressEvent():
+                listener.event(news)
 
 
 def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
@@ -101,6 +111,33 @@ def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
     with user_code(f"{type(task).__name__}.train_data() or eval_data()"):
         found = {"train": task.train_data(), "eval": task.eval_data()}
     return {name: data for name, data in found.items() if isinstance(data, ray.data.Dataset)}
+
+
+class _Shards(ray.train.DataConfig):
+    """Each worker's shard of the data; every row of evaluation is in one of them, where Ray would drop a rest."""
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: list[ActorHandle] | None,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        training = {name: data for name, data in datasets.items() if name != "eval"}
+        shards = super().configure(training, world_size, worker_handles, worker_node_ids, **kwargs)
+        if "eval" in datasets:
+            data = datasets["eval"].copy(datasets["eval"])
+            data.context.execution_options = self._resolve_execution_options("eval")
+            parts = data.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
+            for shard, part in zip(shards, parts, strict=True):
+                shard["eval"] = part
+        return shards
+
+
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
+        """None: an interrupt of the driver is the job's affair."""
 
 
 def _forget_damaged_list(stage: Store) -> None:
@@ -136,7 +173,7 @@ def train_stage(
     job = order.job
     train = order.run_store.train
     resources = dict(job.scaling.resources_per_worker)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_loop,
         train_loop_config={"order": order},
         scaling_config=RayScalingConfig(
@@ -151,6 +188,7 @@ def train_stage(
             callbacks=[StopOnOurErrors(order.sink), *(callbacks or [])],
         ),
         datasets=dict(datasets or {}),
+        dataset_config=_Shards(),
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
     _forget_damaged_list(train.join(order.job.stages[order.index].name))

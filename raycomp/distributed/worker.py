@@ -13,9 +13,9 @@ import torch
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
-from raycomp.distributed.run_store import RunStore, here
+from raycomp.distributed.load_task import load_task
+from raycomp.distributed.run_store import RunStore
 from raycomp.pipeline.build import ResolvedStage
-from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.stage import stage_chain
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
@@ -48,6 +48,18 @@ class WorkerOrder:
     started: float
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is in storage: where the training stood."""
+
+    stage: str
+    epoch: int
+
+
+News = ProgressEvent | Saved | str
+"""What the driver hears: where training stands, what is saved, and what is to be told."""
+
+
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
@@ -61,9 +73,11 @@ class _RayListener:
         if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(dict(metrics))
             return
+        state = make()
         with scratch() as folder, explained(self._place):
-            make().save(folder)
+            state.save(folder)
             ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        self._sink.push.remote(Saved(state.stage, state.epoch))
 
 
 def train_loop(config: Mapping[str, Any]) -> None:
@@ -83,7 +97,7 @@ def _train(order: WorkerOrder, folder: Path) -> None:
     training = job.training_for(stage)
     torch.set_num_threads(job.scaling.threads_per_worker)
     device = ray.train.torch.get_device()
-    task = build_task(job.task, here(order.base_dir), order.run_store.fetch_prepared(folder))
+    task = load_task(job.task, order.base_dir, order.run_store.fetch_prepared(folder))
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
     start = order.run_store.fetch_start(order.index)
     chain = stage_chain(job, order.index, task, start, order.resolved, device, prepare)

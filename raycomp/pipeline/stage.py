@@ -78,6 +78,7 @@ class StageResult:
 
     Args:
         simulated: the model under masks and fake quantization, in eval mode.
+        under_masks: the same without fake quantization, whose function speedup keeps.
         masked: the plain model with its masks committed, before speedup.
         model: the plain model after speedup, in eval mode; the masked one where nothing was cut.
         masks: of the model before speedup, those that it brought along included.
@@ -91,6 +92,7 @@ class StageResult:
     """
 
     simulated: nn.Module
+    under_masks: nn.Module
     masked: nn.Module
     model: nn.Module
     masks: Masks
@@ -165,6 +167,7 @@ def finish_stage(
     masked = chain.model
     uncut = StageResult(
         simulated=simulated,
+        under_masks=under_masks,
         masked=masked,
         model=masked,
         masks=masks,
@@ -183,23 +186,23 @@ def finish_stage(
     notes = Notes(*uncut.notes)
     # A training is not lost to a model that can't be cut, whatever the reason: the masked one goes on.
     with notes.instead_of(f"stage {job.stages[index].name}: nothing was cut"):
-        return _cut(job, index, task, start.plan, uncut, under_masks)
+        return _cut(job, index, task, start.plan, uncut)
     return replace(uncut, notes=notes())
 
 
-def _cut(
-    job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResult, under_masks: nn.Module
-) -> StageResult:
-    """The stage's result with what is masked cut out; the one without, if the cut model isn't the simulated one."""
+def _cut(job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResult) -> StageResult:
+    """The stage's result with what is masked cut out; the one without, if the cut model isn't the masked one."""
     context = stage_context(job, index, task)
     others = differing_inputs(task, context.dtype)
     speedup = ModelSpeedup(uncut.masked, context.example, uncut.masks, exact=job.speedup.exact, others=others)
     smaller = speedup.speedup_model().eval()
-    verification = verify(under_masks, smaller, [real_inputs(task, context.dtype), *others], job.speedup.tolerance)
+    verification = verify(
+        uncut.under_masks, smaller, [real_inputs(task, context.dtype), *others], job.speedup.tolerance
+    )
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (
-            f"stage {job.stages[index].name}: the sped-up model differed from the simulated one by "
+            f"stage {job.stages[index].name}: the sped-up model differed from the masked one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
         )
         return replace(tried, notes=(*uncut.notes, note))

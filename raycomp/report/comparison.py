@@ -40,17 +40,44 @@ def comparison(models: Sequence[ModelFigures]) -> tuple[Row, ...]:
 
 
 def verification_text(summary: RunSummary) -> str:
-    """One sentence on the greatest difference between simulated and sped-up outputs."""
+    """One sentence on how far the sped-up model is from the form that it was cut from."""
     check = summary.verification
     if check is None:
         return "There is no sped-up model to verify."
     batches = " and ".join(str(batch) for batch in check.batch_sizes)
     verdict = "within" if check.passed else "NOT within"
     return (
-        f"Greatest difference between simulated and sped-up outputs: {text.number(check.max_abs_diff)}, that is "
-        f"{text.number(check.relative)} of the outputs' range ({verdict} the tolerance of "
-        f"{text.number(check.tolerance)}; batch sizes {batches})."
+        f"sped-up against {check.reference}: greatest difference of outputs {text.number(check.max_abs_diff)}, that is "
+        f"{text.number(check.relative)} of their range ({verdict} the tolerance of "
+        f"{text.number(check.tolerance)}; batch sizes {batches}){_metric(summary, check.metric_difference)}."
     )
+
+
+def rounding_texts(summary: RunSummary) -> tuple[str, ...]:
+    """A sentence for each form that rounds, on how far it is from the one whose function it should have."""
+    found = []
+    if summary.simulation is not None:
+        near = f"SQNR {text.number(summary.simulation.sqnr_db)} dB"
+        found.append(
+            f"sped-up simulated against simulated: {near}{_metric(summary, summary.simulation.metric_difference)}."
+        )
+    if summary.int8 is not None:
+        reference = "simulated" if summary.simulation is None else "sped-up simulated"
+        near = f"SQNR {text.number(summary.int8.sqnr_db)} dB{_metric(summary, summary.int8.metric_difference)}"
+        found.append(f"int8 against {reference}: {near}{float_share(summary)}.")
+    return tuple(found)
+
+
+def float_share(summary: RunSummary) -> str:
+    """How much of the int8 model is no integer arithmetic."""
+    if summary.int8 is None or not summary.int8.float_layers:
+        return ""
+    return f"; {len(summary.int8.float_layers)} of its {summary.int8.layers} quantized layers compute in float"
+
+
+def _metric(summary: RunSummary, difference: float | None) -> str:
+    name = next((name for model in summary.models for name in model.metrics), None)
+    return "" if name is None or difference is None else f"; {name} {text.difference(difference)}"
 
 
 def load_line(artifact_uri: str, runs_alone: bool = True) -> str:

@@ -53,13 +53,6 @@ def doubts(summary: RunSummary) -> tuple[str, ...]:
     return (f"the int8 model's outputs are not those of the simulated quantization: {sqnr} ({remedy})",)
 
 
-def float_share(summary: RunSummary) -> str:
-    """How much of the int8 model is no integer arithmetic."""
-    if summary.int8 is None or not summary.int8.float_layers:
-        return ""
-    return f"; {len(summary.int8.float_layers)} of its {summary.int8.layers} quantized layers compute in float"
-
-
 def change(dense: float | None, last: float | None, better: str, worse: str) -> tuple[str, str]:
     """The ratio as at least 1, and the word for its direction; an empty ratio where nothing changed or is known."""
     if dense and last and last > dense:

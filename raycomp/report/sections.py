@@ -9,19 +9,12 @@ from typing import Any
 import yaml
 
 from raycomp.report import text
-from raycomp.report.comparison import comparison, load_line, verification_text
+from raycomp.report.comparison import comparison, float_share, load_line, rounding_texts, verification_text
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
-from raycomp.report.outcome import change, doubts, float_share, outcome
+from raycomp.report.outcome import change, doubts, outcome
 from raycomp.report.plots import Mark, Point, bar, line_chart
 from raycomp.results.progress import ProgressEvent
-from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary
-
-_FORMS = {
-    "dense": "the model as it was, before compression",
-    "simulated": "trained with masks and rounding simulated in float; as large as dense, and slower",
-    "sped-up": "what was masked is cut out; computes the same function as the simulated model",
-    "int8": "the sped-up model computing with 8-bit integers, with the scales that training learned",
-}
+from raycomp.results.summary import FORMS, LayerFigures, ModelFigures, RunSummary
 
 
 def headline(summary: RunSummary) -> str:
@@ -102,7 +95,9 @@ def result(summary: RunSummary) -> str:
         "than dense (below 1× is worse). Latency is the median time of one call on the machine under Environment.",
         "soft small",
     )
-    described = {**_FORMS, "int8": _FORMS["int8"] + float_share(summary)}
+    described = {**FORMS, "int8": FORMS["int8"] + float_share(summary)}
+    if not any(model.name == "masked" for model in summary.models):
+        described["sped-up"] = described["sped-up"].replace("masked model", "simulated model")
     forms = facts({model.name: described[model.name] for model in summary.models if model.name in described})
     load = ""
     if summary.artifact_uri:
@@ -111,14 +106,15 @@ def result(summary: RunSummary) -> str:
 
 
 def verification(summary: RunSummary) -> str:
-    """Whether the sped-up model is the same function as the simulated one."""
+    """Whether the sped-up model is the same function as the one that it was cut from; and how near what rounds is."""
     check = summary.verification
     if check is None:
         return ""
     badge = (
         '<span class="badge good">verified</span>' if check.passed else '<span class="badge bad">not verified</span>'
     )
-    return section("Is the sped-up model the same function?", f"<p>{badge}</p>", paragraph(verification_text(summary)))
+    texts = map(paragraph, (verification_text(summary), *rounding_texts(summary)))
+    return section("Is the sped-up model the same function?", f"<p>{badge}</p>", *texts)
 
 
 def int8(summary: RunSummary) -> str:
@@ -138,8 +134,8 @@ def int8(summary: RunSummary) -> str:
     if figures.reduce_range:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
-        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against the simulated ones",
-        "Metric": f"{_difference(figures.metric_difference)} against simulated",
+        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against simulated rounding",
+        "Metric": f"{_difference(figures.metric_difference)} against simulated rounding",
         "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of the "
         f"{text.size(figures.float_weight_bytes)} that they take in float32",
     }

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raycomp.report import text
-from raycomp.report.comparison import Cell, comparison, load_line, verification_text
-from raycomp.report.outcome import doubts, float_share, outcome
+from raycomp.report.comparison import Cell, comparison, load_line, rounding_texts, verification_text
+from raycomp.report.outcome import doubts, outcome
 from raycomp.results.summary import RunSummary, TrialFigures
 
 ARTIFACT_LABEL = "artifact  "
@@ -57,9 +57,8 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
     console.print(Visible(result_table(summary)))
     passed = summary.verification is None or summary.verification.passed
     print_line(console, verification_text(summary), "" if passed else "bold red")
-    if summary.int8 is not None:
-        sqnr = f"SQNR {text.number(summary.int8.sqnr_db)} dB{float_share(summary)}"
-        print_line(console, f"int8 against the simulated quantization: {sqnr}.")
+    for sentence in rounding_texts(summary):
+        print_line(console, sentence)
     for warning in summary.warnings:
         print_line(console, f"warning: {warning}", "yellow")
     console.print()

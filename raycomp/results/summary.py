@@ -12,13 +12,23 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
 
+FORMS = {
+    "dense": "the model as it was, before compression",
+    "masked": "the trained model under its masks, without rounding; as large as dense",
+    "simulated": "what trained: masks, and rounding simulated in float; as large as dense, and slower",
+    "sped-up": "what was masked is cut out; computes the same function as the masked model",
+    "sped-up simulated": "the sped-up model with rounding simulated in float; the simulated model, cut",
+    "int8": "the sped-up model computing with 8-bit integers, with the scales that training learned",
+}
+"""Every form that a run can make, in order. Where nothing rounds, what is masked is what trained: it is simulated."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFigures:
     """One form of the model.
 
     Args:
-        name: "dense", "simulated", "sped-up" or "int8".
+        name: one of `FORMS`.
         metrics: the task's metrics, averaged over all evaluated samples; the first is the one that headlines show.
             Empty where the model could not be evaluated.
         parameters: number of elements of all parameters.
@@ -37,7 +47,7 @@ class ModelFigures:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How far the sped-up model's outputs are from the simulated one's.
+    """How far the sped-up model's outputs are from those of the model that it was cut from.
 
     Args:
         max_abs_diff: the greatest absolute difference of any output element.
@@ -47,6 +57,8 @@ class Verification:
         tolerance: what `relative` may be.
         batch_sizes: the batch sizes that were tried.
         passed: whether `relative` is at most `tolerance`.
+        reference: the form that it was cut from.
+        metric_difference: sped-up metric minus that form's; None where one of them is not known.
     """
 
     max_abs_diff: float
@@ -55,11 +67,27 @@ class Verification:
     tolerance: float
     batch_sizes: tuple[int, ...]
     passed: bool
+    reference: str = "simulated"
+    metric_difference: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulation:
+    """The sped-up model with simulated rounding against the simulated model.
+
+    Args:
+        sqnr_db: signal to noise of its outputs against the simulated ones, in dB; rounding turns the float differences
+            of a cut model into whole steps here and there.
+        metric_difference: its metric minus the simulated one; None where one of them is not known.
+    """
+
+    sqnr_db: float
+    metric_difference: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Int8Figures:
-    """The real int8 model against the simulated quantization.
+    """The real int8 model against the sped-up model with simulated rounding.
 
     Args:
         sqnr_db: signal to quantization noise of the real against the simulated outputs, in dB.
@@ -132,6 +160,7 @@ class RunSummary:
     created: str
     models: tuple[ModelFigures, ...]
     verification: Verification | None = None
+    simulation: Simulation | None = None
     int8: Int8Figures | None = None
     layers: tuple[LayerFigures, ...] = ()
     unpruned: tuple[Unpruned, ...] = ()
@@ -157,7 +186,17 @@ class RunSummary:
 
     def figures(self) -> dict[str, Any]:
         """The results without history, layers and job file, as plain JSON values: what a manifest carries."""
-        kept = {"models", "verification", "int8", "unpruned", "timings", "environment", "warnings", "runs_alone"}
+        kept = {
+            "models",
+            "verification",
+            "simulation",
+            "int8",
+            "unpruned",
+            "timings",
+            "environment",
+            "warnings",
+            "runs_alone",
+        }
         figures: dict[str, Any] = json.loads(_ADAPTER.dump_json(self, include=kept))
         return figures
 

@@ -1,4 +1,4 @@
-"""Holds the sped-up model against the simulated one."""
+"""Holds the sped-up model against the one that it was cut from."""
 
 from __future__ import annotations
 

@@ -112,6 +112,8 @@ def understood(where: str, folder: Path | None = None) -> Iterator[None]:
     except RaycompError as error:
         place = where if error.where is None or folder is None else error.where.replace(str(folder), where)
         error.where = place if where in place else f"{where}: {place}"
+        if error.remedy is None and type(error) is not StorageError:
+            error.remedy = _DAMAGED
         raise
     except Exception as error:
         cause = next(iter(str(error).splitlines()), "")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ from raycomp.config import nearest
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
 from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
+from raycomp.distributed.interrupt import interruptible
 from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.lease import lease
 from raycomp.distributed.trainer import Progress, Silent
@@ -83,6 +82,7 @@ def sweep(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    resume_with: str = "sweep(resume=True)",
 ) -> SweepResult:
     """Runs a job at every point of a search space, each a distributed job with its own artifact.
 
@@ -92,6 +92,7 @@ def sweep(
         resume: go on with the latest equal sweep that has unfinished or failed trials, where there is one. Trials that
             ended well are kept, others go on from their last checkpoint.
         progress: hears when trials begin and end.
+        resume_with: what to tell who interrupts the sweep, as the way to go on with it.
 
     Raises:
         ConfigError, TaskError, StorageError: before the cluster is asked for anything.
@@ -99,7 +100,13 @@ def sweep(
     """
     plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
     _check(plan)
-    return _Sweep(plan, progress or Silent()).run(resume)
+    running = _Sweep(plan, progress or Silent())
+    with interruptible() as running.take_signals:
+        try:
+            return running.run(resume)
+        except KeyboardInterrupt:
+            running.progress.message(f"interrupted: {running.state()}; to go on: {resume_with}")
+            raise
 
 
 def _check(plan: SweepPlan) -> None:
@@ -116,6 +123,13 @@ class _Sweep:
 
     def __init__(self, plan: SweepPlan, progress: Progress) -> None:
         self.plan, self.progress = plan, progress
+        self.ended = set[str]()
+
+    take_signals: Callable[[], None]
+
+    def state(self) -> str:
+        """What has ended, for who interrupts the sweep."""
+        return f"{len(self.ended)} of {len(self.plan.trials)} trials have ended"
 
     def run(self, resume: bool) -> SweepResult:
         self._begin(resume)
@@ -124,7 +138,8 @@ class _Sweep:
 
     def _run(self) -> SweepResult:
         trials = {trial.id: trial for trial in self.plan.trials}
-        todo = sorted(trials.keys() - self.sweep_store.done(tuple(trials)))
+        self.ended = self.sweep_store.done(tuple(trials))
+        todo = sorted(trials.keys() - self.ended)
         self.sweep_store.forget(todo)
         jobs = {name: self.sweep_store.job_of(trials[name]) for name in todo}
         orders = {
@@ -136,6 +151,7 @@ class _Sweep:
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
         with connect(largest(jobs.values()), self.progress.message) as cluster:
+            self.take_signals()
             lost = self._tune(orders, cluster)
         return self._finish(lost)
 
@@ -165,7 +181,7 @@ class _Sweep:
         at_once = min(self.plan.config.max_concurrent_trials or fitting, len(orders))
         count = f"{len(orders)} trial{'s' * (len(orders) != 1)}, {at_once} at once"
         self.progress.message(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
-        events = TrialEvents(self.progress)
+        events = TrialEvents(self.progress, self.ended)
         points = [{"id": name, "settings": order.settings} for name, order in orders.items()]
         tuner = tune.Tuner(
             tune.with_resources(
@@ -184,8 +200,7 @@ class _Sweep:
             ),
         )
         try:
-            with _quiet():
-                tuner.fit()
+            tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise ClusterError(
                 f"the sweep broke off: {error}", where=self.sweep_store.uri, remedy=_UNFINISHED
@@ -225,18 +240,6 @@ class _Sweep:
                 )
                 return next(iter(found.models[-1].metrics))
         return "metric"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Ray Tune's tracebacks from the terminal: every cause has its line in the table."""
-    logger = logging.getLogger("ray.tune")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _trial_name(trial: Trial) -> str:

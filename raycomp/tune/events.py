@@ -22,15 +22,16 @@ class TrialEvents(Callback):
 
     Args:
         progress: who shows it.
+        ended: gets the trials that end.
     """
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, ended: set[str]) -> None:
+        self._progress, self._ended = progress, ended
         self.lost: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune stores its settings with the sweep; a terminal is no part of them.
-        return {"_progress": Silent(), "lost": self.lost}
+        return {"_progress": Silent(), "_ended": set(), "lost": self.lost}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         settings = trial.config["trial"]["settings"]
@@ -39,6 +40,7 @@ class TrialEvents(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result or {}
+        self._ended.add(trial.config["trial"]["id"])
         figures = [f"{text.count(result['macs'])} MACs"] if result.get("macs") is not None else []
         self._say(trial, f"failed: {result[FAILED]}" if result.get(FAILED) else ", ".join(["ended", *figures]))
 

@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from raycomp.config import JobConfig
+from raycomp.distributed.cluster import demand
 
 # A trial drives its job from the head node, as a plain job's driver does, and takes no CPU from the workers.
 TRIAL_RESOURCES = {"node:__internal_head__": 0.001}
 
 
-def demand(job: JobConfig, *, use_gpu: bool) -> dict[str, float]:
-    """What all workers of a job reserve together."""
-    per_worker = dict(job.scaling.resources_per_worker)
-    if use_gpu:
-        per_worker.setdefault("GPU", 1.0)
-    return {name: amount * job.scaling.num_workers for name, amount in per_worker.items()}
-
-
 def largest(jobs: Iterable[JobConfig]) -> JobConfig:
     """The job whose workers need the most CPUs."""
-    return max(jobs, key=lambda job: demand(job, use_gpu=False).get("CPU", 0.0))
+    return max(jobs, key=lambda job: demand(job.scaling, use_gpu=False).get("CPU", 0.0))
 
 
 def trials_at_once(jobs: Iterable[JobConfig], resources: Mapping[str, float], *, use_gpu: bool) -> int:
@@ -34,7 +27,7 @@ def trials_at_once(jobs: Iterable[JobConfig], resources: Mapping[str, float], *,
     counts = [
         int(resources.get(name, 0.0) / amount)
         for job in jobs
-        for name, amount in demand(job, use_gpu=use_gpu).items()
+        for name, amount in demand(job.scaling, use_gpu=use_gpu).items()
         if amount > 0
     ]
     return max(1, min(counts, default=1))

@@ -20,7 +20,7 @@ from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.report import render_report
 from raycomp.report.comparison import load_line
-from raycomp.results.summary import RunSummary
+from raycomp.results.summary import FORMS, RunSummary
 from raycomp.speedup import RULES, Plan, apply_plan
 from raycomp.storage import load_tensors, open_store, publish
 from tests.contracts import tiny
@@ -151,6 +151,22 @@ def test_the_line_that_loads_the_model_works(
     assert (type(known["model"]) is type(task.model())) is not runs_alone
 
 
+def test_every_form_is_measured_and_held_against_the_one_whose_function_it_should_have(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    found = ended(checkpoint, tmp_path)
+    assert [row.name for row in found.models] == list(FORMS)
+    accuracy = {row.name: row.metrics["accuracy"] for row in found.models}
+    assert found.verification is not None and found.simulation is not None and found.int8 is not None
+    assert found.verification.reference == "masked" and found.verification.passed
+    assert found.verification.metric_difference == accuracy["sped-up"] - accuracy["masked"] == 0
+    # The cut model rounds as the one that trained; single values that lie between two steps may fall to either side.
+    assert found.simulation.sqnr_db > 30
+    assert found.simulation.metric_difference == accuracy["sped-up simulated"] - accuracy["simulated"]
+    assert found.int8.sqnr_db > 20
+    assert found.int8.metric_difference == accuracy["int8"] - accuracy["sped-up simulated"]
+
+
 def test_every_form_sees_every_batch_and_each_is_read_once(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,5 +190,5 @@ def test_every_form_sees_every_batch_and_each_is_read_once(
 
 def test_measuring_ends_at_its_limit_for_all_forms_alike(checkpoint: Path, tmp_path: Path) -> None:
     summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 1, "limit_s": 1e-9, "latency_runs": 1})
-    assert [row.metrics["accuracy"] in (0.0, 1.0) for row in summary.models] == [True] * 4
+    assert [row.metrics["accuracy"] in (0.0, 1.0) for row in summary.models] == [True] * len(FORMS)
     assert "metrics are of the first 1 samples: evaluation.limit_s is 1e-09" in summary.warnings

@@ -110,7 +110,9 @@ def test_what_was_run_is_read_from_the_job() -> None:
 
 def test_verification_and_int8_are_explained() -> None:
     sections = _sections(summary())
-    assert sections["Is the sped-up model the same function?"].startswith("verified Greatest difference")
+    assert sections["Is the sped-up model the same function?"].startswith(
+        "verified sped-up against simulated: greatest difference"
+    )
     int8 = sections["Integer arithmetic"]
     assert "38.25 dB" in int8 and "no VNNI" in int8 and "held to 7 bits" in int8 and "25.0 % of the 80.0 kB" in int8
 

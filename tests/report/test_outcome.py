@@ -55,4 +55,4 @@ def test_layers_in_float_are_listed_with_their_cause_and_nothing_says_otherwise(
     every = with_int8(layers=1, float_layers={"stem.conv": cause}, vnni=True)
     page = render_report(every)
     assert "No layer computes with integers" in page and "exact and fast" not in page
-    assert "SQNR 38.25 dB; 1 of its 1 quantized layers compute in float." in "\n".join(printed(every))
+    assert "SQNR 38.25 dB; accuracy −0.001; 1 of its 1 quantized layers compute in float." in "\n".join(printed(every))

@@ -6,9 +6,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from raycomp.report import files_table, print_result, result_table, sweep_table
-from raycomp.report.comparison import comparison
+from raycomp.report.comparison import comparison, rounding_texts, verification_text
 from raycomp.report.table import ARTIFACT_LABEL, short_keys
-from raycomp.results.summary import ModelFigures, Verification
+from raycomp.results.summary import ModelFigures, Simulation, Verification
 from tests.report.summaries import summary, trials
 
 
@@ -98,3 +98,21 @@ def test_keys_are_cut_to_what_tells_them_apart() -> None:
     assert short_keys(["training.seed", "stages.0.x.sparse_ratio"]) == ["seed", "sparse_ratio"]
     assert short_keys(["stages.0.epochs", "stages.1.epochs"]) == ["0.epochs", "1.epochs"]
     assert short_keys([]) == []
+
+
+def test_every_form_is_held_against_the_one_whose_function_it_should_have() -> None:
+    """In one report two models were called simulated: the one that trained, and the one that speedup keeps."""
+    found = replace(
+        summary(),
+        verification=Verification(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True, "masked", 0.0),
+        simulation=Simulation(58.5, 0.0003),
+    )
+    texts = [verification_text(found), *rounding_texts(found)]
+    assert [sentence.partition(":")[0] for sentence in texts] == [
+        "sped-up against masked",
+        "sped-up simulated against simulated",
+        "int8 against sped-up simulated",
+    ]
+    assert texts[0].endswith("accuracy ±0.")
+    assert texts[1].endswith("SQNR 58.5 dB; accuracy +0.0003.")
+    assert texts[2].endswith("SQNR 38.25 dB; accuracy −0.001.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,7 +24,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[End], list[str]]:
     """Makes trials end as a function says (None: the process is lost); gives the list of those that will have run."""
 
     @contextmanager
-    def connected(job: JobConfig, *_: Any) -> Iterator[Cluster]:
+    def connected(job: JobConfig, *_: object) -> Iterator[Cluster]:
         yield Cluster(True, False, "no cluster")
 
     def install(end: End) -> list[str]:

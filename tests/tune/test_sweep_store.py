@@ -49,14 +49,31 @@ def test_rows_come_back(plan: SweepPlan) -> None:
 
 
 def test_the_latest_equal_sweep_with_something_to_do_is_unfinished(plan: SweepPlan, tmp_path: Path) -> None:
-    assert unfinished_sweep(plan) is None
+    assert unfinished_sweep(plan, print) is None
     for sweep in ("20300101", "20300102", "20300103"):
         begun(plan, sweep)
     last = begun(plan, "20300103")
     for trial in ("00", "01"):
         last.write_row(TrialFigures(trial, {}, 0.5, 100))
     begun(plan, "20300102").write_row(TrialFigures("00", {}, None, None, error="it failed"))
-    found = unfinished_sweep(plan)
-    assert found is not None and found.uri.endswith("20300102")
+    found = unfinished_sweep(plan, print)
+    assert found is not None and found[0].uri.endswith("20300102")
     other = parse_sweep({"job": tiny_job(tmp_path), "search": {RATIO: {"grid": [0.25, 0.6]}}}, tmp_path)
-    assert unfinished_sweep(other) is None
+    assert unfinished_sweep(other, print) is None
+
+
+def test_a_damaged_sweep_is_told_and_passed_over(plan: SweepPlan) -> None:
+    begun(plan, "20300101")
+    begun(plan, "20300102").store.write_bytes("sweep.json", b"{")
+    told: list[str] = []
+    found = unfinished_sweep(plan, told.append)
+    assert found is not None and found[0].uri.endswith("20300101")
+    (line,) = told
+    assert "sweep 20300102 can't be resumed" in line and "sweep.json" in line
+
+
+def test_a_sweep_is_found_by_what_decides_its_results(plan: SweepPlan, tmp_path: Path) -> None:
+    begun(plan, "20300101")
+    job = tiny_job(tmp_path) | {"scaling": {"max_failures": 9}, "cluster": {"num_cpus": 2}}
+    patient = parse_sweep({"job": job, "search": plan.config.model_dump(mode="json")["search"]}, tmp_path)
+    assert unfinished_sweep(patient, print) is not None

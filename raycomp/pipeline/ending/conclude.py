@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
-from raycomp.deploy.int8 import Int8Model, lower_int8
+from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8
 from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
@@ -23,8 +24,10 @@ from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import LayerFigures, RunSummary, Unpruned, Verification
+from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
+
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -110,24 +113,29 @@ def conclude(
         artifact.write_models(folder, result, int8, example, others, notes)
         artifact.write_statistics(folder, masks, result)
     with watch.part("measure"):
-        forms = figures.Forms(dense, result.simulated, result.masked, result.model, int8)
+        forms = _forms(dense, result, int8, notes)
         rows, timed_how = figures.model_figures(job, task, forms, example, folder / artifact.ONNX, notes)
-        int8_row = None
+        simulation, int8_row = None, None
+        with notes.instead_of("the sped-up model is not compared with simulated quantization"):
+            simulation = figures.simulation(task, forms, rows)
         if int8 is not None:
             with notes.instead_of("int8 is not compared with the simulated quantization"):
                 int8_row = figures.int8_figures(task, forms, int8, rows)
     layers: tuple[LayerFigures, ...] = ()
     with notes.instead_of("the layers are not listed"):
         layers = figures.layer_figures(dense, masks, result)
+    unpruned = _last_of_each(outcomes)
+    notes.say(*_left_in_place(result.model, unpruned))
     summary = RunSummary(
         job=job.name,
         run=facts.run,
         created=facts.created,
         models=rows,
-        verification=_worst([outcome.verification for outcome in outcomes]),
+        verification=_with_metric(_worst([outcome.verification for outcome in outcomes]), rows),
+        simulation=simulation,
         int8=int8_row,
         layers=layers,
-        unpruned=_last_of_each(outcomes),
+        unpruned=unpruned,
         history=tuple(event for outcome in outcomes for event in outcome.history),
         timings=watch.timings,
         environment={**figures.environment(), **facts.environment, "latencies": timed_how},
@@ -143,6 +151,40 @@ def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
     with notes.instead_of("the evaluation data can't be read, and the models are exported for the example input"):
         return differing_inputs(task, torch.float32) or (real_inputs(task, torch.float32, 2),)
     return (task.example_input(),)
+
+
+def _forms(dense: nn.Module, result: StageResult, int8: Int8Model | None, notes: Notes) -> figures.Forms:
+    if not result.calibration:
+        return figures.Forms(dense, None, result.simulated, result.masked, result.model, None, int8)
+    on_grids = None
+    with notes.instead_of("there is no sped-up model with simulated quantization"):
+        on_grids = simulate_int8(result.model, result.calibration, result.folds)
+    return figures.Forms(dense, result.under_masks, result.simulated, result.masked, result.model, on_grids, int8)
+
+
+def _with_metric(found: Verification | None, rows: Sequence[ModelFigures]) -> Verification | None:
+    """The verification, by the words of the forms that are shown."""
+    if found is None:
+        return None
+    reference = "masked" if any(row.name == "masked" for row in rows) else "simulated"
+    difference = figures.metric_difference("sped-up", reference, rows)
+    return replace(found, reference=reference, metric_difference=difference)
+
+
+def _left_in_place(model: nn.Module, unpruned: Sequence[Unpruned]) -> list[str]:
+    """What is masked and was not cut, by its reason, with its part of the model's parameters."""
+    sizes = {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()}
+    total = max(sum(parameter.numel() for parameter in model.parameters()), 1)
+    by_reason: dict[str, list[str]] = {}
+    for item in unpruned:
+        by_reason.setdefault(item.reason, []).append(item.module)
+    told = []
+    for reason, found in by_reason.items():
+        names = list(dict.fromkeys(found))
+        part = sum(sizes.get(name, 0) for name in names) / total
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        told.append(f"masked and not cut: {shown} ({part:.0%} of the parameters): {reason}")
+    return told
 
 
 def _last_of_each(outcomes: Sequence[StageOutcome]) -> tuple[Unpruned, ...]:

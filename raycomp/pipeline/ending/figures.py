@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
-from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures
+from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures, Simulation
 from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
 
@@ -46,24 +46,47 @@ _WARM_UP = 2
 
 @dataclass(frozen=True)
 class Forms:
-    """The forms of one model; `masked` is the plain model below `simulated`, `int8` is there if it was made."""
+    """The forms of one model, in the order and by the words of `raycomp.results.summary.FORMS`.
+
+    Args:
+        dense: as it was.
+        masked: under masks alone; None where nothing is quantized, and what trained is this.
+        simulated: what trained.
+        committed: the plain model below these two.
+        sped_up: cut.
+        sped_up_simulated: cut, on the grids that training learned; None where there are none.
+        int8: in integers; None where it was not made.
+    """
 
     dense: nn.Module
+    masked: nn.Module | None
     simulated: nn.Module
-    masked: nn.Module
+    committed: nn.Module
     sped_up: nn.Module
+    sped_up_simulated: nn.Module | None
     int8: Int8Model | None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The forms by their names, as modules to run."""
-        modules = {"dense": self.dense, "simulated": self.simulated, "sped-up": self.sped_up}
-        return modules if self.int8 is None else {**modules, "int8": self.int8.as_module(threads=1)}
+        modules = {
+            "dense": self.dense,
+            "masked": self.masked,
+            "simulated": self.simulated,
+            "sped-up": self.sped_up,
+            "sped-up simulated": self.sped_up_simulated,
+            "int8": None if self.int8 is None else self.int8.as_module(threads=1),
+        }
+        return {name: module for name, module in modules.items() if module is not None}
 
     @cached_property
     def plain(self) -> dict[str, nn.Module]:
         """The model below each form, whose parameters and multiply-accumulates it has."""
-        return {"dense": self.dense, "simulated": self.masked, "sped-up": self.sped_up, "int8": self.sped_up}
+        return {
+            "dense": self.dense,
+            **dict.fromkeys(("masked", "simulated"), self.committed),
+            **dict.fromkeys(("sped-up", "sped-up simulated", "int8"), self.sped_up),
+        }
 
 
 def model_figures(
@@ -109,15 +132,20 @@ def model_figures(
     return tuple(rows), timed_how
 
 
-def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: tuple[ModelFigures, ...]) -> Int8Figures:
-    """The int8 model's outputs and metric against those of the simulated model."""
-    inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
-    simulated, real = _outputs(forms.modules["simulated"], inputs), _outputs(forms.modules["int8"], inputs)
-    metrics = {row.name: next(iter(row.metrics.values()), None) for row in rows}
-    before, after = metrics["simulated"], metrics["int8"]
+def simulation(task: Task, forms: Forms, rows: Sequence[ModelFigures]) -> Simulation | None:
+    """The sped-up model with simulated rounding against the simulated one; None where nothing is quantized."""
+    if forms.sped_up_simulated is None:
+        return None
+    return Simulation(*_likeness(task, forms, "sped-up simulated", "simulated", rows))
+
+
+def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: Sequence[ModelFigures]) -> Int8Figures:
+    """The int8 model's outputs and metric against those of the sped-up model with simulated rounding."""
+    reference = "simulated" if forms.sped_up_simulated is None else "sped-up simulated"
+    likeness, difference = _likeness(task, forms, "int8", reference, rows)
     return Int8Figures(
-        sqnr_db=sqnr_db(simulated, real),
-        metric_difference=None if before is None or after is None else after - before,
+        sqnr_db=likeness,
+        metric_difference=difference,
         weight_bytes=int8.weight_bytes,
         float_weight_bytes=int8.float_weight_bytes,
         vnni=int8.vnni,
@@ -125,6 +153,22 @@ def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: tuple[ModelFig
         layers=len(int8.layers),
         float_layers=int8.float_causes,
     )
+
+
+def metric_difference(form: str, reference: str, rows: Sequence[ModelFigures]) -> float | None:
+    """A form's main metric minus that of another; None where one of them is not known."""
+    metrics = {row.name: next(iter(row.metrics.values()), None) for row in rows}
+    before, after = metrics.get(reference), metrics.get(form)
+    return None if before is None or after is None else after - before
+
+
+def _likeness(
+    task: Task, forms: Forms, form: str, reference: str, rows: Sequence[ModelFigures]
+) -> tuple[float, float | None]:
+    """SQNR in dB and metric difference of a form against the one whose function it should have."""
+    inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
+    expected, found = _outputs(forms.modules[reference], inputs), _outputs(forms.modules[form], inputs)
+    return sqnr_db(expected, found), metric_difference(form, reference, rows)
 
 
 def layer_figures(dense: nn.Module, masks: Masks, final: StageResult) -> tuple[LayerFigures, ...]:
@@ -200,8 +244,12 @@ def _cores() -> int:
 def _timed(
     modules: Mapping[str, nn.Module], example: Any, sped_up_onnx: Path, notes: Notes
 ) -> tuple[dict[str, nn.Module], str]:
-    """The modules to time: all but the simulation in ONNX Runtime, so that int8 and float stand on equal terms."""
-    timed = {name: module if name == "int8" else _Float32(module) for name, module in modules.items()}
+    """The modules to time: all but the simulation in ONNX Runtime, so that int8 and float stand on equal terms.
+
+    Of the forms that only simulate another, the one that trained stands for all.
+    """
+    wanted = {name: module for name, module in modules.items() if name not in ("masked", "sped-up simulated")}
+    timed = {name: module if name == "int8" else _Float32(module) for name, module in wanted.items()}
     with TemporaryDirectory() as folder, notes.instead_of("the float models are timed in PyTorch"):
         dense = Path(folder) / "dense.onnx"
         export_onnx(modules["dense"], example, dense)

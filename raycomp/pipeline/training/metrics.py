@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
@@ -188,12 +189,25 @@ def _means(sums: dict[str, Tensor], count: int, world: int, task_name: str) -> d
     counted, fewest = torch.tensor(count, dtype=torch.float64), torch.tensor(len(sums))
     if world > 1:
         reduce_([Statistic(fewest, "min"), Statistic(counted, "sum")])
-    if fewest == 0 or counted == 0:
+    if world > 1 and fewest == 0 and counted > 0:
+        nothing = torch.zeros((), dtype=torch.float64)
+        sums = {name: sums.get(name, nothing.clone()) for name in _names_of_others(tuple(sums))}
+    if counted == 0 or not sums:
         raise TaskError(
-            "there is nothing to evaluate" + (" on one of the workers" if world > 1 else ""),
-            where=f"{task_name}.eval_data()",
-            remedy="give every worker at least one batch, with at least one metric",
+            "there is nothing to evaluate", where=f"{task_name}.eval_data()", remedy="give a sample and a metric"
         )
     if world > 1:
         reduce_([Statistic(total, "sum") for total in sums.values()])
     return {name: float(total / counted) for name, total in sums.items()}
+
+
+def _names_of_others(names: tuple[str, ...]) -> list[str]:
+    """The metrics' names, also on a worker that got no sample to see them with. A collective."""
+    mine = torch.tensor(list("\n".join(names).encode()), dtype=torch.int64)
+    length = torch.tensor(len(mine))
+    reduce_([Statistic(length, "max")])
+    if length == 0:
+        return []
+    codes = F.pad(mine, (0, int(length) - len(mine)))
+    reduce_([Statistic(codes, "max")])
+    return bytes(codes.tolist()).decode().split("\n")

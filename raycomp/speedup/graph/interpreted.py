@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.operators import name_of_function, named_function
-from raycomp.speedup.graph.result_bytes import Allowance
+from raycomp.speedup.graph.result_bytes import Allowance, is_traced
+
+_READ_FROM_GRAPH = ("_graph", "_steps", "_inputs", "_output", "_allowance")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class _Step:
     over: tuple[int, ...]
 
 
-_READ_FROM_GRAPH = ("_graph", "_steps", "_inputs", "_output", "_allowance")
+class GraphError(SpeedupError, RuntimeError):
+    """An operator of a stored graph refuses what it is given: the input, or the graph, is not right."""
 
 
 class Interpreted(fx.GraphModule):
@@ -58,12 +63,18 @@ class Interpreted(fx.GraphModule):
         """Reads the graph anew."""
         self._steps, self._inputs, self._output = _steps(self._graph)
         self._allowance = Allowance()
+        # Each instance has a class of its own.
+        type(self).forward = _forward(self._inputs)  # type: ignore[method-assign]
+        # torch.compile looks for these maps of generated lines.
+        self._lineno_map: dict[int, int | None] = {}
+        self._prologue_start = 0
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the graph.
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph: what `forward` does.
 
         Raises:
             TypeError: other arguments than the graph has inputs.
+            GraphError: an operator refuses what it is given.
             SpeedupError: a step would make a tensor out of all proportion to the weights and inputs.
         """
         values = [*self._bound(args, kwargs), *(None for _ in self._steps)]
@@ -76,12 +87,19 @@ class Interpreted(fx.GraphModule):
             named = {name: _filled(argument, values) for name, argument in step.kwargs.items()} if step.kwargs else {}
             if step.kind == "call_function":
                 if measure is not None:
-                    measure(step.function, given, named, step.name)
-                values[step.result] = step.function(*given, **named)
+                    measure.step(step.function, given, named, step.name)
+                try:
+                    values[step.result] = step.function(*given, **named)
+                except Exception as error:
+                    if _is_of_others(error):
+                        raise
+                    raise _told(error, step) from error
             else:
                 values[step.result] = _found(self, step.function)(*given, **named)
             for slot in step.over:
                 values[slot] = None
+        if measure is not None:
+            self._allowance.keep(measure)
         return _filled(self._output, values)
 
     def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -89,14 +107,9 @@ class Interpreted(fx.GraphModule):
         if len(args) > len(names):
             raise TypeError(f"forward() takes {len(names)} arguments, and {len(args)} were given")
         bound = {**dict(zip(names, args, strict=False)), **kwargs}
-        missing, odd = [name for name in names if name not in bound], [name for name in bound if name not in names]
-        if missing or odd or len(bound) != len(args) + len(kwargs):
-            wrong = (
-                f"lacks {missing[0]!r}"
-                if missing
-                else f"got {(odd or list(kwargs))[0]!r} that it doesn't take, or twice"
-            )
-            raise TypeError(f"forward() {wrong}; it takes {', '.join(names)}")
+        if set(bound) != set(names) or len(bound) != len(args) + len(kwargs):
+            given = [*names[: len(args)], *kwargs]
+            raise TypeError(f"forward() takes {', '.join(names)}, each once, and got {', '.join(given) or 'none'}")
         return [bound[name] for name in names]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,6 +120,27 @@ class Interpreted(fx.GraphModule):
 def interpreted(root: nn.Module, graph: fx.Graph) -> Interpreted:
     """The graph over the layers, parameters and buffers of a module."""
     return Interpreted(root, graph, class_name=type(root).__name__)
+
+
+def _forward(inputs: tuple[str, ...]) -> Any:
+    """A forward that says what it takes; a signature is data, not source."""
+
+    def forward(self: Interpreted, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    kinds = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *inputs)]
+    forward.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
+    return forward
+
+
+def _is_of_others(error: Exception) -> bool:
+    """Whether someone waits for this very error: those who trace a model, or look for free memory."""
+    return isinstance(error, (SpeedupError, torch.OutOfMemoryError)) or is_traced()
+
+
+def _told(error: Exception, step: _Step) -> GraphError:
+    cause = next(iter(str(error).splitlines()), type(error).__name__)
+    return GraphError(f"{name_of_function(step.function)} cannot run what it is given: {cause}", where=step.name)
 
 
 def _steps(graph: fx.Graph) -> tuple[tuple[_Step, ...], tuple[str, ...], Any]:

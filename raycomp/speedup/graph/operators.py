@@ -10,7 +10,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, reduce, wraps
 from typing import Any
 
@@ -22,52 +22,58 @@ from raycomp.speedup.graph.example import Outputs
 
 _PURE = frozenset(
     """
-    abs acos acosh add addbmm addcdiv addcmul addmm addmv addr adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alias all alpha_dropout amax
-    amin aminmax angle any arange arccos arcsin arctan arctan2 argmax argmin argsort asin asinh atan atan2 atanh
-    atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli bilinear
-    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor block_diag bmm
-    broadcast_tensors broadcast_to bucketize cartesian_prod cat cdist ceil celu chain_matmul channel_shuffle
-    chunk clamp clamp_max clamp_min clip clone column_stack complex concat concatenate conj conj_physical
-    constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-    convolution copy copysign cos cosh cosine_similarity count_nonzero cross cummax cummin cumprod cumsum
-    deg2rad detach diag diag_embed diagonal diff digamma dist div divide dot dropout dsplit dstack einsum elu
-    embedding empty empty_like eq equal erf erfc erfinv exp exp2 expand expand_as expm1 eye
+    abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d adaptive_max_pool3d add addbmm addcdiv addcmul addmm addmv addr adjoint
+    affine_grid_generator alias all alpha_dropout amax amin aminmax __and__ angle any arange arccos arcsin
+    arctan arctan2 argmax argmin argsort argwhere asin asinh _assert_async _assert_scalar
+    _assert_tensor_metadata atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d
+    baddbmm bartlett_window batch_norm bernoulli bilinear binary_cross_entropy binary_cross_entropy_with_logits
+    bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor blackman_window
+    block_diag bmm broadcast_tensors broadcast_to bucketize cartesian_prod _cast_Float cat cdist ceil celu
+    chain_matmul channel_shuffle chunk clamp clamp_max clamp_min clip clone col2im column_stack complex concat
+    concatenate conj conj_physical constant_pad_nd contiguous conv1d conv2d conv3d conv_tbc conv_transpose1d
+    conv_transpose2d conv_transpose3d convolution copy copysign cos cosh cosine_similarity count_nonzero cov
+    cross cross_entropy_loss cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagonal diff digamma
+    dist div divide dot dropout dsplit dstack einsum elu embedding embedding_bag embedding_renorm empty
+    empty_like eq equal erf erfc erfinv exp exp2 expand expand_as expm1 exponential eye
     fake_quantize_per_channel_affine fake_quantize_per_tensor_affine feature_alpha_dropout feature_dropout
-    fft_fft fft_fft2 fft_fftn fft_fftfreq fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft
+    fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_irfft
     fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill flatten flip fliplr flipud float_power
     floor floor_divide fmax fmin fmod frac full full_like gather ge gelu glu greater greater_equal grid_sampler
-    group_norm gru gt hardshrink hardsigmoid hardswish hardtanh heaviside hsplit hstack huber_loss hypot im2col
-    col2im imag index index_add index_copy index_fill index_put index_select inner instance_norm isclose
-    isfinite isinf isnan isneginf isposinf isreal item kron kthvalue l1_loss layer_norm le leaky_relu lerp less
-    less_equal lift_fresh lift_fresh_copy linalg_cross linalg_matrix_norm linalg_multi_dot linalg_norm
-    linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2
-    logcumsumexp logical_and logical_not logical_or logical_xor logit logspace logsumexp lstm lt masked_fill
-    masked_scatter masked_select matmul matrix_H mH mT adjoint max max_pool1d max_pool2d max_pool3d maximum mean
-    median meshgrid min minimum mish mm mode moveaxis movedim mse_loss mul multinomial multiply mv nan_to_num
-    nanmean nanmedian nansum narrow native_channel_shuffle native_dropout ne neg negative new_empty new_full
-    new_ones new_zeros nll_loss nll_loss_nd cross_entropy_loss nonzero norm normal normal_functional not_equal
-    one_hot ones ones_like outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle polar positive pow
-    prelu _prelu_kernel prod quantile rad2deg rand rand_like randint randint_like randn randn_like randperm
-    ravel real reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder repeat
-    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape reshape_as resolve_conj
-    resolve_neg rms_norm rnn_relu rnn_tanh roll rot90 round rrelu rsqrt rsub scalar_tensor
+    group_norm gru gru_cell gt hamming_window hann_window hardshrink hardsigmoid hardswish hardtanh heaviside
+    hsplit hstack huber_loss hypot __iand__ im2col imag index index_add index_copy index_fill index_put
+    index_select inner instance_norm inverse __ior__ is_nonzero isclose isfinite isin isinf isnan isneginf
+    isposinf isreal istft item __ixor__ kl_div kron kthvalue l1_loss layer_norm le leaky_relu lerp less
+    less_equal lgamma lift_fresh lift_fresh_copy linalg_cholesky linalg_cross linalg_det linalg_inv
+    linalg_matrix_norm linalg_multi_dot linalg_norm linalg_solve linalg_vector_norm linear linspace
+    _local_scalar_dense log log10 log1p log2 log_sigmoid _log_softmax log_softmax logaddexp logaddexp2
+    logcumsumexp logical_and logical_not logical_or logical_xor logit logspace logsumexp __lshift__ lstm
+    lstm_cell lt masked_fill masked_scatter masked_select matmul matrix_exp matrix_H max max_pool1d max_pool2d
+    max_pool3d max_unpool2d maximum mean median meshgrid mH min minimum mish mm mode moveaxis movedim mse_loss
+    mT mul multinomial multiply mv nan_to_num nanmean nanmedian nansum narrow native_channel_shuffle
+    native_dropout ne neg negative new_empty new_full new_ones new_zeros nll_loss nll_loss2d nll_loss_nd nonzero
+    nonzero_static norm normal normal_functional not_equal numpy_T one_hot ones ones_like __or__ outer pad
+    pairwise_distance permute pixel_shuffle pixel_unshuffle polar positive pow prelu _prelu_kernel prod quantile
+    rad2deg rand rand_like randint randint_like randn randn_like randperm ravel real reciprocal reflection_pad1d
+    reflection_pad2d reflection_pad3d relu relu6 remainder repeat repeat_interleave replication_pad1d
+    replication_pad2d replication_pad3d reshape _reshape_alias reshape_as resolve_conj resolve_neg rms_norm
+    rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu __rshift__ rsqrt rsub scalar_tensor
     scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn
-    sigmoid sign signbit silu sin sinc sinh slice slice_scatter smooth_l1_loss softmax softplus softshrink sort
-    split split_with_sizes sqrt square squeeze stack std std_mean sub subtract sum sum_to_size swapaxes swapdims
-    t take take_along_dim tan tanh tensor_split tensordot threshold tile to topk trace transpose
+    _shape_as_tensor sigmoid sign signbit silu sin sinc sinh slice slice_scatter smooth_l1_loss soft_margin_loss
+    _softmax softmax softplus softshrink sort special_entr special_erf special_expit special_gammaln
+    special_log1p special_log_softmax special_logit special_logsumexp special_softmax special_xlogy split
+    split_with_sizes sqrt square squeeze stack std std_mean stft sub subtract sum sum_to_size swapaxes swapdims
+    sym_constrain_range sym_constrain_range_for_size sym_numel sym_size sym_storage_offset sym_stride t take
+    take_along_dim tan tanh tensor_split tensordot threshold tile to _to_copy topk trace transpose
     triangular_solve tril tril_indices triu triu_indices true_divide trunc type_as unbind unflatten unfold
-    unique_consecutive unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+    uniform _unique2 unique_consecutive unique_dim _unsafe_view unsqueeze upsample_bicubic2d
+    _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d upsample_nearest1d
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
-    _upsample_nearest_exact3d _upsample_bilinear2d_aa _upsample_bicubic2d_aa upsample_trilinear3d var var_mean
-    vdot view view_as view_as_complex view_as_real view_copy vsplit vstack where xlogy zero zeros zeros_like
-    _assert_async _assert_scalar _assert_tensor_metadata _cast_Float _log_softmax _local_scalar_dense
-    _reshape_alias _softmax _to_copy _unsafe_view _weight_norm _shape_as_tensor sym_constrain_range
-    sym_constrain_range_for_size sym_numel sym_size sym_storage_offset sym_stride
-    __and__ __or__ __xor__ __lshift__ __rshift__ lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell embedding_bag
-    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d
-    fractional_max_pool2d fractional_max_pool3d affine_grid_generator stft istft det trapezoid linalg_cholesky
-    linalg_det linalg_eigvalsh linalg_inv linalg_matmul linalg_qr linalg_solve linalg_svdvals special_erfcx
+    _upsample_nearest_exact3d upsample_trilinear3d var var_mean vdot view view_as view_as_complex view_as_real
+    view_copy vsplit vstack _weight_norm where xlogy __xor__ zero zeros zeros_like
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices max_unpool3d
+    fractional_max_pool2d fractional_max_pool3d det trapezoid linalg_eigvalsh linalg_matmul linalg_qr
+    linalg_svdvals special_erfcx
     """.split()  # noqa: SIM905
 )
 """Names in `aten`; their in-place forms (`relu_`) are meant, too, and forms that write to a given `out` are not."""
@@ -171,7 +177,8 @@ def pure_operator(name: str) -> torch._ops.OpOverload:
         overloads = getattr(torch.ops.aten, packet).overloads() if known and hasattr(torch.ops.aten, packet) else ()
         if overload in overloads:
             operator_: torch._ops.OpOverload = getattr(getattr(torch.ops.aten, packet), overload)
-            if operator_._schema.is_mutable == (known == plain != packet) and _is_of_tensors(operator_):
+            in_place = packet.startswith("__i") or known == plain != packet
+            if operator_._schema.is_mutable == in_place and _is_of_tensors(operator_):
                 return operator_
     raise SpeedupError(
         f"{name[:80]!r} is none of the operators that a stored graph may call",
@@ -185,6 +192,23 @@ def _is_of_tensors(operator_: torch._ops.OpOverload) -> bool:
     kinds = [str(value.type) for value in (*schema.arguments, *schema.returns)]
     on_tensors = any("Tensor" in kind for kind in kinds) or schema.name == "aten::_assert_scalar"
     return on_tensors and not any(argument.is_out for argument in schema.arguments)
+
+
+def check_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Whether an operator can be called with so many arguments of these names.
+
+    Raises:
+        SpeedupError: it can't.
+    """
+    if not isinstance(function, torch._ops.OpOverload):
+        return
+    arguments = function._schema.arguments
+    positional = [argument.name for argument in arguments if not argument.kwarg_only]
+    given = [*positional[: len(args)], *kwargs]
+    missing = [a.name for a in arguments if not a.has_default_value() and a.name not in given]
+    odd = [name for name in kwargs if name not in (a.name for a in arguments)]
+    if missing or odd or len(args) > len(positional) or len(set(given)) != len(given):
+        raise SpeedupError(f"{function} is called with {len(args)} arguments and {', '.join(kwargs) or 'no names'}")
 
 
 def named_function(name: str) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,36 +17,50 @@ _RATIO = 1024
 _TOTAL = 16
 """All results of one call may have this many times as much."""
 _SHAPES = 512
+Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 _SIZED_BY_DATA = ("aten.one_hot", "aten.repeat_interleave")
-
-Measure = Callable[[Callable[..., Any], list[Any], dict[str, Any], str], None]
 
 
 class Allowance:
     """What a stored graph may allocate. A call is measured once for each set of input shapes."""
 
     def __init__(self) -> None:
-        self._seen: set[Any] = set()
+        self._passed: set[Shapes] = set()
 
     def of(self, inputs: list[Any], module: nn.Module) -> Measure | None:
         """What to ask before each step of a call with these inputs; None where nothing is to be asked."""
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        if _is_traced(tensors):
+        if is_traced() or not all(map(_is_plain, tensors)):
             return None
         shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
-        if shapes in self._seen:
+        if shapes in self._passed:
             return None
-        if len(self._seen) < _SHAPES:
-            self._seen.add(shapes)
         state = (*tensors, *module.parameters(), *module.buffers())
-        return _measure(max(_FLOOR, _RATIO * sum(_bytes(tensor) for tensor in state)))
+        return Measure(shapes, max(_FLOOR, _RATIO * sum(_bytes(tensor) for tensor in state)))
+
+    def keep(self, measure: Measure) -> None:
+        """Remembers that a whole call has passed."""
+        if len(self._passed) < _SHAPES:
+            self._passed.add(measure.shapes)
 
 
-def _measure(most: int) -> Measure:
-    made = 0
+class Measure:
+    """Adds up what the steps of one call make.
 
-    def measure(function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], name: str) -> None:
-        nonlocal made
+    Args:
+        shapes: of the inputs.
+        most: bytes that one result may have.
+    """
+
+    def __init__(self, shapes: Shapes, most: int) -> None:
+        self.shapes, self.most, self.made = shapes, most, 0
+
+    def step(self, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], name: str) -> None:
+        """Looks at a step before it is done.
+
+        Raises:
+            SpeedupError: its result would be too large.
+        """
         if not isinstance(function, torch._ops.OpOverload):
             return
         try:
@@ -57,15 +71,13 @@ def _measure(most: int) -> Measure:
                 raise SpeedupError(f"the size of the result of {function} can't be told", where=name) from error
             return
         size = sum(_bytes(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        made += size
-        if size > most or made > _TOTAL * most:
+        self.made += size
+        if size > self.most or self.made > _TOTAL * self.most:
             raise SpeedupError(
                 f"{function} would make a tensor of {size / 1e9:,.1f} GB",
                 where=name,
-                remedy=f"a model of this size, and these inputs, should need no more than {most / 1e9:,.1f} GB",
+                remedy=f"a model of this size, and these inputs, should need no more than {self.most / 1e9:,.1f} GB",
             )
-
-    return measure
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -83,11 +95,10 @@ def _on_meta(arguments: Any) -> Any:
     return pytree.tree_map(convert, arguments)
 
 
-def _is_traced(tensors: Iterable[Tensor]) -> bool:
-    plain = (Tensor, nn.Parameter)
-    return (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch._C._get_tracing_state() is not None
-        or any(type(tensor) not in plain or tensor.layout != torch.strided for tensor in tensors)
-    )
+def is_traced() -> bool:
+    """Whether a call only records what a model does: sizes may be symbols then, and errors speak to the tracer."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided

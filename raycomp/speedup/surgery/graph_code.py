@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.interpreted import Interpreted, interpreted
-from raycomp.speedup.graph.operators import is_identifier, name_of_function, named_function
+from raycomp.speedup.graph.operators import check_call, is_identifier, name_of_function, named_function
 from raycomp.storage.documents import Document, not_a_document
 
 CONSTANT = "raycomp_constant"
@@ -110,7 +110,9 @@ class _Builder:
                 raise _refused(f"{odd!r} is no argument's name")
             args = tuple(self._value(argument) for argument in node.args)
             kwargs = {key: self._value(argument) for key, argument in node.kwargs.items()}
-            self.made[node.name] = self.graph.create_node(node.op, self._target(node), args, kwargs, name=node.name)
+            target = self._target(node)
+            check_call(target, args, kwargs)
+            self.made[node.name] = self.graph.create_node(node.op, target, args, kwargs, name=node.name)
         if [node.name for node in nodes if node.op == "output"] != [node.name for node in nodes[-1:]]:
             raise _refused("its last node, and no other, is the output")
         return self.graph
@@ -119,7 +121,7 @@ class _Builder:
         name = node.target
         if node.op == "call_function":
             return named_function(name)
-        if node.op == "call_module" and (name not in self.layers or node.kwargs):
+        if node.op == "call_module" and (name not in self.layers or node.kwargs or len(node.args) != 1):
             raise _refused(f"the model has no layer {name!r}")
         if node.op == "get_attr" and name not in self.tensors:
             raise _refused(f"the model has no parameter or buffer {name!r}")

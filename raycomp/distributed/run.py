@@ -1,0 +1,292 @@
+"""A job on its driver: from the checked task over each stage's training to the published artifact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+import ray.data
+from ray.actor import ActorHandle
+
+from raycomp.config import JobConfig
+from raycomp.core.masks import Masks
+from raycomp.core.moments import Calibration
+from raycomp.distributed.cluster import Cluster, connect, on_demand
+from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
+from raycomp.distributed.interrupt import interruptible
+from raycomp.distributed.lease import Lease, lease
+from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
+from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
+from raycomp.distributed.worker import Saved, WorkerOrder
+from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.ending.artifact import REPORT
+from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
+from raycomp.pipeline.preflight import Checked
+from raycomp.pipeline.task import Task
+from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import RunSummary
+from raycomp.storage import scratch
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job gave.
+
+    Args:
+        summary: all figures.
+        artifact_uri: where the artifact is; `raycomp.load(artifact_uri)` gives the model.
+        report_path: the HTML report: a path where the storage is a folder, else its URI.
+        masks: {module: {target: mask}} of all stages.
+        calibration: {module: {target: {scale, zero_point, …}}} of the sped-up model.
+    """
+
+    summary: RunSummary
+    artifact_uri: str
+    report_path: str
+    masks: Masks = field(repr=False)
+    calibration: Calibration = field(repr=False)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """{form: metrics}; the forms are those of `raycomp.results.summary.FORMS` that the run made."""
+        return {row.name: row.metrics for row in self.summary.models}
+
+
+@dataclass
+class _Listener:
+    """Hands the news of training on, and keeps what is to be said of the run.
+
+    Args:
+        progress: who shows it.
+        notes: what was told besides events, for the report.
+        last: the newest checkpoint.
+    """
+
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+    last: Saved | None = None
+
+    def tell(self, line: str) -> None:
+        """A part of the run begins."""
+        self.progress.message(line)
+
+    def message(self, line: str) -> None:
+        """Something happened that the report should say, too."""
+        self.notes.append(line)
+        self.tell(line)
+
+    def event(self, event: ProgressEvent) -> None:
+        self.progress.event(event)
+
+    def saved(self, checkpoint: Saved) -> None:
+        self.last = checkpoint
+
+
+class Driver:
+    """Brings a job to its run: its task is checked, Ray connected, the run found or begun, and held against others.
+
+    Args:
+        config: the job.
+        base_dir: what the task's path is relative to.
+        progress: hears what happens.
+        callbacks: Ray Train callbacks for every stage's run.
+        stack: ends what the driver has begun.
+    """
+
+    def __init__(
+        self, config: JobConfig, base_dir: Path, progress: Progress, callbacks: list[Any], stack: ExitStack
+    ) -> None:
+        self._config, self._base_dir, self._callbacks = config, str(base_dir), callbacks
+        self._progress, self._listener = progress, _Listener(progress)
+        self._stack = stack
+        self._watch = Stopwatch()
+        self._cluster: Cluster | None = None
+        self._run: _Run | None = None
+
+    def fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool, resume_with: str) -> JobResult:
+        """Runs the job; the arguments and errors are those of `CompressionJob.fit`.
+
+        Args:
+            check: prepares the task in a folder, and finds it to fit the job.
+            resume: whether to go on with an unfinished run.
+            resume_with: what to tell who interrupts it.
+        """
+        self._take_signals = self._stack.enter_context(interruptible())
+        try:
+            return self._fit(check, resume)
+        except KeyboardInterrupt:
+            state = "before a run began" if self._run is None else self._run.state()
+            self._progress.message(f"interrupted: {state}; to go on: {resume_with}")
+            raise
+
+    def _fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool) -> JobResult:
+        prepared = self._stack.enter_context(scratch())
+        with self._watch.part("validate and prepare"), on_demand(self._connected):
+            self._progress.message(f"job {self._config.name}: checking the job, its task and its storage")
+            task, checked = check(prepared)
+            for warning in checked.warnings:
+                self._progress.message(warning)
+            datasets = ray_datasets(task)
+        with self._watch.part("start Ray"):
+            cluster = self._connected()
+        if datasets:
+            cluster.require_data_cpu(self._config.scaling)
+        self._run = self._begun(resume, prepared, cluster, datasets)
+        self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
+        return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._listener)))
+
+    def _connected(self) -> Cluster:
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(connect(self._config, self._progress.message))
+            self._take_signals()
+        return self._cluster
+
+    def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
+        now = datetime.now(UTC)
+        run_store, record = self._found(resume) or (
+            RunStore(job_uri(self._config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"),
+            None,
+        )
+        held = self._stack.enter_context(lease(run_store.files, self._progress.message))
+        if record is None:
+            record = _stored(self._config, run_store, prepared, now)
+        return _Run(
+            self._config,
+            self._base_dir,
+            self._listener,
+            self._callbacks,
+            self._watch,
+            cluster,
+            datasets,
+            run_store,
+            record,
+            held,
+        )
+
+    def _found(self, resume: bool) -> tuple[RunStore, RunRecord] | None:
+        found = unfinished_run(self._config, self._progress.message)
+        if found is not None and resume:
+            self._progress.message(f"resuming run {found[0].run}")
+            return found
+        if found is not None:
+            self._progress.message(f"run {found[0].run} of this job is unfinished; --resume would go on with it")
+        elif resume:
+            self._progress.message("there is no unfinished run of this job: a new one begins")
+        return None
+
+
+def _stored(config: JobConfig, run_store: RunStore, prepared: Path, now: datetime) -> RunRecord:
+    """A new run's record, stored behind what its workers need."""
+    has_files = any(path.is_file() for path in prepared.rglob("*"))
+    if has_files:
+        run_store.upload("prepared", prepared)
+    created = now.isoformat(timespec="seconds")
+    record = RunRecord(run_store.run, config.result_digest(), config.to_yaml(), created, prepared=has_files)
+    run_store.write_record(record)
+    return record
+
+
+@dataclass
+class _Run:
+    """A run that this driver holds.
+
+    Args:
+        config: the job.
+        base_dir: what the task's path is relative to.
+        listener: hears what happens.
+        callbacks: Ray Train callbacks for every stage's run.
+        watch: where the time goes.
+        cluster: where it runs.
+        datasets: what Ray Train shards.
+        run_store: where the run's files are.
+        record: what is known of it.
+        lease: holds it against others.
+    """
+
+    config: JobConfig
+    base_dir: str
+    listener: _Listener
+    callbacks: list[Any]
+    watch: Stopwatch
+    cluster: Cluster
+    datasets: dict[str, ray.data.Dataset]
+    run_store: RunStore
+    record: RunRecord
+    lease: Lease
+    started: float = field(default_factory=time.time)
+
+    def to_its_end(self, resolved: ResolvedStage, sink: ActorHandle) -> JobResult:
+        """Trains the stages that are not done, and publishes.
+
+        Args:
+            resolved: what the first stage's config lists mean.
+            sink: the actor that hears of progress.
+        """
+        last = len(self.config.stages) - 1
+        for index in range(self.record.stages_done, last + 1):
+            if index:
+                resolved = on_head(resolve_next, self.config, self.base_dir, self.run_store, index)
+            self._train(index, resolved, sink)
+            notes = tuple(self.listener.notes)
+            order = HeadOrder(self.config, self.base_dir, self.run_store, resolved, index, notes)
+            if index < last:
+                self._end_stage(order)
+        return self._publish(order)
+
+    def state(self) -> str:
+        """What is saved, for who interrupts the run."""
+        saved = self.listener.last
+        if saved is None:
+            return f"run {self.run_store.run} has no checkpoint yet"
+        return f"run {self.run_store.run} is saved up to epoch {saved.epoch} of stage {saved.stage}"
+
+    def _record(self, record: RunRecord) -> None:
+        self.lease.check()
+        self.record = record
+        self.run_store.write_record(record)
+
+    def _train(self, index: int, resolved: ResolvedStage, sink: ActorHandle) -> None:
+        stage = self.config.stages[index]
+        names = " + ".join(settings.type for settings in stage.compressors)
+        workers = self.config.scaling.num_workers
+        self.listener.tell(f"stage {stage.name}: {names} on {workers} worker{'s' * (workers != 1)}")
+        state, damaged = self.run_store.last_state(stage.name)
+        for note in damaged:
+            self.listener.message(note)
+        if state is not None:
+            self.listener.saved(Saved(stage.name, state.epoch))
+        order = WorkerOrder(self.config, index, self.run_store, resolved, self.base_dir, sink, self.started)
+        with self.watch.part("train"):
+            train_stage(order, self.cluster, self.datasets, self.callbacks)
+
+    def _end_stage(self, order: HeadOrder) -> None:
+        name = self.config.stages[order.index].name
+        self.listener.tell(f"stage {name}: speedup and verification on the head node")
+        with self.watch.part("speed up and verify"):
+            on_head(end_stage, order)
+        self._record(replace(self.record, stages_done=order.index + 1))
+
+    def _publish(self, order: HeadOrder) -> JobResult:
+        self.listener.tell("speedup, verification, int8, measuring and publishing on the head node")
+        uri = self.run_store.artifact_uri
+        environment = {"ray": ray.__version__, "cluster": self.cluster.description}
+        environment["workers"] = str(self.config.scaling.num_workers)
+        facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.watch.timings)
+        self.lease.check()
+        conclusion = on_head(publish_run, order, facts)
+        self._record(replace(self.record, finished=True))
+        report = self.run_store.artifacts.join(self.run_store.run, REPORT)
+        return JobResult(
+            conclusion.summary,
+            uri,
+            report.path if report.is_local else report.uri,
+            conclusion.masks,
+            conclusion.calibration,
+        )

@@ -1,0 +1,101 @@
+"""SIGINT and SIGTERM: one line with what is saved and how to go on, the right exit code, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil  # Ray brings it along, once it is imported (by conftest).
+import pytest
+import yaml
+
+from raycomp.distributed.interrupt import Interrupted, interruptible
+from tests.contracts import tiny
+from tests.distributed.conftest import ROOT
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_block_with_its_exit_code(signum: signal.Signals, code: int) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as caught, interruptible() as take_signals:
+        signal.signal(signum, signal.SIG_IGN)  # as Ray takes it for itself
+        take_signals()
+        os.kill(os.getpid(), signum)
+        raise AssertionError("it was not heard")
+    assert caught.value.exit_code == code and isinstance(caught.value, KeyboardInterrupt)
+    assert signal.getsignal(signum) is before
+
+
+def test_a_signal_that_ray_makes_a_plain_interrupt_of_keeps_its_exit_code() -> None:
+    with pytest.raises(Interrupted) as caught, interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            raise KeyboardInterrupt from None
+    assert caught.value.exit_code == 143
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    script = """
+import os, signal
+from raycomp.distributed.interrupt import interruptible
+try:
+    with interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    print("went on")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (143, "")
+
+
+def test_in_another_thread_signals_stay_as_they_are() -> None:
+    """A sweep's trials run in such a thread."""
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def run() -> None:
+        with interruptible() as take_signals:
+            take_signals()
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+@pytest.mark.cluster
+def test_a_terminated_job_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
+    job = tiny.job(tiny.pruner("L1NormPruner"), steps=4000) | {"storage": {"uri": str(tmp_path / "stored")}}
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    command = [sys.executable, "-m", "raycomp", "run", str(file), "--set", "training.seed=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert process.stdout is not None
+        begun = any("epoch 3/" in line for line in process.stdout)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert begun and len(family) > 5
+    (line,) = (line for line in out.splitlines() if line.startswith("interrupted"))
+    saved, _, how = line.partition("; to go on: ")
+    assert "is saved up to epoch" in saved and saved.endswith("of stage fused")
+    assert how == f"raycomp run {file} --resume --set training.seed=1"
+    assert process.returncode == 143
+    assert "***" not in out and "Traceback" not in out
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [member for member in alive if member.status() != psutil.STATUS_ZOMBIE] == []
