@@ -24,7 +24,10 @@ Tree: TypeAlias = dict[str, Any]
 
 
 class Outputs(OrderedDict[str, Any]):
-    """A dict of outputs whose keys are attributes, too, like Hugging Face's `ModelOutput`."""
+    """A dict of outputs whose keys are attributes and positions, too, like Hugging Face's `ModelOutput`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
 
     def __getattr__(self, name: str) -> Any:
         try:
