@@ -192,5 +192,10 @@ def train_stage(
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
     _forget_damaged_list(train.join(order.job.stages[order.index].name))
-    with translated(train.uri):
-        trainer.fit()
+    try:
+        with translated(train.uri):
+            trainer.fit()
+    except NotFiniteError as error:
+        # Its remedy speaks of a checkpoint: here they are.
+        error.where = train.join(order.job.stages[order.index].name).uri
+        raise
