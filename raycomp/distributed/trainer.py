@@ -20,6 +20,7 @@ from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
+from raycomp.errors import NotFiniteError
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent

@@ -12,7 +12,7 @@ import torch
 
 from raycomp import CompressionJob
 from raycomp.distributed.job import JobResult
-from raycomp.errors import ClusterError, TaskError
+from raycomp.errors import ClusterError, NotFiniteError, TaskError
 from raycomp.pipeline.stage import StageStart
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import FORMS
@@ -205,3 +205,16 @@ def _flat(nested: Any, path: str = "") -> dict[str, Any]:
     if isinstance(nested, torch.Tensor):
         return {path: (str(nested.dtype), tuple(nested.shape), nested.numpy().tobytes())}
     return {path: nested}
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_with_its_place_and_publishes_nothing(tmp_path: Path) -> None:
+    """It is no lost worker that is tried again."""
+    job = _job(tmp_path, "tests.distributed.tasks:Diverging", step=7)
+    with pytest.raises(NotFiniteError) as raised:
+        _fit(job)
+    told = str(raised.value)
+    assert "in step 7 the loss is not finite; it began in the batch" in told
+    assert "the checkpoint of epoch 1 is good" in told
+    folder = Path(told.partition(": in step")[0])
+    assert [path.name.startswith("checkpoint") for path in folder.iterdir() if path.is_dir()] == [True]
+    assert not (tmp_path / "tiny" / "artifacts").exists()
