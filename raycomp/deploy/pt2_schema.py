@@ -6,10 +6,11 @@ what torch evaluates, generates source from or unpickles; `pt2_unread` says what
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, JsonValue, TypeAdapter
+from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
 
 from raycomp.storage.documents import Document
 
@@ -41,6 +42,14 @@ NUMBERED: dict[str, dict[int, Any]] = {
 }
 
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+_ODD_NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _real(value: Any) -> Any:
+    return _ODD_NUMBERS.get(value, value) if isinstance(value, str) else value
+
+
+Real = Annotated[float, BeforeValidator(_real)]
 Size = Annotated[int, Field(ge=0, lt=2**48)]
 
 
@@ -82,7 +91,7 @@ class SymInt(Document):
 
 class SymFloat(Document):
     as_name: str | None = None
-    as_float: float | None = None
+    as_float: Real | None = None
 
 
 class SymBool(Document):
@@ -96,8 +105,8 @@ class OptionalTensor(Document):
 
 
 class Complex(Document):
-    real: float
-    imag: float
+    real: Real
+    imag: Real
 
 
 class GraphArgument(Document):
@@ -113,8 +122,8 @@ class Argument(Document):
     as_tensors: list[Name] | None = None
     as_int: Whole | None = None
     as_ints: list[Whole] | None = None
-    as_float: float | None = None
-    as_floats: list[float] | None = None
+    as_float: Real | None = None
+    as_floats: list[Real] | None = None
     as_string: str | None = None
     as_strings: list[str] | None = None
     as_sym_int: SymInt | None = None

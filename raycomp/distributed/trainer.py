@@ -20,6 +20,7 @@ from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
+from raycomp.errors import NotFiniteError
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
@@ -192,5 +193,10 @@ def train_stage(
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
     _forget_damaged_list(train.join(order.job.stages[order.index].name))
-    with translated(train.uri):
-        trainer.fit()
+    try:
+        with translated(train.uri):
+            trainer.fit()
+    except NotFiniteError as error:
+        # Its remedy speaks of a checkpoint: here they are.
+        error.where = train.join(order.job.stages[order.index].name).uri
+        raise

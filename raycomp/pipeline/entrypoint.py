@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from raycomp.core.seeds import restored_generators, seed_generators
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.seeds import restored_generators, seed_generators
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 

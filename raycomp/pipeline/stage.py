@@ -28,6 +28,7 @@ from raycomp.speedup import (
     Plan,
     apply_plan,
     cut_calibration,
+    draws,
     remaining_masks,
     verify,
     with_value_masks,
@@ -197,14 +198,14 @@ def _cut(job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResul
     others = differing_inputs(task, context.dtype)
     speedup = ModelSpeedup(uncut.masked, context.example, uncut.masks, exact=job.speedup.exact, others=others)
     smaller = speedup.speedup_model().eval()
-    verification = verify(
-        uncut.under_masks, smaller, [real_inputs(task, context.dtype), *others], job.speedup.tolerance
-    )
+    inputs = [real_inputs(task, context.dtype), *others]
+    verification = verify(uncut.under_masks, smaller, inputs, job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)
     if job.speedup.exact and not verification.passed:
         note = (
             f"stage {job.stages[index].name}: the sped-up model differed from the masked one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
+            + ("; its forward draws random numbers in evaluation, too" if draws(uncut.under_masks, inputs[0]) else "")
         )
         return replace(tried, notes=(*uncut.notes, note))
     return replace(

@@ -15,10 +15,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
+from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import TaskError
 from raycomp.pipeline.data import structure
 from raycomp.pipeline.data.batches import first_batch
-from raycomp.pipeline.data.seeds import restored_generators, seed_everything
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")

@@ -11,7 +11,7 @@ from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
 from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
 from raycomp.speedup.surgery.plan import Plan
-from raycomp.speedup.verify import verify
+from raycomp.speedup.verify import draws, verify
 
 __all__ = [
     "RULES",
@@ -30,6 +30,7 @@ __all__ = [
     "complete_config_list",
     "cut_calibration",
     "dependencies",
+    "draws",
     "obstacles",
     "remaining_masks",
     "restored_mask",

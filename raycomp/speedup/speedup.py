@@ -39,7 +39,7 @@ from raycomp.speedup.surgery.graph_code import CannotRewriteError
 from raycomp.speedup.surgery.plan import Plan, Surgery
 from raycomp.speedup.surgery.pretrained import settle_config_
 from raycomp.speedup.surgery.rewrite import rewrite
-from raycomp.speedup.verify import compare, outputs, summarise, verify
+from raycomp.speedup.verify import compare, draws, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
@@ -119,7 +119,10 @@ class ModelSpeedup:
             if made and not self._loses_arguments(made[0][2]):
                 break
         if not made:
-            analysis.decision.keep_all("the cut model's outputs differed from the masked model's, so nothing was cut")
+            why = "; its forward draws random numbers in evaluation, too" if draws(self._masked, self._example) else ""
+            analysis.decision.keep_all(
+                f"the cut model's outputs differed from the masked model's, so nothing was cut{why}"
+            )
             made.append((analysis, copy.deepcopy(self._masked), Surgery()))
         analysis, model, surgery = self._preferred(made)
         self.unpruned = unpruned(analysis, self._traced, self._masks)

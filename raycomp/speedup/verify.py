@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.model import evaluation_mode
 from raycomp.core.parts import as_call
+from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import SpeedupError
 from raycomp.results.summary import Verification
 from raycomp.speedup.graph.example import Example, with_batch_size
@@ -63,16 +65,26 @@ def _ratio(difference: float, output_range: float) -> float:
 
 
 def outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """The tensors that a model gives in eval mode."""
+    """The tensors that a model gives in eval mode; one that draws there draws the same each time."""
     args, kwargs = as_call(example)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), restored_generators():
+            seed_everything(0)
             return tensors_of(model(*args, **kwargs))
     finally:
         for module in training:
             module.training = True
+
+
+def draws(model: nn.Module, example: Example) -> bool:
+    """Whether a forward pass in eval mode draws random numbers: a cut model draws others, where their shape is cut."""
+    args, kwargs = as_call(example)
+    with torch.no_grad(), restored_generators(), evaluation_mode(model):
+        before = torch.get_rng_state()
+        model(*args, **kwargs)
+        return not torch.equal(before, torch.get_rng_state())
 
 
 @dataclass(frozen=True)

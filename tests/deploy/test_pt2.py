@@ -244,3 +244,49 @@ def test_a_module_that_runs_twice(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 2), shared).eval(), torch.randn(3, 4)
     export_pt2(model, x, tmp_path / "model.pt2")
     torch.testing.assert_close(load_pt2(tmp_path / "model.pt2")(x), model(x))
+
+
+class Blocks(nn.Module):
+    """Blocks of other modes, a constant, a tied weight, infinities and sizes as numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, *, mask: Tensor) -> dict[str, Any]:
+        hidden = self.embed(ids)
+        with torch.no_grad():
+            shift = hidden.mean(1, keepdim=True) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        with torch.autocast("cpu", enabled=False):
+            hidden = hidden - shift
+        scores = (hidden @ hidden.transpose(1, 2)).masked_fill(mask[:, None] == 0, float("-inf")).softmax(-1)
+        upper = torch.full((ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        return {"scores": (scores + upper).softmax(-1), "logits": self.head(hidden)}
+
+
+def test_blocks_constants_tied_weights_and_infinities(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    export_pt2(model, {"mask": torch.ones(2, 5), "ids": torch.randint(9, (2, 5))}, tmp_path / "model.pt2")
+    loaded = load_pt2(tmp_path / "model.pt2")
+    ids, mask = torch.randint(9, (3, 5)), torch.ones(3, 5)
+    mask[1, 3:] = 0
+    expected, found = model(ids, mask=mask), loaded(mask=mask, ids=ids)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in ("scores", "logits"))
+    state = loaded.program.state_dict()
+    assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()
+
+
+class ForeignOperator(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.raycomp_test.double(x)
+        return made
+
+
+def test_an_operator_of_ones_own_is_named_when_the_model_is_exported(tmp_path: Path) -> None:
+    with torch.library._scoped_library("raycomp_test", "FRAGMENT") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
+        with pytest.raises(SpeedupError, match=r"operator 'torch\.ops\.raycomp_test\.double\.default'"):
+            export_pt2(ForeignOperator(), torch.randn(2, 4), tmp_path / "model.pt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
@@ -64,3 +65,20 @@ class Unreadable(Tiny):
         if dist.is_initialized():
             (self.folder / f"{dist.get_rank()}-{os.getpid()}").touch()
         return _Unreadable(super().train_data(), self.samples)
+
+
+class Diverging(Tiny):
+    """From a step on, rank 1 meets a pixel that is no number."""
+
+    def __init__(self, step: int, **more: Any) -> None:
+        super().__init__(**more)
+        self.step = step
+        self.steps = 0
+
+    def training_step(self, model: nn.Module, batch: Any) -> Tensor:
+        self.steps += 1
+        images, target = batch
+        if self.steps >= self.step and dist.is_initialized() and dist.get_rank() == 1:
+            images = images.clone()
+            images[0, 0, 0, 0] = math.nan
+        return super().training_step(model, (images, target))

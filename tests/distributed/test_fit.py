@@ -12,9 +12,10 @@ import torch
 
 from raycomp import CompressionJob
 from raycomp.distributed.job import JobResult
-from raycomp.errors import ClusterError, TaskError
+from raycomp.errors import ClusterError, NotFiniteError, TaskError
 from raycomp.pipeline.stage import StageStart
 from raycomp.results.progress import ProgressEvent
+from raycomp.results.summary import FORMS
 from raycomp.storage import open_artifact
 from tests.conftest import ObjectStore
 from tests.contracts import tiny
@@ -92,7 +93,7 @@ def test_another_process_loads_the_artifact(undisturbed: JobResult) -> None:
     found = _loaded_elsewhere(undisturbed.artifact_uri)
     assert len(found) == 6
     assert undisturbed.summary.verification is not None and undisturbed.summary.verification.passed
-    assert set(undisturbed.metrics) == {"dense", "simulated", "sped-up", "int8"}
+    assert list(undisturbed.metrics) == list(FORMS)
 
 
 def test_a_killed_worker_changes_nothing_on_a_real_object_store(
@@ -204,3 +205,16 @@ def _flat(nested: Any, path: str = "") -> dict[str, Any]:
     if isinstance(nested, torch.Tensor):
         return {path: (str(nested.dtype), tuple(nested.shape), nested.numpy().tobytes())}
     return {path: nested}
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_with_its_place_and_publishes_nothing(tmp_path: Path) -> None:
+    """It is no lost worker that is tried again."""
+    job = _job(tmp_path, "tests.distributed.tasks:Diverging", step=7)
+    with pytest.raises(NotFiniteError) as raised:
+        _fit(job)
+    told = str(raised.value)
+    assert "in step 7 the loss is not finite; it began in the batch" in told
+    assert "the checkpoint of epoch 1 is good" in told
+    folder = Path(told.partition(": in step")[0])
+    assert [path.name.startswith("checkpoint") for path in folder.iterdir() if path.is_dir()] == [True]
+    assert not (tmp_path / "tiny" / "artifacts").exists()

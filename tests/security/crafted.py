@@ -22,6 +22,7 @@ from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.pt2 import export_pt2
 from raycomp.pipeline.ending import artifact as files
 from raycomp.pipeline.masks_file import save_masks
+from raycomp.pipeline.notes import Notes
 from raycomp.quantization import QATQuantizer
 from raycomp.results.summary import RunSummary
 from raycomp.speedup import ModelSpeedup
@@ -71,7 +72,7 @@ def publish_real(folder: Path) -> Path:
     content = {"folds": [], "targets": files._plain(calibration)}
     (written / files.CALIBRATION).write_text(json.dumps(content, indent=1))
     found = replace(summary(), artifact_uri="")
-    files.write_summary(written, found)
+    files.write_summary(written, found, Notes())
     fields = {"job": found.job, "run": found.run, "created": found.created, "figures": found.figures()}
     return Path(publish(open_store(str(folder / "store")), "r1", written, fields).uri)
 

@@ -21,15 +21,10 @@ import raycomp
 from raycomp.errors import ArtifactError, RaycompError, SpeedupError
 from raycomp.pipeline.ending.load import export, stored_conclusion
 from raycomp.storage import open_artifact
-from tests.security.crafted import EXAMPLE, crafted, fresh, publish_real, rezipped
+from tests.security.crafted import EXAMPLE, crafted, fresh, rezipped
 
 PROGRAM = "models/model.json"
 WEIGHTS = "data/weights/model_weights_config.json"
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_real(tmp_path_factory.mktemp("real"))
 
 
 def shell(marker: Path) -> str:

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 import raycomp
 from raycomp.errors import RaycompError
-from tests.security.crafted import EXAMPLE, crafted, publish_real, rezipped
+from tests.security.crafted import EXAMPLE, crafted, rezipped
 
 PROGRAM, WEIGHTS = "models/model.json", "data/weights/model_weights_config.json"
 SLACK = 48 * 2**20
@@ -51,11 +51,6 @@ for uri in sys.argv[2:]:
     before, errors = memory("VmRSS"), list(everything(uri))
     print(json.dumps({"errors": errors, "grown": memory("VmHWM") - before}))
 """
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_real(tmp_path_factory.mktemp("real"))
 
 
 def program(real: Path, change: bytes | Callable[[Any], Any], name: str = PROGRAM) -> dict[str, Any]:

@@ -14,17 +14,12 @@ from raycomp.report import render_report
 from raycomp.report.text import visible
 from raycomp.results.summary import RunSummary
 from tests.report.summaries import summary
-from tests.security.crafted import crafted, publish_real
+from tests.security.crafted import crafted
 
 STEERING = (
     *("\x1b]52;c;eA==\a", "\x1b[2J", "\x9b31m", "\x90q\x9c", "\u202etxt.exe", "\u2066x"),
     *("\r", "\b\b", "\u2028", "\x00"),
 )
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_real(tmp_path_factory.mktemp("real"))
 
 
 def steers(text: str) -> list[str]:

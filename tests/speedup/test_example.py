@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from raycomp.core.parts import as_call
-from raycomp.speedup.graph.example import bind, with_batch_size
+from raycomp.speedup.graph.example import Outputs, bind, with_batch_size
 
 
 def test_an_example_is_a_call() -> None:
@@ -23,3 +23,9 @@ def test_resizing_repeats_samples_and_leaves_what_has_no_batch() -> None:
     assert resized["parts"][1] is shared and resized["scalar"] is scalar
     smaller = with_batch_size((x,), 1)
     assert isinstance(smaller, tuple) and smaller[0].tolist() == [[0, 1]]
+
+
+def test_outputs_are_found_by_key_attribute_and_position() -> None:
+    outputs = Outputs(logits=1, hidden=2)
+    assert (outputs["hidden"], outputs.hidden, outputs[1], outputs[-2:]) == (2, 2, 2, (1, 2))
+    assert list(outputs) == ["logits", "hidden"] and list(outputs.values()) == [1, 2]

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from raycomp.core.batch_share import BatchShare, rank_slice
 from raycomp.core.reduction import Statistic, reduce_
+from raycomp.core.seeds import derived_seed
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.samples import fetched_batches
-from raycomp.pipeline.data.seeds import derived_seed
 from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.data.streams import Slice, StreamView, slices
 from raycomp.pipeline.user_code import user_code

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from raycomp.core.seeds import derived_seed, restored_generators, seed_generators
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.seeds import derived_seed, restored_generators, seed_generators
 from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.user_code import user_code
 

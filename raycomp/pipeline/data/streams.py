@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from raycomp.core.batch_share import rank_slice
-from raycomp.pipeline.data.seeds import OwnGenerators, derived_seed
+from raycomp.core.seeds import OwnGenerators, derived_seed
 from raycomp.pipeline.data.source import SampleSource
 
 

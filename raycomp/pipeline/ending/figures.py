@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,12 +22,12 @@ from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.core.model import evaluation_mode
 from raycomp.core.parts import as_call
+from raycomp.core.seeds import restored_generators
 from raycomp.core.selection import module_names
 from raycomp.deploy.int8 import Int8Model, sqnr_db
 from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
-from raycomp.pipeline.data.seeds import restored_generators
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.inputs import real_inputs
 from raycomp.pipeline.notes import Notes
@@ -35,6 +35,7 @@ from raycomp.pipeline.stage import StageResult
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures, Simulation
+from raycomp.speedup import draws
 from raycomp.speedup.graph.example import describe, flatten
 from raycomp.storage import save_tensors
 
@@ -209,7 +210,9 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
         for module in modules.values():
             stack.enter_context(evaluation_mode(module))
         stack.enter_context(restored_generators())
-        at_once = 1 if _draws(task, modules, data) else max(1, _cores() // job.scaling.threads_per_worker)
+        # Threads would mix the forms' draws.
+        one = draws(modules["dense"], real_inputs(task, _dtype(modules["dense"]), 2))
+        at_once = 1 if one else max(1, _cores() // job.scaling.threads_per_worker)
         pool = stack.enter_context(ThreadPoolExecutor(at_once))
         begun, seen = time.monotonic(), 0
         for batch, wanted in evaluation_batches(task, data, View(evaluation.batch_size, evaluation.max_samples)):
@@ -224,16 +227,6 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
                 del tallies[name]
             seen += wanted
     return {name: tally.means() for name, tally in tallies.items()}
-
-
-def _draws(task: Task, modules: Mapping[str, nn.Module], data: Any) -> bool:
-    """Whether a forward pass draws random numbers in evaluation mode: threads would mix the forms' draws."""
-    before = torch.get_rng_state()
-    for batch, _ in evaluation_batches(task, data, View(2, 2)):
-        for module in modules.values():
-            with suppress(Exception):  # It is told when the form is evaluated.
-                task.forward(module, move_batch(batch, "cpu", _dtype(module)))
-    return not torch.equal(before, torch.get_rng_state())
 
 
 def _cores() -> int:

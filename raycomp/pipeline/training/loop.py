@@ -22,10 +22,10 @@ from raycomp.core.finite import THE_BATCH
 from raycomp.core.moments import RunContext
 from raycomp.core.reduction import Statistic, gathered, rank, reduce_, world_size
 from raycomp.core.rounds import conduct
+from raycomp.core.seeds import derived_seed, seed_everything
 from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
-from raycomp.pipeline.data.seeds import derived_seed, seed_everything
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState

@@ -15,10 +15,10 @@ from torch.utils.data import IterableDataset
 from raycomp.core.batch_share import rank_slice
 from raycomp.core.model import evaluation_mode
 from raycomp.core.reduction import Statistic, reduce_
+from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
 from raycomp.pipeline.data.samples import fetched_batches
-from raycomp.pipeline.data.seeds import restored_generators, seed_everything
 from raycomp.pipeline.data.streams import StreamView, slices
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task

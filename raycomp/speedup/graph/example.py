@@ -25,10 +25,10 @@ Tree: TypeAlias = dict[str, Any]
 
 
 class Outputs(OrderedDict[str, Any]):
-    """A dict of outputs that answers to attributes and positions, too, like Hugging Face's `ModelOutput`."""
+    """A dict of outputs whose keys are attributes and positions, too, like Hugging Face's `ModelOutput`."""
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+        return tuple(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
 
     def __getattr__(self, name: str) -> Any:
         try:
