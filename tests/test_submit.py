@@ -343,3 +343,39 @@ def test_a_real_cluster_runs_the_copied_folder_and_its_exit_codes_come_back(
             assert "hello from _ray by-us False" in "".join(log)
             found[how] = ended.exit_code
     assert found == {"0": 0, "3": 3, "kill": 137}
+
+
+_WAITING = """
+import ray
+from raycomp.distributed.interrupt import interruptible
+
+@ray.remote(num_cpus=2)
+def never():
+    take_signals()
+
+with interruptible() as take_signals:
+    ray.init(logging_level="error")
+    take_signals()
+    print("waiting", flush=True)
+    ray.get(never.remote())
+"""
+
+
+@pytest.mark.cluster
+def test_a_stopped_job_leaves_no_stack_of_ray_s(ray_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "wait.py").write_text(_WAITING)
+    log: list[str] = []
+    with jobs_client(ray_head) as client:
+        root = str(Path(__file__).parents[1])
+        submission = send(client, Submission("waits", f"{sys.executable} wait.py", tmp_path, {"PYTHONPATH": root}))
+
+        def write(text: str) -> None:
+            log.append(text)
+            if "waiting" in text:
+                client.stop_job(submission)  # type: ignore[attr-defined]
+
+        ended = follow(client, submission, write)
+    assert ended == Outcome(1, "the job was stopped")
+    text = "".join(log)
+    assert "waiting" in text and "SIGTERM received" not in text and "***" not in text
