@@ -119,6 +119,21 @@ def test_credentials_go_along_for_object_storage_only(tmp_path: Path, monkeypatc
     assert "hidden" not in repr(to_bucket)
 
 
+def test_no_secret_goes_along_where_the_nodes_have_credentials_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's Jobs API shows what it is given."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    file = _job_file(tmp_path)
+    assert _plan(file, tmp_path).secrets == ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    file.write_text(file.read_text() + "cluster: {send_credentials: false}\n")
+    plan = _plan(file, tmp_path)
+    assert plan.secrets == () and "hidden" not in str(plan.runtime_env())
+    assert plan.env_vars["AWS_REGION"] == "eu-central-1"
+
+
 def test_what_cannot_work_there_is_refused_all_at_once(tmp_path: Path) -> None:
     file = _job_file(tmp_path / "jobs", uri="artifacts", entrypoint="../../outside/task.py:Task")
     with pytest.raises(ConfigError) as caught:

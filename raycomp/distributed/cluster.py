@@ -153,12 +153,14 @@ def _start(stack: ExitStack, job: JobConfig, tell: Tell) -> None:
         else:
             stack.callback(ray.shutdown)
             ray.init(address=address, runtime_env=_runtime_env(job, tell), **QUIET)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        token = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token"
+        refused = isinstance(error, ray.exceptions.AuthenticationError)
         raise ClusterError(
             f"Ray can't be reached: {reason}",
             where=address or "local Ray",
-            remedy="check cluster.address or RAY_ADDRESS",
+            remedy=token if refused else "check cluster.address or RAY_ADDRESS",
         ) from None
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -104,13 +105,12 @@ def seen(object_store: ObjectStore) -> Seen:
 
 
 def _listening(pid: int) -> list[tuple[str, str]]:
-    root = psutil.Process(pid)
-    return [
-        (process.name(), connection.laddr.ip)
-        for process in (root, *root.children(recursive=True))
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    root, found = psutil.Process(pid), list[tuple[str, str]]()
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections("inet")
+            found += [(process.name(), item.laddr.ip) for item in sockets if item.status == psutil.CONN_LISTEN]
+    return found
 
 
 def _stranger(gcs: str) -> str:
