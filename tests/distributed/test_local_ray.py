@@ -82,7 +82,8 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen(object_store: ObjectStore) -> Seen:
-    job = tiny.job(tiny.pruner("L1NormPruner"), steps=4)
+    # Long enough to be looked at.
+    job = tiny.job(tiny.pruner("L1NormPruner"), steps=160, checkpoint_every_epochs=10)
     uri = object_store.uri()
     job |= {"storage": {"uri": uri}, "scaling": {"num_workers": 2}}
     environment = {**object_store.environment(), "AWS_BEARER_TOKEN_BEDROCK": _PLANTED}
