@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from raycomp.core.model import evaluation_mode
 from raycomp.core.parts import as_call
@@ -86,7 +87,7 @@ def count_macs(model: nn.Module, example: Example) -> int:
         SpeedupError: the model cannot run on the example.
     """
     args, kwargs = as_call(with_batch_size(example, 1))
-    counter = FlopCounterMode(display=False, custom_mapping=_FURTHER_PRODUCTS)
+    counter = _Counter()
     try:
         with evaluation_mode(model), torch.no_grad(), _plain_kernels(), counter:
             model(*args, **kwargs)
@@ -95,7 +96,22 @@ def count_macs(model: nn.Module, example: Example) -> int:
             f"{type(model).__name__} cannot run on one sample of the example: {cause_of(error)}",
             remedy="the example must be an input of this model, with the batch in dimension 0",
         ) from error
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what the operators that run multiply and add; torch's own mode follows modules, which gradients upset."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 @contextmanager
@@ -128,15 +144,21 @@ def _flops_of_trilinear(first: Any, second: Any, *_: Any, **__: Any) -> int:
     return 2 * int(first[0]) * math.prod(second)
 
 
-_FURTHER_PRODUCTS = {
-    torch.ops.aten.mv: _flops_of_vectors,
-    torch.ops.aten.dot: _flops_of_vectors,
-    torch.ops.aten.vdot: _flops_of_vectors,
-    torch.ops.aten.addmv: _flops_of_added_vectors,
-    torch.ops.aten.addbmm: _flops_of_added_batches,
-    torch.ops.aten._trilinear: _flops_of_trilinear,
+_FORMULAS: Mapping[Any, Callable[..., Any]] = {
+    **flop_registry,
+    **{
+        operator: shape_wrapper(formula)
+        for operator, formula in {
+            torch.ops.aten.mv: _flops_of_vectors,
+            torch.ops.aten.dot: _flops_of_vectors,
+            torch.ops.aten.vdot: _flops_of_vectors,
+            torch.ops.aten.addmv: _flops_of_added_vectors,
+            torch.ops.aten.addbmm: _flops_of_added_batches,
+            torch.ops.aten._trilinear: _flops_of_trilinear,
+        }.items()
+    },
 }
-"""What `torch.utils.flop_counter` lacks; each takes the operands' shapes."""
+"""Floating-point operations by operator: torch's, and of products that it lacks."""
 
 
 def latency_s(

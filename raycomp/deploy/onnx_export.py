@@ -24,6 +24,7 @@ from raycomp.speedup.graph.program import (
     export_program,
     quiet,
 )
+from raycomp.speedup.graph.recurrent import any_length, count_recurrent
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -108,7 +109,7 @@ def export_to_ir(model: nn.Module, example: Example, others: Sequence[Example] =
     call = _FlatCall(model, example).eval()
     opened = export_program(call, call.tensors, [flat for each in others if (flat := call.flat(each)) is not None])
     names = _tensor_names(call.inputs)
-    with quiet():
+    with quiet(), any_length():
         try:
             exported = torch.onnx.export(
                 opened.program,
@@ -124,6 +125,13 @@ def export_to_ir(model: nn.Module, example: Example, others: Sequence[Example] =
                 remedy="an operator has no ONNX form, or the model's control flow depends on its data",
             ) from error
     assert exported is not None
+    recurrent = sum(node.op_type in ("LSTM", "GRU") for node in exported.model.graph)
+    if recurrent < count_recurrent(opened.program.graph):
+        # Taken apart after all, they would be the shapes that `any_length` gives instead of results.
+        raise SpeedupError(
+            f"{type(model).__name__} cannot be exported to ONNX: onnxscript has no form for its recurrent layers",
+            remedy="install a newer onnxscript",
+        )
     signature = OnnxSignature(call.names, call.inputs, call.outputs, opened.dynamic_batch)
     _tidy_(exported.model, signature)
     return OnnxExport(exported.model, signature, opened, tuple(names))

@@ -27,8 +27,6 @@ from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float
 from raycomp.speedup.graph.result_bytes import is_traced
 from raycomp.storage.documents import parse_document
 
-_KEPT_METADATA = ("nn_module_stack", "torch_fn", "val")
-
 
 class ProgramModule(nn.Module):
     """A loaded program as a module in eval mode; `train()` does not change what it computes.
@@ -83,8 +81,8 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Seq
     """Writes the model in eval mode and float32 as a `torch.export` archive, which needs no Python source to run.
 
     The batch is dynamic where the model allows it, and so are the sizes in which the inputs differ. The archive holds
-    no pickle: no example inputs, and weights as raw bytes; stack traces, which name the exporting machine's files, are
-    left out.
+    no pickle: no example inputs, and weights as raw bytes; stack traces, which name the exporting machine's files, and
+    the modules behind each operator are left out.
 
     Args:
         model: any model in any dtype on any device; a copy of it is exported.
@@ -102,7 +100,7 @@ def export_pt2(model: nn.Module, example: Example, path: str | Path, others: Seq
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_METADATA}
+                node.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
     signature = {**_signature(model, example), "dynamic_batch": exported.dynamic_batch}
     described = json.dumps({"dynamic_batch": exported.dynamic_batch, "versions": versions(), "signature": signature})
     buffer = io.BytesIO()

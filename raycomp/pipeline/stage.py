@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -213,7 +214,18 @@ def _cut(job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResul
         kept=remaining_masks(uncut.masks, speedup.plan),
         calibration=cut_calibration(uncut.calibration, speedup.plan),
         plan=before.then(speedup.plan),
+        notes=(*uncut.notes, *_lost_arguments(uncut.masked, smaller, job.stages[index].name)),
     )
+
+
+def _lost_arguments(before: nn.Module, after: nn.Module, stage: str) -> tuple[str, ...]:
+    """What to say of arguments that a rewritten forward no longer takes."""
+    taken = inspect.signature(after.forward).parameters
+    lost = [name for name in inspect.signature(before.forward).parameters if name not in taken]
+    if not lost:
+        return ()
+    shown = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")
+    return (f"stage {stage}: the forward states sizes as constants and was rewritten; it no longer takes {shown}",)
 
 
 def _with_masks_on(uncut: StageResult) -> StageResult:

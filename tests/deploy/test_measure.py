@@ -92,6 +92,21 @@ def test_macs_within_layers(model: nn.Module, shape: tuple[int, ...], expected: 
     assert count_macs(model, torch.randn(2, *shape)) == expected
 
 
+class Views(nn.Module):
+    """Hands a parameter's part to a layer, as relative positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.fc = nn.Embedding(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.fc(self.positions.weight[:4].unsqueeze(0)).transpose(1, 2)
+
+
+def test_macs_of_a_model_that_computes_with_parameters() -> None:
+    assert count_macs(Views(), torch.randn(2, 3, 4)) == 4 * 4 * 4 + 3 * 4 * 4
+
+
 def test_counting_leaves_the_kernels_as_they_were() -> None:
     count_macs(nn.Linear(2, 2), torch.randn(2, 2))
     assert torch.backends.mha.get_fastpath_enabled() and torch.backends.mkldnn.enabled

@@ -238,6 +238,14 @@ def test_an_example_without_a_batch(tmp_path: Path) -> None:
         export_pt2(nn.Linear(4, 3), (), tmp_path / "model.pt2")
 
 
+def test_a_module_that_runs_twice(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared = nn.Dropout(0.5)
+    model, x = nn.Sequential(nn.Linear(4, 4), shared, nn.Linear(4, 2), shared).eval(), torch.randn(3, 4)
+    export_pt2(model, x, tmp_path / "model.pt2")
+    torch.testing.assert_close(load_pt2(tmp_path / "model.pt2")(x), model(x))
+
+
 class Blocks(nn.Module):
     """Blocks of other modes, a constant, a tied weight, infinities and sizes as numbers."""
 

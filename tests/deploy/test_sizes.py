@@ -50,6 +50,20 @@ class Images(nn.Module):
         return self.head(self.conv(x).relu()).mean((2, 3))
 
 
+class Recurrent(nn.Module):
+    """Runs both ways over several layers; the last states count, too."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(10, 3)
+        self.layer = layer(4, 5, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        output, state = self.layer(self.embed(ids) * mask[..., None])
+        hidden = state[0] if isinstance(state, tuple) else state
+        return self.fc(output.mean(1) + hidden[-2:].transpose(0, 1).flatten(1))
+
+
 def text(length: int, size: int = 2) -> dict[str, Tensor]:
     torch.manual_seed(length)
     mask = torch.ones(size, length, dtype=torch.long)
@@ -64,6 +78,8 @@ def images(height: int, width: int, size: int = 2) -> Tensor:
 CASES: dict[str, tuple[Callable[[], nn.Module], list[Any], list[Any], list[str]]] = {
     # The length of 2 is also the batch's size.
     "texts": (Text, [text(5), text(2), text(9)], [text(3), text(12, 4), text(9, 1)], ["fc"]),
+    "lstm": (lambda: Recurrent(nn.LSTM), [text(5), text(2)], [text(3), text(12, 4), text(9, 1)], ["fc"]),
+    "gru": (lambda: Recurrent(nn.GRU), [text(5), text(2)], [text(3), text(12, 4), text(9, 1)], ["fc"]),
     "images": (Images, [images(8, 8), images(12, 9)], [images(10, 7), images(6, 14, 3)], ["conv", "head"]),
 }
 
@@ -105,6 +121,16 @@ def test_without_others_the_sizes_of_the_example_are_the_only_ones(tmp_path: Pat
     assert export_pt2(Images(), images(8, 8), tmp_path / "model.pt2").fixed == ()
     with pytest.raises(RuntimeError):
         load_pt2(tmp_path / "model.pt2")(images(10, 7))
+
+
+def test_recurrent_layers_that_onnx_lacks_are_exported_for_one_length(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = Recurrent(nn.RNN).eval(), [text(5), text(2)]
+    fixed = ("ids of size 5 in dimension 1", "mask of size 5 in dimension 1")
+    assert export_pt2(model, given[0], tmp_path / "model.pt2", given[1:]).fixed == fixed
+    assert export_onnx(model, given[0], tmp_path / "model.onnx", given[1:]).fixed == fixed
+    for loaded in (load_pt2(tmp_path / "model.pt2"), load_onnx(tmp_path / "model.onnx")):
+        torch.testing.assert_close(called(loaded, text(5, 3)), called(model, text(5, 3)))
 
 
 class Flat(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from raycomp.config import parse_job
+from raycomp.deploy.int8 import Int8Model
+from raycomp.deploy.sizes import ExportReport
 from raycomp.pipeline import stage
 from raycomp.pipeline.ending import artifact, conclude, figures
 from raycomp.pipeline.entrypoint import build_task
@@ -53,6 +56,41 @@ def ended(checkpoint: Path, folder: Path, **keys: Any) -> RunSummary:
     ).summary
 
 
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Int8Model]:
+    """A whole artifact, and its int8 model."""
+    lowered: list[Int8Model] = []
+    lower = conclude.lower_int8
+
+    def kept(*given: Any, **keys: Any) -> Int8Model:
+        lowered.append(lower(*given, **keys))
+        return lowered[-1]
+
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conclude, "lower_int8", kept)
+        ended(checkpoint, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+    return folder, lowered[0]
+
+
+@pytest.fixture
+def ready_exports(made: tuple[Path, Int8Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported anew where a test isn't about that, which takes most of the time, is there already."""
+
+    def copied(name: str) -> Any:
+        def export(_model: Any, _example: Any, path: Path, *_: Any) -> ExportReport:
+            shutil.copy(made[0] / name, path)
+            return ExportReport(True)
+
+        return export
+
+    monkeypatch.setattr(conclude, "lower_int8", lambda *_, **__: made[1])
+    monkeypatch.setattr(artifact, "export_pt2", copied("model.pt2"))
+    monkeypatch.setattr(artifact, "export_onnx", copied("model.onnx"))
+    monkeypatch.setattr(figures, "export_onnx", copied("model.onnx"))
+
+
 def fail(*_: Any, **__: Any) -> Any:
     raise ZeroDivisionError("it failed")
 
@@ -61,7 +99,8 @@ PLACES: list[tuple[str, Any, str, str, set[str]]] = [
     ("speedup", stage, "ModelSpeedup", "stage fused: nothing was cut", set()),
     ("verification", stage, "verify", "stage fused: nothing was cut", set()),
     ("data", stage, "differing_inputs", "stage fused: nothing was cut", set()),
-    ("inputs", conclude, "differing_inputs", "the evaluation data can't be read", set()),
+    ("inputs", conclude, "differing_inputs", "the sizes that real batches have are not known", set()),
+    ("example", conclude, "real_inputs", "the evaluation data can't be read", set()),
     ("lowering", conclude, "lower_int8", "there is no int8 model", {"int8.onnx"}),
     ("pt2", artifact, "export_pt2", "there is no model.pt2", {"model.pt2"}),
     ("onnx", artifact, "export_onnx", "there is no model.onnx", {"model.onnx"}),
@@ -77,6 +116,7 @@ PLACES: list[tuple[str, Any, str, str, set[str]]] = [
 ]
 
 
+@pytest.mark.usefixtures("ready_exports")
 @pytest.mark.parametrize("module, name, note, lost", [pytest.param(*rest, id=key) for key, *rest in PLACES])
 def test_what_fails_is_a_note_and_the_artifact_is_published_without_it(
     module: Any, name: str, note: str, lost: set[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +136,7 @@ def test_what_fails_is_a_note_and_the_artifact_is_published_without_it(
     assert model.conv1.weight.shape[0] == cut
 
 
+@pytest.mark.usefixtures("ready_exports")
 def test_one_form_that_fails_costs_the_others_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +208,7 @@ def test_every_form_is_measured_and_held_against_the_one_whose_function_it_shoul
     assert found.int8.metric_difference == accuracy["int8"] - accuracy["sped-up simulated"]
 
 
+@pytest.mark.usefixtures("ready_exports")
 def test_every_form_sees_every_batch_and_each_is_read_once(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +230,7 @@ def test_every_form_sees_every_batch_and_each_is_read_once(
     assert summary.models[0].metrics == pytest.approx(expected)
 
 
+@pytest.mark.usefixtures("ready_exports")
 def test_measuring_ends_at_its_limit_for_all_forms_alike(checkpoint: Path, tmp_path: Path) -> None:
     summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 1, "limit_s": 1e-9, "latency_runs": 1})
     assert [row.metrics["accuracy"] in (0.0, 1.0) for row in summary.models] == [True] * len(FORMS)

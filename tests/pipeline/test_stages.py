@@ -223,3 +223,28 @@ def test_real_inputs_are_what_the_model_is_called_with(given: Any, expected: str
     tensors = {"one": lambda: [found], "two": lambda: list(found), "named": lambda: [found["x"]]}[expected]()
     assert len(tensors) == (2 if expected == "two" else 1)
     assert all(torch.equal(tensor, three) for tensor in tensors)
+
+
+class Flat(torch.nn.Module):
+    """States its size, and takes what a task may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = torch.nn.Conv2d(1, 8, 3), torch.nn.Linear(128, 3)
+
+    def forward(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        return self.fc(self.conv(x).relu().reshape(-1, 128)) / temperature
+
+
+class FlatTask(tiny.Tiny):
+    def model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return Flat()
+
+
+def test_what_a_rewritten_forward_no_longer_takes_is_told(tmp_path: Path) -> None:
+    raw = job({"compressors": [{"type": "L1NormPruner", "config_list": [{"op_names": ["conv"], "sparse_ratio": 0.5}]}]})
+    raw["task"]["entrypoint"] = "tests.pipeline.test_stages:FlatTask"
+    (result,) = run(raw, tmp_path)
+    assert result.model.fc.in_features == 64
+    assert [note for note in result.notes if "rewritten; it no longer takes temperature" in note]

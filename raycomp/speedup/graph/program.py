@@ -26,6 +26,7 @@ from raycomp.speedup.graph.example import (
     plain,
     with_batch_size,
 )
+from raycomp.speedup.graph.recurrent import any_length
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 
@@ -46,7 +47,7 @@ def export(model: nn.Module, example: Example, dynamic_shapes: Any = None) -> Ex
     # torch.export knows no classes but its own; a hook leaves the names of parameters and arguments as they are.
     hook = module.register_forward_hook(lambda _module, _args, output: plain(output))
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), any_length():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
         raise SpeedupError(
