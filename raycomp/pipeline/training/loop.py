@@ -25,7 +25,8 @@ from raycomp.core.rounds import conduct
 from raycomp.core.seeds import derived_seed, seed_everything
 from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
-from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
