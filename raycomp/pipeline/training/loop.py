@@ -18,7 +18,7 @@ from raycomp.config import EvaluationConfig, TrainingConfig
 from raycomp.core.batch_share import BatchShare, use_share, weighted_loss
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Trainee
-from raycomp.core.finite import THE_BATCH
+from raycomp.core.first_place import THE_BATCH
 from raycomp.core.moments import RunContext
 from raycomp.core.reduction import Statistic, gathered, rank, reduce_, world_size
 from raycomp.core.rounds import conduct
@@ -250,7 +250,7 @@ class StageTraining:
         if rank() == 0:
             self.listener.progress(event)
         if last or self.epoch % self.training.checkpoint_every_epochs == 0:
-            self.chain.check_weights()
+            self.chain.finite.check_weights(self.chain.step)
             self.chain.settle()
             self.saved_epoch = self.epoch
             self.listener.checkpoint(self._state, event.metrics)
