@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import raycomp
 from raycomp.config import JobConfig
+from raycomp.config.storage import deleted_by_ray
 from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.report.table import ARTIFACT_LABEL
 from raycomp.storage import s3
@@ -289,9 +290,7 @@ def _folder_problems(job: JobConfig, file: Path, root: Path) -> Iterator[Problem
 def _storage_problems(job: JobConfig, file: Path) -> Iterator[Problem]:
     uri = job.storage.uri
     if "://" not in uri and not Path(uri).is_absolute():
-        message = f"'{uri}' would lie in the job's own folder on the cluster, which Ray deletes"
-        remedy = "an s3:// URI, or an absolute path that all nodes share; --set storage.uri=... does"
-        yield Problem(f"{file} storage.uri", message, remedy)
+        yield deleted_by_ray(f"{file} storage.uri", uri)
 
 
 def _status(details: Any) -> str:

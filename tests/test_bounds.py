@@ -17,5 +17,5 @@ def test_the_lowest_versions_are_those_that_are_tested() -> None:
     extras = project["optional-dependencies"]
     required = [Requirement(text) for text in (*project["dependencies"], *extras["int8"], *extras["examples"])]
     bounds = {each.name: Version(next(s.version for s in each.specifier if s.operator == ">=")) for each in required}
-    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-lowest.txt").read_text(), re.M)
+    pins = re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "tests" / "constraints-lowest.txt").read_text(), re.M)
     assert {name: Version(version) for name, version in pins} == bounds

@@ -119,6 +119,21 @@ def test_credentials_go_along_for_object_storage_only(tmp_path: Path, monkeypatc
     assert "hidden" not in repr(to_bucket)
 
 
+def test_no_secret_goes_along_where_the_nodes_have_credentials_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's Jobs API shows what it is given."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    file = _job_file(tmp_path)
+    assert _plan(file, tmp_path).secrets == ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    file.write_text(file.read_text() + "cluster: {send_credentials: false}\n")
+    plan = _plan(file, tmp_path)
+    assert plan.secrets == () and "hidden" not in str(plan.runtime_env())
+    assert plan.env_vars["AWS_REGION"] == "eu-central-1"
+
+
 def test_what_cannot_work_there_is_refused_all_at_once(tmp_path: Path) -> None:
     file = _job_file(tmp_path / "jobs", uri="artifacts", entrypoint="../../outside/task.py:Task")
     with pytest.raises(ConfigError) as caught:
@@ -343,3 +358,39 @@ def test_a_real_cluster_runs_the_copied_folder_and_its_exit_codes_come_back(
             assert "hello from _ray by-us False" in "".join(log)
             found[how] = ended.exit_code
     assert found == {"0": 0, "3": 3, "kill": 137}
+
+
+_WAITING = """
+import ray
+from raycomp.distributed.interrupt import interruptible
+
+@ray.remote(num_cpus=2)
+def never():
+    take_signals()
+
+with interruptible() as take_signals:
+    ray.init(logging_level="error")
+    take_signals()
+    print("waiting", flush=True)
+    ray.get(never.remote())
+"""
+
+
+@pytest.mark.cluster
+def test_a_stopped_job_leaves_no_stack_of_ray_s(ray_head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    (tmp_path / "wait.py").write_text(_WAITING)
+    log: list[str] = []
+    with jobs_client(ray_head) as client:
+        root = str(Path(__file__).parents[1])
+        submission = send(client, Submission("waits", f"{sys.executable} wait.py", tmp_path, {"PYTHONPATH": root}))
+
+        def write(text: str) -> None:
+            log.append(text)
+            if "waiting" in text:
+                client.stop_job(submission)  # type: ignore[attr-defined]
+
+        ended = follow(client, submission, write)
+    assert ended == Outcome(1, "the job was stopped")
+    text = "".join(log)
+    assert "waiting" in text and "SIGTERM received" not in text and "***" not in text

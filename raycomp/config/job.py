@@ -120,7 +120,9 @@ class ClusterConfig(Settings):
     address: Text | None = None
     """The cluster's address (null: RAY_ADDRESS if set, else a local Ray that the job starts itself)."""
     num_cpus: Count | None = None
-    """CPUs of the local Ray (null: all)."""
+    """CPUs of the local Ray (null: all; more than there are is taken as meant)."""
+    wait_s: NonNegative | None = None
+    """Seconds that a cluster gets to grow to what the workers need (null: 600 where it has an autoscaler, else 0)."""
     send_credentials: Flag = True
     """Whether the keys of s3:// storage go to the cluster; false where a role or a mounted file of its nodes serves."""
 

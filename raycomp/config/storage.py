@@ -11,6 +11,7 @@ from pydantic import AfterValidator
 
 from raycomp.config.base import Conflict, Given, Settings
 from raycomp.config.values import Text, nearest, refuse
+from raycomp.errors import Problem
 
 _SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
 _S3_OPTIONS = ("endpoint_override", "scheme", "region")
@@ -44,6 +45,13 @@ def _endpoint(endpoint: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
         raise refuse(f"got '{endpoint}'", "should be http://host:port or https://host:port")
     return endpoint
+
+
+def deleted_by_ray(where: str, uri: str) -> Problem:
+    """What is wrong with storage in the folder that a submitted job runs in."""
+    message = f"'{uri}' would lie in the job's own folder on the cluster, which Ray deletes"
+    remedy = "an s3:// URI, or an absolute path that all nodes share; --set storage.uri=... does"
+    return Problem(where, message, remedy)
 
 
 class StorageConfig(Settings):

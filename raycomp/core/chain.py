@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from raycomp.core.attach import TargetSpace, is_wrapped
 from raycomp.core.batch_share import weighted_loss
 from raycomp.core.evaluator import Evaluator
-from raycomp.core.finite import Pass, are_finite, check_statistics, gradients_error, spreading, weights_error
+from raycomp.core.finite import FiniteRun, Pass, check_statistics, held_by, spreading
 from raycomp.core.learned import LearnedTensors
 from raycomp.core.loss import with_loss
 from raycomp.core.masks import Masks
@@ -67,8 +67,7 @@ class Chain:
         self.round = 0
         self.begun = False
         self.calibrated = False
-        self._optimizers: Sequence[Optimizer] = ()
-        self._passes: list[Pass] = []
+        self.finite = FiniteRun(self.space, self.learned)
         self._origin: dict[str, Tensor] = {}
         self._common: dict[object, Any] = {}
 
@@ -137,7 +136,7 @@ class Chain:
         if not context.optimizers:
             raise CompressionError("a training run needs an optimizer")
         self.begin()
-        self._optimizers, self._passes = context.optimizers, []
+        self.finite.begin(context.optimizers)
         begun: list[Moments] = []
         try:
             with around_steps(context.optimizers, self._before_step, self._after_step):
@@ -180,7 +179,7 @@ class Chain:
         if all(parameter.grad is None for parameter in self.model.parameters()):
             # A new step begins; the last one was perhaps never made, as a GradScaler's is not after an overflow.
             self.learned.drop_gradients()
-            self._passes = []
+            self.finite.begin_step()
         with watch("training"):
             output = step_fn()
         return with_loss(output, lambda loss: self.loss(loss, batch, step_fn))
@@ -205,12 +204,12 @@ class Chain:
             if term is not None:
                 losses[f"what {type(member).__name__} adds to the loss"] = term.detach()
                 loss = loss + term
-        self._passes.append(Pass(step_fn, losses))
+        self.finite.passed(Pass(step_fn, losses))
         return spreading(loss)
 
     def end_round(self) -> None:
         """The last step of a round of training is done: the decisions that fall there are made."""
-        self.check_weights()
+        self.finite.check_weights(self.step)
         self._decide(Moment("round", self.step, self.round))
         self._take_notes()
         self.round += 1
@@ -242,15 +241,10 @@ class Chain:
         with torch.no_grad(), watch("calibration"):
             return step_fn()
 
-    def check_weights(self) -> None:
-        """Refuses weights that an optimizer has made infinite or no number (NotFiniteError)."""
-        if not are_finite(self._trained()):
-            raise weights_error(self._trained_by_name(), self.step)
-
     def _before_step(self) -> None:
         """The gradients are there, reduced over the workers; the weights are those that gave them."""
         self.learned.reduce_gradients()
-        self._check_gradients()
+        self.finite.check_gradients(self.step + 1)
         for member in self.members:
             member.before_step(self.step + 1)
 
@@ -260,25 +254,6 @@ class Chain:
         self.step += 1
         self.steps_in_round += 1
         self._decide(Moment("step", self.step, self.round))
-
-    def _check_gradients(self) -> None:
-        # A GradScaler's optimizer is told itself of infinite gradients, and then makes no step.
-        scaled = any(getattr(optimizer, "found_inf", None) is not None for optimizer in self._optimizers)
-        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
-        if not scaled and not are_finite(gradients):
-            raise gradients_error(self.model, self._trained_by_name(), self._passes, self.step + 1)
-        self._passes = []
-
-    def _trained(self) -> list[Tensor]:
-        """What the optimizers hold and what compressors learn."""
-        return [*_held(self._optimizers), *self.learned.tensors()]
-
-    def _trained_by_name(self) -> dict[str, Tensor]:
-        held = {id(parameter) for parameter in _held(self._optimizers)}
-        with self.space.as_written():
-            named = {name: weight for name, weight in self.model.named_parameters() if id(weight) in held}
-        learned = {f"learned tensor {number}": tensor for number, tensor in enumerate(self.learned.tensors())}
-        return {**named, **learned}
 
     def _decide(self, moment: Moment) -> None:
         due = [member for member in self.members if member.is_due(moment)]
@@ -339,7 +314,7 @@ class Chain:
 
     def unheld_parameters(self, optimizers: Sequence[Optimizer]) -> list[str]:
         """The names of trainable parameters that no optimizer holds, and that therefore stay as they are."""
-        held = {id(parameter) for parameter in _held(optimizers)}
+        held = {id(parameter) for parameter in held_by(optimizers)}
         with self.space.as_written():
             named = list(self.model.named_parameters())
         return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
@@ -387,7 +362,3 @@ class Chain:
         for member, item in zip(self.members, state["compressors"], strict=True):
             member.load_state_dict(item["state"])
         self.learned.load_state_dict(state["learned"])
-
-
-def _held(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.utils import _pytree as pytree
+from torch.optim import Optimizer
 
+from raycomp.core.attach import TargetSpace
+from raycomp.core.first_place import first_place
+from raycomp.core.learned import LearnedTensors
 from raycomp.core.reduction import Statistic
-from raycomp.core.selection import module_names
 from raycomp.errors import NotFiniteError
 
-THE_BATCH = "the batch"
 _SHOWN = 4
 
 
@@ -73,12 +73,73 @@ def _has_sense(statistic: Statistic) -> Tensor:
     return torch.isfinite(value)
 
 
-def weights_error(weights: Mapping[str, Tensor], step: int) -> NotFiniteError:
-    """The error for weights that an optimizer's step has made infinite or no number."""
-    return NotFiniteError(f"after step {step} {_listed(_bad(weights))} is not finite")
+class FiniteRun:
+    """Whether what a run trains stays finite.
+
+    Args:
+        space: of the model.
+        learned: what compressors learn.
+    """
+
+    def __init__(self, space: TargetSpace, learned: LearnedTensors) -> None:
+        self._space, self._learned = space, learned
+        self._optimizers: Sequence[Optimizer] = ()
+        self._passes: list[Pass] = []
+
+    def begin(self, optimizers: Sequence[Optimizer]) -> None:
+        """A run with these optimizers begins."""
+        self._optimizers, self._passes = optimizers, []
+
+    def begin_step(self) -> None:
+        """No gradient is left of what passed before."""
+        self._passes = []
+
+    def passed(self, each: Pass) -> None:
+        """A forward pass whose gradients the next step will use."""
+        self._passes.append(each)
+
+    def check_gradients(self, step: int) -> None:
+        """Refuses gradients that are not finite, on all ranks alike, before an optimizer uses them.
+
+        Args:
+            step: the optimizer step, counted from 1.
+
+        Raises:
+            NotFiniteError: with the place where it began.
+        """
+        # A GradScaler's optimizer is told itself of infinite gradients, and then makes no step.
+        scaled = any(getattr(optimizer, "found_inf", None) is not None for optimizer in self._optimizers)
+        gradients = [weight.grad for weight in self._trained() if weight.grad is not None]
+        if not scaled and not are_finite(gradients):
+            raise _gradients_error(self._space.model, self._by_name(), self._passes, step)
+        self._passes = []
+
+    def check_weights(self, step: int) -> None:
+        """Refuses weights that an optimizer's step has made infinite or no number.
+
+        Raises:
+            NotFiniteError: with their names.
+        """
+        if not are_finite(self._trained()):
+            raise NotFiniteError(f"after step {step} {_listed(_bad(self._by_name()))} is not finite")
+
+    def _trained(self) -> list[Tensor]:
+        return [*held_by(self._optimizers), *self._learned.tensors()]
+
+    def _by_name(self) -> dict[str, Tensor]:
+        held = {id(parameter) for parameter in held_by(self._optimizers)}
+        with self._space.as_written():
+            named = {name: weight for name, weight in self._space.model.named_parameters() if id(weight) in held}
+        learned = {f"learned tensor {number}": tensor for number, tensor in enumerate(self._learned.tensors())}
+        return {**named, **learned}
 
 
-def gradients_error(
+def held_by(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """The parameters that optimizers hold."""
+    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients_error(
     model: nn.Module, weights: Mapping[str, Tensor], passes: Sequence[Pass], step: int
 ) -> NotFiniteError:
     """The error for gradients that are not finite: where that began is found by repeating the forward passes.
@@ -100,49 +161,8 @@ def _began(
 ) -> str | None:
     if not are_finite(weights.values()):
         return f"the weights: {_listed(_bad(weights))}"
-    found = [place for each in passes if each.run is not None for place in [_first_place(model, each.run)] if place]
+    found = [place for each in passes if each.run is not None for place in [first_place(model, each.run)] if place]
     return found[0] if found else next(iter(losses), None)
-
-
-def _first_place(model: nn.Module, run: Callable[[], Any]) -> str | None:
-    """The first module of a forward pass that is given, or gives, what isn't finite."""
-    places: list[str] = []
-    with _looking(model, places), torch.no_grad():
-        try:
-            run()
-        except Exception:  # whatever a forward pass raises on such values: there is an error to be told already
-            return places[0] if places else None
-    return places[0] if places else None
-
-
-@contextmanager
-def _looking(model: nn.Module, places: list[str]) -> Iterator[None]:
-    def look_at_inputs(name: str, args: Any, kwargs: Any) -> None:
-        if _is_spoilt((args, kwargs)):
-            places.append(f"what the layer {name!r} is given" if name else THE_BATCH)
-
-    def look_at_output(name: str, output: Any) -> None:
-        if _is_spoilt(output):
-            places.append(f"the layer {name!r}" if name else "the model's output")
-
-    handles = []
-    for name in module_names(model):
-        module = model.get_submodule(name)
-        before = lambda _, args, kwargs, name=name: look_at_inputs(name, args, kwargs)  # noqa: E731
-        after = lambda _, args, output, name=name: look_at_output(name, output)  # noqa: E731
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_spoilt(value: Any) -> bool:
-    """Whether a tensor in it holds NaN or +inf; -inf is how attention masks say no."""
-    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return any(not bool((leaf < torch.inf).all()) for leaf in leaves)
 
 
 def _is_finite(value: Tensor) -> bool:

@@ -15,6 +15,7 @@ from ray._private import auto_init_hook
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
+from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError
 from raycomp.storage import s3
@@ -24,7 +25,7 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
-Tell = Callable[[str], None]
+_MOST_WORKERS_PER_CORE = 4
 SPARE_CPUS = 1
 """CPUs of a local Ray beyond what workers may take, for the processes that drive them."""
 
@@ -75,7 +76,7 @@ def connect(job: JobConfig, tell: Tell = _silent) -> Iterator[Cluster]:
         if not ray.is_initialized():
             _start(stack, job, tell)
         stack.enter_context(_quiet())
-        yield _checked(job.scaling)
+        yield _checked(job, tell)
 
 
 @contextmanager
@@ -148,22 +149,35 @@ def _start(stack: ExitStack, job: JobConfig, tell: Tell) -> None:
     address = _address(job.cluster)
     try:
         if address is None:
-            stack.enter_context(local_ray(_local_cpus(job)))
+            stack.enter_context(local_ray(_local_cpus(job, tell)))
         else:
             stack.callback(ray.shutdown)
             ray.init(address=address, runtime_env=_runtime_env(job, tell), **QUIET)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        token = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token"
+        refused = isinstance(error, ray.exceptions.AuthenticationError)
         raise ClusterError(
             f"Ray can't be reached: {reason}",
             where=address or "local Ray",
-            remedy="check cluster.address or RAY_ADDRESS",
+            remedy=token if refused else "check cluster.address or RAY_ADDRESS",
         ) from None
 
 
-def _local_cpus(job: JobConfig) -> int:
-    needed = job.scaling.num_workers * job.scaling.resources_per_worker.get("CPU", 1.0)
-    return (job.cluster.num_cpus or max(os.cpu_count() or 1, math.ceil(needed))) + SPARE_CPUS
+def _local_cpus(job: JobConfig, tell: Tell) -> int:
+    """CPUs of a local Ray: what the job says, else the machine's, or more where the workers need them."""
+    workers, cores = job.scaling.num_workers, os.cpu_count() or 1
+    if job.cluster.num_cpus is not None:
+        return job.cluster.num_cpus + SPARE_CPUS
+    if workers > _MOST_WORKERS_PER_CORE * cores:
+        raise ClusterError(
+            f"{workers} workers on {cores} cores of this machine would hardly come to a first step",
+            where="scaling.num_workers",
+            remedy=f"{cores} is as fast as it gets here; set cluster.num_cpus to have it all the same",
+        )
+    if workers > cores:
+        tell(f"{workers} workers share {cores} cores of this machine: {cores} workers would be faster")
+    return max(cores, math.ceil(demand(job.scaling, use_gpu=False).get("CPU", 0.0))) + SPARE_CPUS
 
 
 def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None:
@@ -179,30 +193,23 @@ def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None
     return {"env_vars": passed}
 
 
-def demand(scaling: ScalingConfig, *, use_gpu: bool) -> dict[str, float]:
-    """What all workers of a job reserve together."""
-    per_worker = dict(scaling.resources_per_worker)
-    if use_gpu:
-        per_worker.setdefault("GPU", 1.0)
-    return {name: amount * scaling.num_workers for name, amount in per_worker.items()}
-
-
-def _checked(scaling: ScalingConfig) -> Cluster:
-    local = local_folder() is not None
+def _checked(job: JobConfig, tell: Tell) -> Cluster:
+    scaling, local = job.scaling, local_folder() is not None
     resources = ray.cluster_resources()
     gpus = scaling.resources_per_worker.get("GPU", 1.0) * scaling.num_workers
     use_gpu = 0 < gpus <= resources.get("GPU", 0.0) if scaling.use_gpu == "auto" else scaling.use_gpu
-    for name, needed in demand(scaling, use_gpu=use_gpu).items():
-        there = resources.get(name, 0.0)
-        if needed > there:
-            raise ClusterError(
-                f"{scaling.num_workers} workers with {needed / scaling.num_workers:g} {name} each need {needed:g} "
-                f"{name}, the cluster has {there:g}",
-                where="scaling",
-                remedy="fewer num_workers or smaller resources_per_worker, or a larger cluster",
-            )
+    needed = demand(scaling, use_gpu=use_gpu)
+    lack = lack_of(needed, scaling.num_workers)
+    if lack is not None and not local:
+        lack = await_growth(needed, scaling.num_workers, lack, job.cluster.wait_s, tell)
+    if lack is not None:
+        raise ClusterError(
+            lack,
+            where="scaling",
+            remedy="fewer num_workers or smaller resources_per_worker, or a larger cluster; one that grows is waited "
+            "for as long as cluster.wait_s says",
+        )
     nodes = sum(node["Alive"] for node in ray.nodes())
     kind = "local Ray" if local else "Ray cluster"
-    return Cluster(
-        local, use_gpu, f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {resources.get('CPU', 0):g} CPUs"
-    )
+    cpus = ray.cluster_resources().get("CPU", 0)
+    return Cluster(local, use_gpu, f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {cpus:g} CPUs")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raycomp.config import JobConfig, SourceMap, load_job_file, parse_job
+from raycomp.config.storage import deleted_by_ray
 from raycomp.distributed.cluster import connect, on_demand
 from raycomp.distributed.load_task import load_task
 from raycomp.distributed.run import Driver, JobResult
@@ -17,6 +18,7 @@ from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
 from raycomp.storage import open_store, scratch
 
+_WORKING_DIR = "/runtime_resources/working_dir_files/"  # where Ray unpacks what was submitted
 __all__ = ["CompressionJob", "JobResult"]
 
 
@@ -63,8 +65,11 @@ class CompressionJob:
     def checked(self, folder: Path) -> tuple[Task, Checked]:
         """The task, prepared in `folder` and found to fit the job; errors as in `validate`."""
         job = self.config
-        open_store(job.storage.uri, job.storage.endpoint, job.storage.region).check()
+        store = open_store(job.storage.uri, job.storage.endpoint, job.storage.region)
         try:
+            if store.is_local and _WORKING_DIR in store.path:
+                raise ConfigError([deleted_by_ray("storage.uri", job.storage.uri)])
+            store.check()
             task = load_task(job.task, self.base_dir)
             prepare_task(task, folder)
             return task, check_stages(job, task)

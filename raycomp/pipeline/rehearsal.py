@@ -11,7 +11,8 @@ from raycomp.config import TrainingConfig
 from raycomp.core.batch_share import use_share
 from raycomp.errors import TaskError
 from raycomp.pipeline.build import dense_model, weight_dtype
-from raycomp.pipeline.data.batches import BatchPlan, TorchBatches, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan, TorchBatches
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.metrics import evaluate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from raycomp.config import JobConfig
-from raycomp.distributed.cluster import demand
+from raycomp.distributed.capacity import demand
 
 # A trial drives its job from the head node, as a plain job's driver does, and takes no CPU from the workers.
 TRIAL_RESOURCES = {"node:__internal_head__": 0.001}

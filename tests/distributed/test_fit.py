@@ -207,13 +207,14 @@ def _flat(nested: Any, path: str = "") -> dict[str, Any]:
     return {path: nested}
 
 
-def test_a_loss_that_is_not_finite_ends_the_job_with_its_place_and_publishes_nothing(tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_ends_the_job_with_its_place_and_publishes_nothing(tmp_path: Path) -> None:
     """It is no lost worker that is tried again."""
     job = _job(tmp_path, "tests.distributed.tasks:Diverging", step=7)
     with pytest.raises(NotFiniteError) as raised:
         _fit(job)
     told = str(raised.value)
-    assert "in step 7 the loss is not finite; it began in the batch" in told
+    # Rounding turns it into a number, so that the loss doesn't show it.
+    assert ": in step 7 range of conv._input_0 is not finite" in told
     assert "the checkpoint of epoch 1 is good" in told
     folder = Path(told.partition(": in step")[0])
     assert [path.name.startswith("checkpoint") for path in folder.iterdir() if path.is_dir()] == [True]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from raycomp.config import TaskConfig, load_job, parse_job
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import BatchPlan, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.task import Task, prepare_task

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from raycomp.core.batch_share import BatchShare, rank_slice, use_share, weighted_loss
 from raycomp.core.reduction import rank as own_rank
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import BatchPlan, LoaderContext, MicroBatch, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan, LoaderContext, MicroBatch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.shares import weighted_shares
 from tests.pipeline.ranks import gradients_of, on_ranks

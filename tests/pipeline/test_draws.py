@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import random_split
 
 from raycomp.core.reduction import rank
-from raycomp.pipeline.data import batches as batches_module
-from raycomp.pipeline.data.batches import BatchPlan, open_batches
+from raycomp.pipeline.data import global_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, differing, train, weights_of
 from tests.pipeline.ranks import on_ranks
@@ -146,5 +147,5 @@ def test_loading_processes_draw_what_one_process_draws() -> None:
 
 def test_what_is_drawn_for_a_sample_is_the_same_on_any_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loaded, "collate", tiny.Tiny.collate)
-    monkeypatch.setattr(batches_module, "reduce_", lambda statistics: None)
+    monkeypatch.setattr(global_batches, "reduce_", lambda statistics: None)
     assert torch.equal(torch.cat([first_batch(2, rank) for rank in range(2)]), first_batch(1, 0))

@@ -222,7 +222,7 @@ def test_every_form_sees_every_batch_and_each_is_read_once(
 
     monkeypatch.setattr(figures, "evaluation_batches", counted)
     summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 8, "latency_runs": 1})
-    assert read[-3:] == [8, 8, 5] and sum(read[:-3]) <= 2
+    assert read == [8, 8, 5]
     config = parse_job(RAW)
     task = build_task(config.task)
     expected = evaluate(task, task.model(), task.eval_data(), batch_size=21)

@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from raycomp.core.model import evaluation_mode
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import LoaderContext
+from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.metrics import evaluate
 from tests.pipeline.ranks import on_ranks

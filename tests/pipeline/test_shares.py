@@ -16,7 +16,8 @@ from raycomp.core.batch_share import BatchShare
 from raycomp.core.target import TargetId
 from raycomp.distillation.losses import kl, mse
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.training.shares import weighted_shares
 from tests.contracts.training import train, weights_of
 from tests.pipeline.ranks import on_ranks

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import LoaderContext
+from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.data.structure import count_samples, move_batch
 from raycomp.pipeline.task import Task, prepare_task
 from tests.pipeline.ranks import on_ranks

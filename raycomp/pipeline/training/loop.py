@@ -18,14 +18,15 @@ from raycomp.config import EvaluationConfig, TrainingConfig
 from raycomp.core.batch_share import BatchShare, use_share, weighted_loss
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Trainee
-from raycomp.core.finite import THE_BATCH
+from raycomp.core.first_place import THE_BATCH
 from raycomp.core.moments import RunContext
 from raycomp.core.reduction import Statistic, gathered, rank, reduce_, world_size
 from raycomp.core.rounds import conduct
 from raycomp.core.seeds import derived_seed, seed_everything
 from raycomp.errors import ConfigError, NotFiniteError, Problem, TaskError
 from raycomp.pipeline.build import weight_dtype
-from raycomp.pipeline.data.batches import BatchPlan, MicroBatch, open_batches
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
@@ -249,7 +250,7 @@ class StageTraining:
         if rank() == 0:
             self.listener.progress(event)
         if last or self.epoch % self.training.checkpoint_every_epochs == 0:
-            self.chain.check_weights()
+            self.chain.finite.check_weights(self.chain.step)
             self.chain.settle()
             self.saved_epoch = self.epoch
             self.listener.checkpoint(self._state, event.metrics)

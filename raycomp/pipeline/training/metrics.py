@@ -17,7 +17,8 @@ from raycomp.core.model import evaluation_mode
 from raycomp.core.reduction import Statistic, reduce_
 from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import LoaderContext, as_loader_factory, is_map_style
+from raycomp.pipeline.data.batches import as_loader_factory, is_map_style
+from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.data.samples import fetched_batches
 from raycomp.pipeline.data.streams import StreamView, slices
 from raycomp.pipeline.data.structure import move_batch

@@ -11,7 +11,7 @@ import torch
 from raycomp.core.batch_share import BatchShare
 from raycomp.core.reduction import sum_over_ranks_, world_size
 from raycomp.errors import TaskError
-from raycomp.pipeline.data.batches import MicroBatch
+from raycomp.pipeline.data.plan import MicroBatch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 
