@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
 
 # Those that ONNX has an operator for; others are exported as the steps of one length.
 _OPERATORS = (torch.ops.aten.lstm.input, torch.ops.aten.gru.input)
@@ -20,15 +21,18 @@ def any_length() -> Iterator[None]:
 
     The operators stand in the graph as they are, and compute when that is run.
     """
-    before = [operator.py_kernels.get(_KEY) for operator in _OPERATORS]
-    _set([_shapes] * len(_OPERATORS))
+    kernels = [operator.py_kernels.get(_KEY) for operator in _OPERATORS]
+    steps = [decomposition_table[operator] for operator in _OPERATORS]
+    _set([_shapes] * len(_OPERATORS), [_shapes] * len(_OPERATORS))
     try:
         yield
     finally:
-        _set(before)
+        _set(kernels, steps)
 
 
-def _set(kernels: Sequence[Any]) -> None:
+def _set(kernels: Sequence[Any], steps: Sequence[Any]) -> None:
+    """The kernels are asked while a model is traced, the steps while the graph of that is taken apart for ONNX."""
+    decomposition_table.update(zip(_OPERATORS, steps, strict=True))
     for operator, kernel in zip(_OPERATORS, kernels, strict=True):
         operator.py_kernels.pop(_KEY, None)
         if kernel is not None:
