@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
+from torch.export.pt2_archive import constants
 
 from raycomp.deploy.pt2 import export_pt2, load_pt2
 from raycomp.errors import SpeedupError
@@ -67,7 +69,7 @@ def test_an_archive_runs_without_its_source_for_any_batch(tmp_path: Path) -> Non
     report = export_pt2(model, torch.randn(1, 3, 16, 16), tmp_path / "model.pt2")
     loaded = load_pt2(tmp_path / "model.pt2").train().eval()
     assert report.dynamic_batch and loaded.metadata["dynamic_batch"]
-    assert loaded.metadata["versions"]["torch"] == torch.__version__
+    assert Version(loaded.metadata["versions"]["torch"]).release == Version(torch.__version__).release
     for size in (1, 2, 5):
         x = torch.randn(size, 3, 16, 16)
         with torch.no_grad():
@@ -130,7 +132,10 @@ def pickled_weight(config: Any) -> None:
 
 
 def test_torch_itself_would_run_the_payloads(archive: Path, tmp_path: Path) -> None:
-    for count, files in enumerate(pickles(tmp_path / "made").values()):
+    payloads = pickles(tmp_path / "made")
+    if not hasattr(constants, "OPAQUE_OBJ_FILENAME_PREFIX"):
+        del payloads["opaque constant"]  # older versions of torch don't know the kind
+    for count, files in enumerate(payloads.values()):
         bad = rewrite(archive, tmp_path / f"{count}.pt2", files)
         with contextlib.suppress(Exception):  # what it makes of the payload's result does not matter
             torch.export.load(bad)
