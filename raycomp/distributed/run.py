@@ -118,7 +118,7 @@ class Driver:
             resume: whether to go on with an unfinished run.
             resume_with: what to tell who interrupts it.
         """
-        self._take_signals = self._stack.enter_context(interruptible())
+        self._stack.enter_context(interruptible())
         try:
             return self._fit(check, resume)
         except KeyboardInterrupt:
@@ -145,7 +145,6 @@ class Driver:
     def _connected(self) -> Cluster:
         if self._cluster is None:
             self._cluster = self._stack.enter_context(connect(self._config, self._progress.message))
-            self._take_signals()
         return self._cluster
 
     def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
