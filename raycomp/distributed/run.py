@@ -149,13 +149,11 @@ class Driver:
 
     def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
         now = datetime.now(UTC)
-        run_store, record = self._found(resume) or (
-            RunStore(job_uri(self._config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"),
-            None,
-        )
+        name = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
+        run_store = self._found(resume) or RunStore(job_uri(self._config), name)
         held = self._stack.enter_context(lease(run_store.files, self._progress.message))
-        if record is None:
-            record = _stored(self._config, run_store, prepared, now)
+        # Who held it until now may have gone on.
+        record = run_store.read_record() or _stored(self._config, run_store, prepared, now)
         return _Run(
             self._config,
             self._base_dir,
@@ -169,13 +167,13 @@ class Driver:
             held,
         )
 
-    def _found(self, resume: bool) -> tuple[RunStore, RunRecord] | None:
+    def _found(self, resume: bool) -> RunStore | None:
         found = unfinished_run(self._config, self._progress.message)
         if found is not None and resume:
-            self._progress.message(f"resuming run {found[0].run}")
+            self._progress.message(f"resuming run {found.run}")
             return found
         if found is not None:
-            self._progress.message(f"run {found[0].run} of this job is unfinished; --resume would go on with it")
+            self._progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
         elif resume:
             self._progress.message("there is no unfinished run of this job: a new one begins")
         return None
