@@ -28,14 +28,13 @@ class LoaderBatches:
         task: counts the samples of a batch.
         factory: makes a worker's loader for one epoch.
         plan: how batches form steps.
+        notes: what the report should say of the data.
     """
 
-    notes: tuple[str, ...] = (
-        "the train data is a loader of the task's own, taken as it is: whether every number of workers sees the same "
-        + "global batches is up to it",
-    )
-
-    def __init__(self, task: SampleSource, factory: LoaderFactory, plan: BatchPlan) -> None:
+    def __init__(
+        self, task: SampleSource, factory: LoaderFactory, plan: BatchPlan, notes: tuple[str, ...] = ()
+    ) -> None:
+        self.notes = notes
         self._task = task
         self._factory = factory
         self._plan = plan
@@ -101,8 +100,6 @@ class StreamBatches(LoaderBatches):
         data: gives every worker the same samples in the same order.
         plan: how it is cut into steps.
     """
-
-    notes: tuple[str, ...] = ()
 
     def __init__(self, task: SampleSource, data: IterableDataset[Any], plan: BatchPlan) -> None:
         self._data = data
