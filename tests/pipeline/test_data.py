@@ -364,3 +364,8 @@ def _different_lengths(rank: int, world: int) -> str:
 
 def test_workers_that_see_different_data_are_an_error_everywhere() -> None:
     assert all("5 samples on one worker and 6 on another" in message for message in on_ranks(2, _different_lengths))
+
+
+def test_what_ray_data_leaves_out_is_told() -> None:
+    (note,) = open_batches(Task(), Shard(), BatchPlan(2)).notes
+    assert "those of an epoch that don't divide evenly among them are left out" in note

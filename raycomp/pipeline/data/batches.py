@@ -15,8 +15,8 @@ from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.data.streams import StreamView, slices
 
 _OF_THE_TASK = (
-    "the train data is a loader of the task's own, taken as it is: whether every number of workers sees the same global "
-    "batches is up to it"
+    "the train data is a loader of the task's own, taken as it is: whether every number of workers sees the same "
+    "global batches is up to it"
 )
 _OF_RAY = (
     "the train data is Ray Data's: which rows a worker sees depends on their number, and those of an epoch that don't "
