@@ -87,7 +87,9 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
             )
     if problems:
         raise ConfigError(problems)
-    metrics = rehearse_task(task, job.training_for(job.stages[0]), trains=trains)
+    training = job.training_for(job.stages[0])
+    samples = -(-training.global_batch_size // (training.gradient_accumulation * job.scaling.num_workers))
+    metrics = rehearse_task(task, training, trains=trains, samples=samples)
     return Checked(resolved[0], tuple(dict.fromkeys(warnings)), metrics)
 
 

@@ -72,7 +72,9 @@ class Quantizer(Compressor):
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
         for target_id, selected in self.selected.items():
-            unfit = granularity_problem(_settings(selected).granularity, target_id, self.layouts[target_id])
+            granularity, layout = _settings(selected).granularity, self.layouts[target_id]
+            groups = getattr(self.chain.space.module(target_id.module), "groups", 1)
+            unfit = granularity_problem(granularity, target_id, layout, groups)
             problems += [Problem(f"{selected.where}.granularity", *unfit)] if unfit else []
         if problems:
             raise ConfigError(problems)
