@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.text import Text
 
 import raycomp
-from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, set_key
-from raycomp.config.dialect import JobLoader
+from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, read_value, set_key
 from raycomp.errors import ConfigError, Problem, RaycompError
 from raycomp.report.text import visible
 
@@ -239,7 +237,7 @@ def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
         key, separator, value = setting.partition("=")
         if not separator:
             raise ConfigError([Problem(f"--set {setting}", "it has no '='", "should be such as training.epochs=3")])
-        raw = set_key(raw, key, _value(setting, value))
+        raw = set_key(raw, key, read_value(value, f"--set {setting}"))
     try:
         return parse_job(raw, where=""), source
     except ConfigError as error:
@@ -247,13 +245,6 @@ def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
 
         found = selection_problems(raw, path.resolve().parent)
         raise source.located(ConfigError([*error.problems, *found])) from None
-
-
-def _value(setting: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=JobLoader)
-    except yaml.YAMLError:
-        raise ConfigError([Problem(f"--set {setting}", f"'{text}' is not a YAML value", "put it in quotes")]) from None
 
 
 def _console() -> Console:

@@ -122,7 +122,7 @@ def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: 
         ("training.epochz=3", "did you mean 'epochs'"),
         ("training.epochs", "it has no '='"),
         ("training.epochs=two", "job.yaml:12 training.epochs: got 'two'"),
-        ("training.epochs=[", "is not a YAML value"),
+        ("training.epochs=[", "--set training.epochs=[: it is not YAML"),
     ],
 )
 def test_a_wrong_setting_is_refused(job: Path, fake_job: type[FakeJob], setting: str, message: str) -> None:
