@@ -11,6 +11,8 @@ _PUBLIC = {
     "CompressionJob": "raycomp.distributed.job",
     "Task": "raycomp.pipeline.task",
     "TorchEvaluator": "raycomp.evaluators.plain",
+    "align_followers": "raycomp.speedup",
+    "auto_set_denpendency_group_ids": "raycomp.speedup",
     "auto_set_dependency_group_ids": "raycomp.speedup",
     "load": "raycomp.pipeline.ending.load",
     "register_template": "raycomp.core.selection",
