@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CompressionJob": "raycomp.distributed.job",
+    "Progress": "raycomp.distributed.trainer",
+    "ProgressEvent": "raycomp.results.progress",
     "Task": "raycomp.pipeline.task",
     "TorchEvaluator": "raycomp.evaluators.plain",
     "align_followers": "raycomp.speedup",

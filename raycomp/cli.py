@@ -74,11 +74,13 @@ def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
 
     On the cluster of RAY_ADDRESS or the file's cluster.address, else on a local Ray of its own.
     """
-    from raycomp.distributed.job import CompressionJob
     from raycomp.report import ProgressPrinter, print_result
 
     config, source = _job(job, settings)
     with ProgressPrinter() as progress:
+        progress.message(f"job {config.name}: starting raycomp {raycomp.__version__}")
+        from raycomp.distributed.job import CompressionJob
+
         result = CompressionJob(config, job.resolve().parent, source).fit(resume=resume, progress=progress)
     print_result(_console(), result.summary, result.artifact_uri, result.report_path)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+from rich.console import Console
 
 from raycomp.config import JobConfig, SourceMap, load_job_file, parse_job
 from raycomp.core.masks import Masks
@@ -28,6 +29,8 @@ from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
+from raycomp.report import ProgressPrinter
+from raycomp.report.text import workers
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
 from raycomp.storage import open_store, scratch
@@ -107,19 +110,50 @@ class CompressionJob:
             raise error if self._source is None else self._source.located(error) from None
 
     def fit(
-        self, *, resume: bool = False, progress: Progress | None = None, callbacks: list[Any] | None = None
+        self,
+        *,
+        resume: bool = False,
+        progress: Progress | Callable[[str | ProgressEvent], None] | None = None,
+        callbacks: list[Any] | None = None,
     ) -> JobResult:
         """Runs the job to its published artifact.
 
         Args:
             resume: go on with the latest unfinished run of an equal job, where there is one.
-            progress: hears what happens.
+            progress: hears what happens: a `Progress`, or any function of a line of text or a `ProgressEvent`. Without
+                it a terminal or notebook shows the progress; elsewhere nothing is shown.
             callbacks: Ray Train callbacks for every stage's run.
 
         Raises:
             RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
         """
-        return _Run(self, progress or Silent(), callbacks or []).fit(resume)
+        with _shown(progress) as shown:
+            return _Run(self, shown, callbacks or []).fit(resume)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A function that hears all news."""
+
+    tell: Callable[[str | ProgressEvent], None]
+
+    def message(self, line: str) -> None:
+        self.tell(line)
+
+    def event(self, event: ProgressEvent) -> None:
+        self.tell(event)
+
+
+@contextmanager
+def _shown(progress: Progress | Callable[[str | ProgressEvent], None] | None) -> Iterator[Progress]:
+    console = Console(stderr=True)
+    if progress is None and (console.is_terminal or console.is_jupyter):
+        with ProgressPrinter(console) as printer:
+            yield printer
+    elif progress is None:
+        yield Silent()
+    else:
+        yield progress if isinstance(progress, Progress) else _Told(progress)
 
 
 @dataclass(frozen=True)
@@ -217,7 +251,7 @@ class _Run:
     def _train(self, index: int, resolved: ResolvedStage, sink: Any) -> None:
         stage = self.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
-        self.progress.message(f"stage {stage.name}: {names} on {self.config.scaling.num_workers} workers")
+        self.progress.message(f"stage {stage.name}: {names} on {workers(self.config.scaling.num_workers)}")
         _, damaged = self.run_store.last_state(stage.name)
         for note in damaged:
             self.listener.message(note)
