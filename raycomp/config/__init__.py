@@ -28,7 +28,7 @@ from raycomp.config.job import (
 )
 from raycomp.config.loader import JobFile, load_job, load_job_file, parse_config_list, parse_job, read_job
 from raycomp.config.registry import COMPRESSORS, CompressorSettings, Need, Registration
-from raycomp.config.schema import job_schema
+from raycomp.config.schema import job_schema, sweep_schema
 from raycomp.config.source import SourceMap, read_value
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides
@@ -76,4 +76,5 @@ __all__ = [
     "read_job",
     "read_value",
     "set_key",
+    "sweep_schema",
 ]
