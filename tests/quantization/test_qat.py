@@ -401,3 +401,11 @@ def test_a_granularity_of_values_and_biases_names_their_channels(
     train(quantizer, torch.randn(4, 2, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(4, 5, 2))
     (found,) = quantizer.get_calibration_config()["0"].values()
     assert list(found["scale"].shape) == shape
+
+
+def test_a_calibration_without_a_range_names_what_it_lacks() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantizer = QATQuantizer(model, [{"op_names": ["0"], "target_names": ["weight"], "quant_dtype": "int8"}], None)
+    stored = {"0": {"weight": {"scale": torch.tensor(0.1), "zero_point": torch.tensor(0)}}}
+    with pytest.raises(CompressionError, match=r"0\.weight: the calibration lacks tracked_min, tracked_max"):
+        quantizer.update_calibration_config(stored)

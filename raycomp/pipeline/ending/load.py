@@ -101,7 +101,7 @@ def export(
 
     Args:
         uri: the artifact's place.
-        to: `onnx` (float, and int8 where there is one), `pt2`, `state-dict` (with the plan of the surgery), or `report`.
+        to: `onnx` (float, and int8 where there is one), `pt2`, `state-dict` (with the surgery's plan), or `report`.
         directory: is made if it isn't there.
 
     Returns:
