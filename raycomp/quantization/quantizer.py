@@ -189,11 +189,8 @@ class Quantizer(Compressor):
                     message, remedy = f"{type(self).__name__} has no such target", map(str, self.quantizers)
                     raise CompressionError(message, where=str(target_id), remedy=nearest(str(target_id), remedy))
                 if missing := [name for name in _STORED if name not in values]:
-                    message, remedy = (
-                        f"the calibration lacks {', '.join(missing)}",
-                        "as get_calibration_config() gives it",
-                    )
-                    raise CompressionError(message, where=str(target_id), remedy=remedy)
+                    lacks = f"the calibration lacks {', '.join(missing)}"
+                    raise CompressionError(lacks, where=str(target_id), remedy="as get_calibration_config() gives it")
                 quantizer = self.quantizers[target_id]
                 quantizer.set_range(torch.as_tensor(values["tracked_min"]), torch.as_tensor(values["tracked_max"]))
                 for name in ("scale", "zero_point"):
