@@ -422,3 +422,11 @@ def test_a_functional_call_reads_its_own_tensors() -> None:
     module, value = quantizer.quantizers[TargetId("0", "weight")], torch.tensor([0.3, -0.8])
     rounds = [torch.func.functional_call(module, {"enabled": torch.tensor(on)}, (value,)) for on in (True, False) * 2]
     assert [bool((found != value).any()) for found in rounds] == [True, False] * 2
+
+
+def test_a_calibration_without_a_range_names_what_it_lacks() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantizer = QATQuantizer(model, [{"op_names": ["0"], "target_names": ["weight"], "quant_dtype": "int8"}], None)
+    stored = {"0": {"weight": {"scale": torch.tensor(0.1), "zero_point": torch.tensor(0)}}}
+    with pytest.raises(CompressionError, match=r"0\.weight: the calibration lacks tracked_min, tracked_max"):
+        quantizer.update_calibration_config(stored)
