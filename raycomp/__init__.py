@@ -9,8 +9,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CompressionJob": "raycomp.distributed.job",
+    "Progress": "raycomp.distributed.trainer",
+    "ProgressEvent": "raycomp.results.progress",
     "Task": "raycomp.pipeline.task",
     "TorchEvaluator": "raycomp.evaluators.plain",
+    "align_followers": "raycomp.speedup",
+    "auto_set_denpendency_group_ids": "raycomp.speedup",
     "auto_set_dependency_group_ids": "raycomp.speedup",
     "load": "raycomp.pipeline.ending.load",
     "register_template": "raycomp.core.selection",

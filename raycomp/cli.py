@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.text import Text
 
 import raycomp
-from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, set_key
-from raycomp.config.dialect import JobLoader
+from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, read_value, set_key, sweep_schema
 from raycomp.errors import ConfigError, Problem, RaycompError
 from raycomp.report.text import visible
 
@@ -79,11 +77,13 @@ def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
 
     On the cluster of RAY_ADDRESS or the file's cluster.address, else on a local Ray of its own.
     """
-    from raycomp.distributed.job import CompressionJob
     from raycomp.report import ProgressPrinter, print_result
 
     config, source = _job(job, settings)
     with ProgressPrinter() as progress:
+        progress.message(f"job {config.name}: starting raycomp {raycomp.__version__}")
+        from raycomp.distributed.job import CompressionJob
+
         result = CompressionJob(config, job.resolve().parent, source).fit(
             resume=resume, progress=progress, resume_with=_resuming("run", job, settings)
         )
@@ -164,14 +164,16 @@ def submit(
 @main.command()
 @click.argument("uri")
 def show(uri: str) -> None:
-    """Show what a stored run holds."""
+    """Show what a stored run holds, or which runs a job's folder holds."""
     from raycomp.report import files_table, result_table
     from raycomp.report.comparison import load_line, verification_text
     from raycomp.report.table import Visible, print_line
     from raycomp.results.summary import RunSummary
-    from raycomp.storage import open_artifact
+    from raycomp.storage import MANIFEST, open_artifact, open_store
     from raycomp.storage.artifact import understood
 
+    if not open_store(uri).exists(MANIFEST) and _list(uri):
+        return
     with understood(uri):
         artifact = open_artifact(uri)
         manifest, console = artifact.manifest, _console()
@@ -190,9 +192,35 @@ def show(uri: str) -> None:
         console.print(Visible(files_table(sizes)))
 
 
+@main.command("list")
+@click.argument("uri")
+def list_runs(uri: str) -> None:
+    """List the stored runs of a storage or of one job's folder, each with what `show` and `export` take."""
+    if not _list(uri):
+        click.echo(f"there is no stored run below {uri}", err=True)
+        sys.exit(1)
+
+
+def _list(uri: str) -> bool:
+    """Prints the runs below a place; whether there are any."""
+    from raycomp.report.table import print_line
+    from raycomp.storage import artifact_uris, open_artifact
+
+    uris = artifact_uris(uri)
+    for each in uris:
+        try:
+            told = open_artifact(each).manifest.created
+        except RaycompError as error:
+            told = f"damaged: {error.message}"
+        print_line(_console(), f"{shlex.quote(each)}  {told}")
+    return bool(uris)
+
+
 @main.command()
 @click.argument("uri")
-@click.option("--to", "form", type=click.Choice(["onnx", "pt2", "state-dict"]), required=True, help="The model's form.")
+@click.option(
+    "--to", "form", type=click.Choice(["onnx", "pt2", "state-dict", "report"]), required=True, help="What of it."
+)
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 def export(uri: str, form: str, directory: Path) -> None:
     """Copy a stored model into DIRECTORY, verified by its hashes."""
@@ -229,9 +257,10 @@ def sweep(sweep: Path, resume: bool) -> None:
 
 
 @main.command()
-def schema() -> None:
+@click.option("--sweep", is_flag=True, help="That of sweep files.")
+def schema(sweep: bool) -> None:
     """Print the JSON schema of job files, for editors."""
-    click.echo(json.dumps(job_schema(), indent=2))
+    click.echo(json.dumps(sweep_schema() if sweep else job_schema(), indent=2))
 
 
 def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
@@ -245,7 +274,7 @@ def _job(path: Path, settings: Sequence[str]) -> tuple[JobConfig, SourceMap]:
         key, separator, value = setting.partition("=")
         if not separator:
             raise ConfigError([Problem(f"--set {setting}", "it has no '='", "should be such as training.epochs=3")])
-        raw = set_key(raw, key, _value(setting, value))
+        raw = set_key(raw, key, read_value(value, f"--set {setting}"))
     try:
         return parse_job(raw, where=""), source
     except ConfigError as error:
@@ -259,13 +288,6 @@ def _resuming(command: str, file: Path, settings: Sequence[str] = ()) -> str:
     """The command line that goes on with what was interrupted."""
     options = [part for setting in settings for part in ("--set", setting)]
     return shlex.join(["raycomp", command, str(file), "--resume", *options])
-
-
-def _value(setting: str, text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=JobLoader)
-    except yaml.YAMLError:
-        raise ConfigError([Problem(f"--set {setting}", f"'{text}' is not a YAML value", "put it in quotes")]) from None
 
 
 def _console() -> Console:

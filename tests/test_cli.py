@@ -122,7 +122,7 @@ def test_settings_override_the_file_and_are_values_of_yaml(job: Path, fake_job: 
         ("training.epochz=3", "did you mean 'epochs'"),
         ("training.epochs", "it has no '='"),
         ("training.epochs=two", "job.yaml:12 training.epochs: got 'two'"),
-        ("training.epochs=[", "is not a YAML value"),
+        ("training.epochs=[", "--set training.epochs=[: it is not YAML"),
     ],
 )
 def test_a_wrong_setting_is_refused(job: Path, fake_job: type[FakeJob], setting: str, message: str) -> None:
@@ -331,3 +331,26 @@ def test_the_command_line_starts_without_torch_and_ray() -> None:
     code = "import sys, raycomp.cli; print([name for name in ('torch', 'ray') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_stored_runs_are_listed_as_a_shell_takes_them(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "my store"))
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "report.html").write_text("<p>report</p>")
+    fields = {"job": "small", "run": "1", "lineage": {}, "versions": {}, "figures": {}}
+    uri = publish(store.join("small", "artifacts"), "1", files, fields).uri
+    for command, place in (("list", store.uri), ("list", f"{store.uri}/small"), ("show", f"{store.uri}/small")):
+        result = _invoke(command, place)
+        assert result.exit_code == 0, result.output
+        assert result.stdout.startswith(f"'{uri}'  20")
+    assert _invoke("list", tmp_path / "files").exit_code == 1
+    assert _invoke("export", uri, "--to", "report", tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "report.html").read_text() == "<p>report</p>"
+
+
+def test_the_schema_of_sweeps_is_printed() -> None:
+    schema = json.loads(_invoke("schema", "--sweep").stdout)
+    jsonschema.validate({"job": "job.yaml", "search": {"training.seed": {"grid": [0, 1]}}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"job": "job.yaml", "search": {}}, schema)

@@ -362,15 +362,15 @@ def test_a_real_cluster_runs_the_copied_folder_and_its_exit_codes_come_back(
 
 _WAITING = """
 import ray
-from raycomp.distributed.interrupt import interruptible
+from raycomp.distributed.interrupt import interruptible, same_signals
 
 @ray.remote(num_cpus=2)
 def never():
-    take_signals()
+    pass
 
-with interruptible() as take_signals:
-    ray.init(logging_level="error")
-    take_signals()
+with interruptible():
+    with same_signals():
+        ray.init(logging_level="error")
     print("waiting", flush=True)
     ray.get(never.remote())
 """

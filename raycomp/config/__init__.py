@@ -28,8 +28,8 @@ from raycomp.config.job import (
 )
 from raycomp.config.loader import JobFile, load_job, load_job_file, parse_config_list, parse_job, read_job
 from raycomp.config.registry import COMPRESSORS, CompressorSettings, Need, Registration
-from raycomp.config.schema import job_schema
-from raycomp.config.source import SourceMap
+from raycomp.config.schema import job_schema, sweep_schema
+from raycomp.config.source import SourceMap, read_value
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides
 from raycomp.config.values import format_path, nearest, parse_path
@@ -74,5 +74,7 @@ __all__ = [
     "parse_job",
     "parse_path",
     "read_job",
+    "read_value",
     "set_key",
+    "sweep_schema",
 ]

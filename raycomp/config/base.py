@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from raycomp.config.values import KeyPath, format_path, nearest, shown
+from raycomp.config.values import KeyPath, closest, format_path, nearest, shown
 from raycomp.errors import ConfigError, Problem
 
 UNKNOWN_KEY = "unknown_key"
@@ -161,7 +162,7 @@ def _line(loc: KeyPath, kind: str, message: str, remedy: str, value: object) -> 
 
 def _only_looks_short(line: Mapping[str, Any]) -> bool:
     """Whether a list counts as too short only because some of its items are wrong, which is said for itself."""
-    return bool(line["type"] == "too_short" and len(line["input"]) >= line["ctx"]["min_length"])
+    return line["type"] == "too_short" and len(line["input"]) >= line.get("ctx", {}).get("min_length", math.inf)
 
 
 def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
@@ -176,8 +177,10 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
         return _line(loc, kind, f"the key '{loc[-1]}' is missing", (field.description or "").partition("\n")[0], value)
     if kind == UNKNOWN_TYPE:
         name, choices = Given(value).values.get("type"), context["choices"].split()
-        message = "the key 'type' is missing" if name is None else f"there is no '{name}'"
-        return _line((*loc, "type"), kind, message, nearest(str(name or ""), choices, limit=len(choices)), value)
+        message = "the key 'type' is missing" if name is None else f"there is no {shown(str(name))}"
+        meant, names = closest(str(name or ""), choices), ", ".join(choices)
+        remedy = f"did you mean '{meant}'? There are {names}" if meant else f"choose from {names}"
+        return _line((*loc, "type"), kind, message, remedy, value)
     if kind == "too_short":
         return _line(loc, kind, "it is empty", f"at least {context['min_length']} needed", value)
     if kind == "literal_error":

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+DEEPEST = 50
+"""Levels of lists and mappings in each other that a file may have."""
 _PLAIN_SCALARS: tuple[tuple[str, str, str], ...] = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", "~nN"),
@@ -17,10 +19,36 @@ _PLAIN_SCALARS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+class LimitError(yaml.MarkedYAMLError):
+    """YAML that is right, and larger than anyone's job."""
+
+
 class JobLoader(yaml.SafeLoader):
-    """Safe, with YAML 1.2's idea of plain scalars."""
+    """Safe, with YAML 1.2's idea of plain scalars, and a limit of nesting.
+
+    Raises:
+        yaml.YAMLError: whatever is wrong with the text.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    _depth = 0
+
+    def get_single_node(self) -> yaml.Node | None:
+        try:
+            return super().get_single_node()
+        except (ValueError, OverflowError):
+            # The scanner turns escapes and version numbers into characters and numbers, unchecked.
+            message, remedy = "there is no such character", "escapes go up to \\U0010FFFF"
+            raise yaml.scanner.ScannerError(None, None, message, self.get_mark(), remedy) from None
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            message = f"it is nested more than {DEEPEST} levels deep"
+            raise LimitError(None, None, message, self.get_mark(), "nest less, or close the brackets")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class JobDumper(yaml.SafeDumper):

@@ -40,6 +40,11 @@ def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _numbers_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_GroupId = Annotated[Text, BeforeValidator(_numbers_as_text)]
 _Name = Annotated[str, Field(min_length=1), expects("a name")]
 _TargetName = Annotated[_Name, AfterValidator(canonical_target)]
 _Pattern = Annotated[_Name, AfterValidator(_compiles)]
@@ -104,9 +109,9 @@ class PruneTarget(_SaysWhatWasGiven):
     """At least this fraction of the target is pruned."""
     max_sparse_ratio: Annotated[float, Field(ge=0, le=1), expects("a number from 0 to 1")] | None = None
     """At most this fraction of the target is pruned (null: all but one block; 1: all of it, too)."""
-    global_group_id: Text | None = None
+    global_group_id: _GroupId | None = None
     """Targets with the same id are ranked together."""
-    dependency_group_id: Text | None = None
+    dependency_group_id: _GroupId | None = None
     """Targets with the same id share one mask."""
     internal_metric_block: Annotated[int, Field(ge=1), expects("a whole number, at least 1")] | None = None
     """The same count is pruned in each of this many blocks of a dependency group."""

@@ -16,15 +16,26 @@ from raycomp.config.dialect import JobDumper
 from raycomp.config.registry import COMPRESSORS
 from raycomp.config.storage import StorageConfig
 from raycomp.config.training import TrainingConfig, TrainingOverrides, accumulation_conflicts
-from raycomp.config.values import Count, Flag, NonNegative, Positive, Slug, SomeItems, Text, expects
+from raycomp.config.values import (
+    Count,
+    Flag,
+    Json,
+    NonNegative,
+    Positive,
+    Processes,
+    Slug,
+    SomeItems,
+    Text,
+    at_most,
+    expects,
+)
 
 _AutoFlag = Annotated[Literal["auto"] | bool, expects("'auto', true or false")]
 _EntryPoint = Annotated[
     str,
-    Field(pattern=r"^([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:]+\.py):[A-Za-z_]\w*$"),
+    Field(pattern=r"^([A-Za-z_]\w*(\.[A-Za-z_]\w*)*|[^:\x00-\x1f\x7f-\x9f]+\.py):[A-Za-z_]\w*$"),
     expects("'package.module:Class' or 'path/to/file.py:Class'"),
 ]
-_Json = Annotated[JsonValue, expects("plain data: texts, numbers, true, false, null, lists and mappings of these")]
 
 
 _HOW_IT_RUNS = {"num_data_workers", "checkpoint_every_epochs"}
@@ -35,7 +46,7 @@ class TaskConfig(Settings):
 
     entrypoint: _EntryPoint
     """'package.module:Class', or 'path/to/file.py:Class' relative to the job file."""
-    arguments: dict[str, _Json] = Field(default_factory=dict)
+    arguments: dict[str, Json] = Field(default_factory=dict)
     """Keyword arguments of the class."""
 
 
@@ -55,13 +66,13 @@ class StageConfig(Settings):
 class ScalingConfig(Settings):
     """On how many workers, and with what for each."""
 
-    num_workers: Count = 1
+    num_workers: Processes = 1
     """Processes that train."""
     resources_per_worker: dict[Text, NonNegative] = Field(default_factory=lambda: {"CPU": 1.0})
     """What Ray reserves for a worker."""
     use_gpu: _AutoFlag = "auto"
     """Whether workers train on a GPU (auto: when the cluster has enough of them)."""
-    threads_per_worker: Count = 1
+    threads_per_worker: Annotated[Processes, at_most(1024)] = 1
     """Threads that a worker's CPU operations use."""
     max_failures: Annotated[int, Field(ge=-1), expects("a whole number, at least 0; or -1 for any number")] = 3
     """How often lost workers are replaced before the job gives up."""
@@ -119,7 +130,7 @@ class ClusterConfig(Settings):
 
     address: Text | None = None
     """The cluster's address (null: RAY_ADDRESS if set, else a local Ray that the job starts itself)."""
-    num_cpus: Count | None = None
+    num_cpus: Processes | None = None
     """CPUs of the local Ray (null: all; more than there are is taken as meant)."""
     wait_s: NonNegative | None = None
     """Seconds that a cluster gets to grow to what the workers need (null: 600 where it has an autoscaler, else 0)."""

@@ -49,7 +49,9 @@ def load_job_file(path: str | Path) -> JobFile:
     try:
         job = JobConfig.model_validate(raw)
     except ValidationError as error:
-        found = sorted([*problems, *problems_of(error, raw, source.locate)], key=_line_of)
+        unread = {problem.where for problem in problems}
+        wrong = [problem for problem in problems_of(error, raw, source.locate) if problem.where not in unread]
+        found = sorted([*problems, *wrong], key=_line_of)
         raise ConfigError(found) from None
     if problems:
         raise ConfigError(problems)

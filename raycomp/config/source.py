@@ -9,12 +9,17 @@ from typing import Any
 
 import yaml
 
-from raycomp.config.dialect import JobLoader
+from raycomp.config.dialect import DEEPEST, JobLoader, LimitError
+from raycomp.config.job import JobConfig
 from raycomp.config.values import KeyPath, format_path, parse_path, shown
 from raycomp.errors import ConfigError, Problem
 
 _TYPES = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
 _MERGE = "tag:yaml.org,2002:merge"
+_ROOTS = {(key,) for key in JobConfig.model_fields}
+_OTHERWISE = "write a value of this type, or put it in quotes for a text"
+_LONGEST = 200_000
+_MOST_VALUES = 50_000
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class SourceMap:
 
     def _located(self, where: str) -> str:
         path = parse_path(where)
-        return self.locate(path) if path[:1] in self.lines else where
+        return self.locate(path) if path[:1] in self.lines or path[:1] in _ROOTS else where
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], SourceMap, list[Problem]]:
@@ -55,23 +60,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], SourceMap, list[Problem
         ConfigError: the file can't be read, or is not a mapping in YAML.
     """
     file = str(path)
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError([Problem(file, "there is no such file", _yaml_files_beside(Path(path)))]) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError([Problem(file, f"it is not a text file: {error.reason} at byte {error.start}")]) from None
-    except OSError as error:
-        raise ConfigError([Problem(file, f"it can't be read: {error.strerror}")]) from None
-    try:
-        loader = JobLoader(text)
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (f":{mark.line + 1}", f" (column {mark.column + 1})") if mark else ("", "")
-        raise ConfigError([Problem(f"{file}{line}", f"it is not YAML: {error.problem}{column}")]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([Problem(file, f"it is not YAML: {' '.join(str(error).split())}")]) from None
+    loader, node = _composed(_text(Path(path)), file)
     if not isinstance(node, yaml.MappingNode):
         what = (
             "it is empty"
@@ -82,6 +71,57 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], SourceMap, list[Problem
     reader = _Reader(file, loader)
     raw = reader.value(node, ())
     return raw, SourceMap(file, reader.lines), reader.problems
+
+
+def read_value(text: str, where: str) -> Any:
+    """The plain value that a piece of YAML stands for.
+
+    Raises:
+        ConfigError: it is not YAML, or no plain data.
+    """
+    try:
+        loader, node = _composed(text, where)
+        reader = _Reader(where, loader)
+        value = None if node is None else reader.value(node, ())
+        if reader.problems:
+            raise ConfigError(reader.problems)
+    except ConfigError as error:
+        raise ConfigError(Problem(where, problem.message, problem.remedy) for problem in error.problems) from None
+    return value
+
+
+def _text(path: Path) -> str:
+    """A file's text; errors as in `read_yaml`."""
+    file = str(path)
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ConfigError([Problem(file, f"it is longer than {_LONGEST:,} bytes", "write less in one file")])
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError([Problem(file, "there is no such file", _yaml_files_beside(path))]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([Problem(file, f"it is not a text file: {error.reason} at byte {error.start}")]) from None
+    except OSError as error:
+        raise ConfigError([Problem(file, f"it can't be read: {error.strerror}")]) from None
+    except ValueError as error:
+        raise ConfigError([Problem(shown(file), f"there can be no such file: {error}")]) from None
+
+
+def _composed(text: str, file: str) -> tuple[JobLoader, yaml.Node | None]:
+    try:
+        loader = JobLoader(text)
+        return loader, loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (f":{mark.line + 1}", f" (column {mark.column + 1})") if mark else ("", "")
+        what = error.problem if isinstance(error, LimitError) else f"it is not YAML: {error.problem}"
+        raise ConfigError([Problem(f"{file}{line}", f"{what}{column}", error.note or "")]) from None
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        message, remedy = f"it is not YAML: the character {error.character:#x} can't stand there", "take it out"
+        raise ConfigError([Problem(f"{file}:{number}", message, remedy)]) from None
 
 
 def _yaml_files_beside(path: Path) -> str:
@@ -100,11 +140,17 @@ class _Reader:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     open_nodes: list[yaml.Node] = field(default_factory=list)
+    values: int = 0
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.values += 1
         if node in self.open_nodes:
             self.report(node, path, "it holds itself", "take the alias out")
             return None
+        if self.values > _MOST_VALUES or len(self.open_nodes) > DEEPEST:
+            limit = f"{_MOST_VALUES:,} values" if self.values > _MOST_VALUES else f"{DEEPEST} levels"
+            self.report(node, path, f"with what its aliases repeat, it has more than {limit}", "repeat less")
+            raise ConfigError(self.problems)
         if node.tag not in _TYPES:
             self.report(node, path, f"unknown type '{node.tag}'", "only plain data: take the tag out")
             return None
@@ -122,7 +168,7 @@ class _Reader:
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError, LookupError):
-            self.report(node, path, f"'{node.value}' is not of type {node.tag.rpartition(':')[2]}")
+            self.report(node, path, f"{shown(node.value)} is not of type {node.tag.rpartition(':')[2]}", _OTHERWISE)
             return None
 
     def sequence(self, node: yaml.SequenceNode, path: KeyPath) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlsplit
 
@@ -14,14 +15,16 @@ from raycomp.config.values import Text, nearest, refuse
 from raycomp.errors import Problem
 
 _SCHEMES = ("file", "s3", "gs", "gcs", "hdfs")
-_S3_OPTIONS = ("endpoint_override", "scheme", "region")
+_GOOGLE = ("endpoint_override", "scheme", "project_id", "retry_limit_seconds")
+# Options of hdfs:// are Hadoop's, which are many.
+_OPTIONS = {"s3": ("endpoint_override", "scheme", "region"), "gs": _GOOGLE, "gcs": _GOOGLE, "file": ()}
 
 
 def _storage_uri(uri: str) -> str:
     """Refuses what names no storage, and secrets, which an error must not quote."""
     scheme, separator, _ = uri.partition("://")
     if not separator:
-        return uri
+        return _folder(uri)
     parts = urlsplit(uri)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if "@" in parts.netloc or any(re.search("key|secret|token|password", option.lower()) for option in options):
@@ -32,10 +35,21 @@ def _storage_uri(uri: str) -> str:
         raise refuse(f"got '{uri}': there is no storage for '{scheme}://'", nearest(scheme, _SCHEMES))
     if scheme == "s3" and not parts.netloc:
         raise refuse(f"got '{uri}': it names no bucket", "should be s3://bucket/prefix")
-    for option in options if scheme == "s3" else ():
-        if option not in _S3_OPTIONS:
-            raise refuse(f"got '{uri}': unknown option '{option}'", nearest(option, _S3_OPTIONS))
+    for option in options:
+        if option not in _OPTIONS.get(scheme, options):
+            raise refuse(f"got '{uri}': unknown option '{option}'", nearest(option, _OPTIONS[scheme]))
     return uri
+
+
+def _folder(path: str) -> str:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        user = path.partition("/")[0]
+        raise refuse(
+            f"got '{path}': there is no user '{user[1:]}'", f"write ./{user} for a folder of this name"
+        ) from None
+    return path
 
 
 def _endpoint(endpoint: str) -> str:

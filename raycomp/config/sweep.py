@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.values import Count, CountOrZero, KeyPath, SomeItems, Text, expects, parse_path
+from raycomp.config.values import Count, Json, KeyPath, Seed, SomeItems, Text, expects, parse_path
 
 _T = TypeVar("_T", int, float)
-_Json = Annotated[JsonValue, expects("plain data: texts, numbers, true, false, null, lists and mappings of these")]
 _KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
 # A sweep gives each trial a name and a folder of its own, and runs all of them on one cluster.
 _NOT_SEARCHED = ("name", "storage", "cluster")
@@ -59,9 +58,9 @@ _IntRange = Annotated[
 class SearchConfig(Settings):
     """The values that one key of the job takes: exactly one of these."""
 
-    grid: SomeItems[_Json] | None = None
+    grid: SomeItems[Json] | None = None
     """Each of these values, with each of all other grids'."""
-    choice: SomeItems[_Json] | None = None
+    choice: SomeItems[Json] | None = None
     """One of these values, drawn."""
     uniform: _Range | None = None
     """A number drawn evenly from [low, high)."""
@@ -109,7 +108,7 @@ class SweepConfig(Settings):
     """A job over a search space."""
 
     job: Annotated[
-        Text | dict[str, _Json],
+        Text | dict[str, Json],
         expects("the path of a job file, relative to this file, or the keys of a job themselves"),
     ]
     """The job: the path of its file, relative to this file, or its keys."""
@@ -117,7 +116,7 @@ class SweepConfig(Settings):
     """Which keys of the job are searched, written such as training.seed or stages.0.training.epochs."""
     num_samples: Count = 1
     """How often values are drawn for the keys that aren't grids; equal draws are one trial."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Seeds the draws."""
     max_concurrent_trials: Count | None = None
     """Trials that run at once (null: as many as the cluster holds workers for)."""
@@ -125,6 +124,10 @@ class SweepConfig(Settings):
     """The metric that is compared (null: the task's first)."""
     mode: Annotated[Literal["max", "min"], expects("'max' or 'min'")] = "max"
     """Whether more or less of the metric is better."""
+
+    def most_trials(self) -> int:
+        """Combinations of the grids, as often as there are draws."""
+        return self.num_samples * math.prod(len(search.grid) for search in self.search.values() if search.grid)
 
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:

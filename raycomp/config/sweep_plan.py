@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from raycomp.config.change import set_key
 from raycomp.config.job import JobConfig
 from raycomp.config.loader import load_job_file, parse_job, read_job
 from raycomp.config.sweep import SweepConfig
-from raycomp.config.values import format_path, parse_path
+from raycomp.config.values import format_path, parse_path, shown
 from raycomp.errors import ConfigError, Problem
+
+_MOST_TRIALS = 1_000
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,16 @@ class _Planner:
                 parse_job(job, where="")
                 return job, self.folder
         except ConfigError as error:
-            inline = isinstance(job, Mapping)
-            self.problems += [
-                Problem(
-                    self.locate(("job", *parse_path(item.where))) if inline else item.where, item.message, item.remedy
-                )
-                for item in error.problems
-            ]
+            self.problems += [self._of_job(job, item) for item in error.problems]
         return None
+
+    def _of_job(self, job: object, problem: Problem) -> Problem:
+        """A problem of the job, in the sweep file where the job stands there or names a file that can't be read."""
+        if isinstance(job, Mapping):
+            return replace(problem, where=self.locate(("job", *parse_path(problem.where))))
+        if ":" in problem.where.removeprefix(str(self.folder / str(job))):
+            return problem
+        return replace(problem, where=self.locate(("job",)), message=f"got {shown(job)}: {problem.message}")
 
     def _check_values(self, config: SweepConfig, base: Mapping[str, Any]) -> None:
         """Each value of each key, with the job's own values for all other keys."""
@@ -150,6 +154,10 @@ class _Planner:
 
     def _trials(self, config: SweepConfig, base: Mapping[str, Any]) -> Iterator[Trial]:
         """Each combination; what is wrong with one is said for the first that has it."""
+        if (many := config.most_trials()) > _MOST_TRIALS:
+            where = self.locate(("search",))
+            self.problems.append(Problem(where, f"it makes {many:,} trials", f"should be at most {_MOST_TRIALS:,}"))
+            return
         points = list(_points(config))
         width = max(2, len(str(len(points) - 1)))
         told: set[Problem] = set()

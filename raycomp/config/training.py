@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.values import Count, CountOrZero, Flag, expects
+from raycomp.config.values import Count, CountOrZero, Flag, Seed, at_most, expects
 
 _Precision = Annotated[Literal["float32", "bf16", "float64"], expects("'float32', 'bf16' or 'float64'")]
+_LoaderProcesses = Annotated[CountOrZero, at_most(1000)]
 
 
 class TrainingConfig(Settings):
@@ -20,7 +21,7 @@ class TrainingConfig(Settings):
     """Passes over the training data; either this or steps."""
     steps: Count | None = None
     """Optimizer steps; either this or epochs."""
-    seed: CountOrZero = 0
+    seed: Seed = 0
     """Draws batches, augmentation and initial weights."""
     precision: _Precision = "float32"
     """What the model computes in."""
@@ -30,7 +31,7 @@ class TrainingConfig(Settings):
     """Whether batch norms take their statistics over all workers."""
     checkpoint_every_epochs: Count = 1
     """Epochs between two checkpoints."""
-    num_data_workers: CountOrZero = 0
+    num_data_workers: _LoaderProcesses = 0
     """Processes that load data, per worker."""
 
     @classmethod
@@ -63,7 +64,7 @@ class TrainingOverrides(Settings):
     """Passes over the training data; takes the place of the job's steps."""
     steps: Count | None = None
     """Optimizer steps; takes the place of the job's epochs."""
-    seed: CountOrZero | None = None
+    seed: Seed | None = None
     """Draws batches, augmentation and initial weights."""
     precision: _Precision | None = None
     """What the model computes in."""
@@ -73,7 +74,7 @@ class TrainingOverrides(Settings):
     """Whether batch norms take their statistics over all workers."""
     checkpoint_every_epochs: Count | None = None
     """Epochs between two checkpoints."""
-    num_data_workers: CountOrZero | None = None
+    num_data_workers: _LoaderProcesses | None = None
     """Processes that load data, per worker."""
 
     @classmethod

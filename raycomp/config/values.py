@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 KeyPath = tuple[str | int, ...]
@@ -18,7 +19,7 @@ _LONGEST = 80
 def closest(name: str, choices: Iterable[str]) -> str | None:
     """The choice that a misspelt name probably means."""
     lowered = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:_LONGEST].lower(), list(lowered), n=1, cutoff=0.6)
     return lowered[close[0]] if close else None
 
 
@@ -70,9 +71,26 @@ def expects(text: str) -> WrapValidator:
     return WrapValidator(check)
 
 
+def at_most(limit: int) -> AfterValidator:
+    """An annotation for a number: one above `limit` is refused."""
+
+    def check(value: int) -> int:
+        if value > limit:
+            raise refuse(f"got {shown(value)}", f"should be at most {limit}")
+        return value
+
+    return AfterValidator(check)
+
+
 def refuse(message: str, remedy: str = "") -> PydanticCustomError:
     """The error that a field validator raises."""
     return PydanticCustomError("value", "{message}", {"message": message, "remedy": remedy})
+
+
+def _writable(value: JsonValue) -> JsonValue:
+    """Refuses what no JSON file can hold."""
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    return value
 
 
 def _list_as_tuple(value: Any) -> Any:
@@ -84,13 +102,24 @@ Items = Annotated[tuple[_T, ...], BeforeValidator(_list_as_tuple)]
 SomeItems = Annotated[tuple[_T, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)]
 """Such a list with at least one item."""
 
-Text = Annotated[str, Field(min_length=1), expects("a text that is not empty")]
+Text = Annotated[
+    str,
+    Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"),
+    expects("a text that is not empty, without control characters"),
+]
 Flag = Annotated[bool, expects("true or false")]
 Number = Annotated[float, expects("a number")]
 Positive = Annotated[float, Field(gt=0), expects("a number above 0")]
 NonNegative = Annotated[float, Field(ge=0), expects("a number, at least 0")]
-Count = Annotated[int, Field(ge=1), expects("a whole number, at least 1")]
-CountOrZero = Annotated[int, Field(ge=0), expects("a whole number, at least 0")]
+Json = Annotated[
+    JsonValue,
+    AfterValidator(_writable),
+    expects("plain data: texts, finite numbers, true, false, null, lists and mappings of these"),
+]
+Count = Annotated[int, Field(ge=1), expects("a whole number, at least 1"), at_most(10**9)]
+CountOrZero = Annotated[int, Field(ge=0), expects("a whole number, at least 0"), at_most(10**9)]
+Processes = Annotated[int, Field(ge=1), expects("a whole number, at least 1"), at_most(10_000)]
+Seed = Annotated[int, Field(ge=0), expects("a whole number, at least 0"), at_most(2**63 - 1)]
 Slug = Annotated[
     str,
     Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"),

@@ -6,11 +6,12 @@ losses) reads it, so that a mean over N workers weighs what it is a mean of (sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -67,15 +68,28 @@ def is_idle() -> bool:
     return share is not None and share.samples == 0
 
 
-def weighted_loss(loss: Tensor) -> Tensor:
+def has_no_items() -> bool:
+    """Whether the loss of the batch at hand is a mean of nothing on this rank, and so no number perhaps."""
+    share = _SHARE.get()
+    return share is not None and share.loss_weight == 0
+
+
+def weighted_loss(loss: Tensor, outputs: Sequence[Tensor] = ()) -> Tensor:
     """This rank's part of the task's loss over the global batch.
 
-    A mean over no items is no number; it is 0 then, with a gradient of 0.
+    Args:
+        loss: the task's.
+        outputs: what the model gave. Where the loss is a mean of no items, it is 0, with gradients of 0 that reach the
+            parameters through these: its own may be no numbers.
     """
     share = _SHARE.get()
     if share is None:
         return loss
-    return loss * share.loss_weight if share.loss_weight else loss.nan_to_num(0.0, 0.0, 0.0) * 0
+    if share.loss_weight:
+        return loss * share.loss_weight
+    if not outputs:
+        return loss.nan_to_num(0.0, 0.0, 0.0) * 0
+    return torch.stack([output.sum().to(loss.dtype) for output in outputs]).sum() * 0
 
 
 def weighted_by_samples(mean: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from raycomp.core.attach import TargetSpace, is_wrapped
-from raycomp.core.batch_share import weighted_loss
+from raycomp.core.batch_share import has_no_items, weighted_loss
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.finite import FiniteRun, Pass, check_statistics, held_by, spreading
 from raycomp.core.learned import LearnedTensors
@@ -23,7 +24,7 @@ from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Calibration, Moment, Moments, RunContext
 from raycomp.core.optimizer_steps import around_steps
 from raycomp.core.reduction import reduce_, settle_
-from raycomp.core.watching import watch
+from raycomp.core.watching import in_training_step, watch
 from raycomp.errors import CompressionError
 
 _STATE_VERSION = 2
@@ -68,6 +69,7 @@ class Chain:
         self.begun = False
         self.calibrated = False
         self.finite = FiniteRun(self.space, self.learned)
+        self._outputs: list[Tensor] = []
         self._origin: dict[str, Tensor] = {}
         self._common: dict[object, Any] = {}
 
@@ -138,6 +140,7 @@ class Chain:
         self.begin()
         self.finite.begin(context.optimizers)
         begun: list[Moments] = []
+        hook = self.model.register_forward_hook(self._keep_outputs)
         try:
             with around_steps(context.optimizers, self._before_step, self._after_step):
                 for member in self.members:
@@ -146,6 +149,7 @@ class Chain:
                 with watch("training") if own_loop else nullcontext():
                     yield
         finally:
+            hook.remove()
             for member in begun:
                 member.end_run()
 
@@ -180,6 +184,7 @@ class Chain:
             # A new step begins; the last one was perhaps never made, as a GradScaler's is not after an overflow.
             self.learned.drop_gradients()
             self.finite.begin_step()
+        self._outputs = []
         with watch("training"):
             output = step_fn()
         return with_loss(output, lambda loss: self.loss(loss, batch, step_fn))
@@ -194,7 +199,7 @@ class Chain:
             step_fn: repeats the forward pass.
         """
         self.batch += 1
-        loss = weighted_loss(loss)
+        loss = weighted_loss(loss, self._outputs)
         losses = {"the loss": loss.detach()}
         for member in self.members:
             if member.loss_weight != 1:
@@ -206,6 +211,12 @@ class Chain:
                 loss = loss + term
         self.finite.passed(Pass(step_fn, losses))
         return spreading(loss)
+
+    def _keep_outputs(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Keeps what the model gives where the task's loss won't do: all but scalars, a loss of its own among them."""
+        if has_no_items() and in_training_step():
+            leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+            self._outputs += [leaf for leaf in leaves if leaf.requires_grad and leaf.ndim]
 
     def end_round(self) -> None:
         """The last step of a round of training is done: the decisions that fall there are made."""

@@ -85,10 +85,12 @@ class FiniteRun:
         self._space, self._learned = space, learned
         self._optimizers: Sequence[Optimizer] = ()
         self._passes: list[Pass] = []
+        self._finite_buffers: frozenset[str] = frozenset()
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """A run with these optimizers begins."""
         self._optimizers, self._passes = optimizers, []
+        self._finite_buffers = frozenset(name for name, value in self._buffers().items() if are_finite([value]))
 
     def begin_step(self) -> None:
         """No gradient is left of what passed before."""
@@ -115,16 +117,23 @@ class FiniteRun:
         self._passes = []
 
     def check_weights(self, step: int) -> None:
-        """Refuses weights that an optimizer's step has made infinite or no number.
+        """Refuses weights that an optimizer's step has made infinite or no number, and statistics that were finite.
 
         Raises:
             NotFiniteError: with their names.
         """
-        if not are_finite(self._trained()):
-            raise NotFiniteError(f"after step {step} {_listed(_bad(self._by_name()))} is not finite")
+        buffers = {name: value for name, value in self._buffers().items() if name in self._finite_buffers}
+        if not are_finite([*self._trained(), *buffers.values()]):
+            raise NotFiniteError(f"after step {step} {_listed(_bad({**self._by_name(), **buffers}))} is not finite")
 
     def _trained(self) -> list[Tensor]:
         return [*held_by(self._optimizers), *self._learned.tensors()]
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The floating-point buffers of the model as the user wrote it."""
+        with self._space.as_written():
+            named = dict(self._space.model.named_buffers())
+        return {name: value for name, value in named.items() if value.is_floating_point()}
 
     def _by_name(self) -> dict[str, Tensor]:
         held = {id(parameter) for parameter in held_by(self._optimizers)}
@@ -135,8 +144,9 @@ class FiniteRun:
 
 
 def held_by(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """The parameters that optimizers hold."""
-    return [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    """The trainable parameters that optimizers hold."""
+    every = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    return [parameter for parameter in every if parameter.requires_grad]
 
 
 def _gradients_error(

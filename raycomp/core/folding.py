@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raycomp.core.attach import TargetSpace
 from raycomp.errors import FoldError
 
-_KNOWN_OF_A_VALUE = ("shape", "dtype", "device", "ndim", "dim", "size")
+_KNOWN_OF_A_VALUE = ("shape", "dtype", "device", "ndim", "dim", "size", "requires_grad", "is_cuda")
 
 
 class Folded:
@@ -71,7 +71,35 @@ def _refused(name: str) -> Any:
 
 
 # Python looks operators up in the class.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "pow", "neg", "getitem", "iter", "len"):
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "floordiv",
+    "mod",
+    "matmul",
+    "pow",
+    "neg",
+    "abs",
+    "getitem",
+    "setitem",
+    "iter",
+    "len",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "bool",
+    "float",
+    "int",
+]:
     setattr(Folded, f"__{_name}__", _refused(_name))
 
 
@@ -82,7 +110,23 @@ class Hosting(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module, hooks included."""
-        return Folded(super().__call__(*args, **kwargs), self.raycomp_fold_names)
+        self.__dict__["raycomp_called"] = True
+        try:
+            return Folded(super().__call__(*args, **kwargs), self.raycomp_fold_names)
+        finally:
+            self.__dict__["raycomp_called"] = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own; errors where it is not called as a module, so that nobody knows what passes on."""
+        self.check_call()
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def check_call(self) -> None:
+        """Refuses a call of `forward` itself."""
+        if not self.__dict__.get("raycomp_called"):
+            names = self.raycomp_fold_names
+            message = f"{' + '.join(names)} are fused, and the model calls {names[0]}.forward itself"
+            raise FoldError(message, names, f"call {names[0]} as a module, or take it out of fuse_names")
 
 
 class Hosted(nn.Module):
@@ -136,7 +180,7 @@ def fold_calls(space: TargetSpace, names: Sequence[str], host: type[Hosting] = H
     module = space.module(names[0])
     space.swap_class(module, host)
     module.__dict__["raycomp_fold_names"] = tuple(names)
-    space.on_detach(partial(_forget, module, "raycomp_fold_names"))
+    space.on_detach(partial(_forget, module, "raycomp_fold_names", "raycomp_called"))
 
 
 def _forget(module: nn.Module, *names: str) -> None:

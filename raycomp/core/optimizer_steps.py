@@ -18,13 +18,19 @@ def around_steps(
     """Within the block, `before` runs when a step's gradients are there, and `after` when the step is made.
 
     With several optimizers an iteration begins with the first one's step and ends with the last one's. A step that is
-    given a closure has its gradients once that has run.
+    given a closure has its gradients once that has run. A step that calls its parent class's is one step.
 
     Raises:
         CompressionError: from a step whose optimizer evaluates its closure several times.
     """
 
+    # torch runs the hooks in every class's `step`: in a subclass's, and in the parent's that it calls.
+    depth = dict.fromkeys(map(id, optimizers), 0)
+
     def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        depth[id(optimizer)] += 1
+        if depth[id(optimizer)] > 1 or optimizer is not optimizers[0]:
+            return None
         _, *positional = args  # The first is the optimizer itself.
         closure = kwargs.get("closure", positional[0] if positional else None)
         if closure is None:
@@ -33,10 +39,16 @@ def around_steps(
         followed = _followed(closure, before)
         return ((optimizer, followed), kwargs) if positional else (args, {**kwargs, "closure": followed})
 
-    handles = (
-        optimizers[0].register_step_pre_hook(before_step),
-        optimizers[-1].register_step_post_hook(lambda *_: after()),
-    )
+    def after_step(optimizer: Optimizer, *_: Any) -> None:
+        depth[id(optimizer)] -= 1
+        if not depth[id(optimizer)] and optimizer is optimizers[-1]:
+            after()
+
+    handles = [
+        handle
+        for optimizer in optimizers
+        for handle in (optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step))
+    ]
     try:
         yield
     finally:

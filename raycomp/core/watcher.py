@@ -47,8 +47,9 @@ class Watcher(nn.Module, ABC):
         with torch.no_grad():
             if not self.gathered:
                 self.gathered = self.fresh(value.detach())
-            if not is_idle():
-                self.update(_counted(value.detach()))
+            counted = _counted(value.detach())
+            if counted.numel() and not is_idle():
+                self.update(counted)
 
     def statistics(self) -> list[Statistic]:
         """What was gathered, to be merged in place; nothing before the first forward pass."""

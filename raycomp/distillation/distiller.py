@@ -61,6 +61,9 @@ class LayerwiseDistiller(Compressor):
         self.recorders: dict[TargetId, Recorder] = {}
         super().__init__(chain, config_list, evaluator)
 
+    def unwrap_teacher_model(self) -> None:
+        """Nothing: between trainings no compressor stands on the teacher; scripts of NNI's call it."""
+
     def translated(self, target_id: TargetId, link: TargetId, student: Tensor, teacher: Tensor) -> Tensor:
         """What of the student is held against the teacher's output: its own, as it is."""
         return student

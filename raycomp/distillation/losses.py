@@ -27,6 +27,8 @@ def kl(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tenso
     all other dimensions (Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531)."""
     student = functional.log_softmax(_precise(student) / _TEMPERATURE, dim=-1)
     target = functional.softmax(_precise(teacher) / _TEMPERATURE, dim=-1)
+    # A class that the teacher rules out (-inf) adds nothing, whatever the student makes of it.
+    student = student.masked_fill(target == 0, 0.0)
     if counted is None:
         divergence = functional.kl_div(student.flatten(0, -2), target.flatten(0, -2), reduction="batchmean")
     else:

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
 from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of
+from raycomp.distributed.interrupt import same_signals
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError
 from raycomp.storage import s3
@@ -74,7 +75,8 @@ def connect(job: JobConfig, tell: Tell = _silent) -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     with ExitStack() as stack:
         if not ray.is_initialized():
-            _start(stack, job, tell)
+            with same_signals():
+                _start(stack, job, tell)
         stack.enter_context(_quiet())
         yield _checked(job, tell)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -25,16 +25,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
+def interruptible() -> Iterator[None]:
     """Within the block, the first SIGINT or SIGTERM raises Interrupted; a second one ends the process at once.
 
-    It gives a function that takes the signals back from Ray, which takes them for itself when it is connected. In other
-    threads than the main one, which Python lets hear of no signal, nothing happens.
+    In other threads than the main one, which Python lets hear of no signal, nothing happens.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
     seen: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -43,16 +38,28 @@ def interruptible() -> Iterator[Callable[[], None]]:
         seen.append(number)
         raise Interrupted(number)
 
-    def arm() -> None:
-        for number in _SIGNALS:
-            signal.signal(number, handle)
+    with same_signals():
+        if _hears_signals():
+            for number in _SIGNALS:
+                signal.signal(number, handle)
+        try:
+            yield
+        except KeyboardInterrupt:
+            # Where Ray waits in C++, it makes a plain one of ours.
+            raise Interrupted(seen[0] if seen else signal.SIGINT) from None
 
-    arm()
+
+@contextmanager
+def same_signals() -> Iterator[None]:
+    """After the block, signals do what they did before it; Ray takes SIGTERM for itself when it is connected."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        yield arm
-    except KeyboardInterrupt:
-        # Where Ray waits in C++, it makes a plain one of ours.
-        raise Interrupted(seen[0] if seen else signal.SIGINT) from None
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if _hears_signals():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _hears_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()

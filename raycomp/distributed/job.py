@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from raycomp.config import JobConfig, SourceMap, load_job_file, parse_job
 from raycomp.config.storage import deleted_by_ray
@@ -16,6 +19,8 @@ from raycomp.distributed.trainer import Progress, Silent
 from raycomp.errors import ConfigError
 from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
+from raycomp.report import ProgressPrinter
+from raycomp.results.progress import ProgressEvent
 from raycomp.storage import open_store, scratch
 
 _WORKING_DIR = "/runtime_resources/working_dir_files/"  # where Ray unpacks what was submitted
@@ -80,7 +85,7 @@ class CompressionJob:
         self,
         *,
         resume: bool = False,
-        progress: Progress | None = None,
+        progress: Progress | Callable[[str | ProgressEvent], None] | None = None,
         callbacks: list[Any] | None = None,
         resume_with: str = "fit(resume=True)",
     ) -> JobResult:
@@ -88,7 +93,8 @@ class CompressionJob:
 
         Args:
             resume: go on with the latest unfinished run of an equal job, where there is one.
-            progress: hears what happens.
+            progress: hears what happens: a `Progress`, or any function of a line of text or a `ProgressEvent`. Without
+                it a terminal or notebook shows the progress; elsewhere nothing is shown.
             callbacks: Ray Train callbacks for every stage's run.
             resume_with: what to tell who interrupts the job, as the way to go on with it.
 
@@ -96,6 +102,31 @@ class CompressionJob:
             RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
             Interrupted: by SIGINT or SIGTERM; it has been told what is saved, and nothing is left running.
         """
-        with ExitStack() as stack:
-            driver = Driver(self.config, self.base_dir, progress or Silent(), callbacks or [], stack)
+        with _shown(progress) as shown, ExitStack() as stack:
+            driver = Driver(self.config, self.base_dir, shown, callbacks or [], stack)
             return driver.fit(self.checked, resume, resume_with)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A function that hears all news."""
+
+    tell: Callable[[str | ProgressEvent], None]
+
+    def message(self, line: str) -> None:
+        self.tell(line)
+
+    def event(self, event: ProgressEvent) -> None:
+        self.tell(event)
+
+
+@contextmanager
+def _shown(progress: Progress | Callable[[str | ProgressEvent], None] | None) -> Iterator[Progress]:
+    console = Console(stderr=True)
+    if progress is None and (console.is_terminal or console.is_jupyter):
+        with ProgressPrinter(console) as printer:
+            yield printer
+    elif progress is None:
+        yield Silent()
+    else:
+        yield progress if isinstance(progress, Progress) else _Told(progress)

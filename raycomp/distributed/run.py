@@ -118,7 +118,7 @@ class Driver:
             resume: whether to go on with an unfinished run.
             resume_with: what to tell who interrupts it.
         """
-        self._take_signals = self._stack.enter_context(interruptible())
+        self._stack.enter_context(interruptible())
         try:
             return self._fit(check, resume)
         except KeyboardInterrupt:
@@ -145,18 +145,15 @@ class Driver:
     def _connected(self) -> Cluster:
         if self._cluster is None:
             self._cluster = self._stack.enter_context(connect(self._config, self._progress.message))
-            self._take_signals()
         return self._cluster
 
     def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
         now = datetime.now(UTC)
-        run_store, record = self._found(resume) or (
-            RunStore(job_uri(self._config), f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"),
-            None,
-        )
+        name = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
+        run_store = self._found(resume) or RunStore(job_uri(self._config), name)
         held = self._stack.enter_context(lease(run_store.files, self._progress.message))
-        if record is None:
-            record = _stored(self._config, run_store, prepared, now)
+        # Who held it until now may have gone on.
+        record = run_store.read_record() or _stored(self._config, run_store, prepared, now)
         return _Run(
             self._config,
             self._base_dir,
@@ -170,13 +167,13 @@ class Driver:
             held,
         )
 
-    def _found(self, resume: bool) -> tuple[RunStore, RunRecord] | None:
+    def _found(self, resume: bool) -> RunStore | None:
         found = unfinished_run(self._config, self._progress.message)
         if found is not None and resume:
-            self._progress.message(f"resuming run {found[0].run}")
+            self._progress.message(f"resuming run {found.run}")
             return found
         if found is not None:
-            self._progress.message(f"run {found[0].run} of this job is unfinished; --resume would go on with it")
+            self._progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
         elif resume:
             self._progress.message("there is no unfinished run of this job: a new one begins")
         return None

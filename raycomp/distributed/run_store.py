@@ -137,7 +137,7 @@ def job_uri(job: JobConfig) -> str:
     return open_store(job.storage.uri, job.storage.endpoint, job.storage.region).join(job.name).uri
 
 
-def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> tuple[RunStore, RunRecord] | None:
+def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> RunStore | None:
     """The latest run of the same result that has no artifact yet.
 
     Args:
@@ -156,7 +156,7 @@ def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> tuple[RunStor
             tell(f"run {run} can't be resumed: {error}")
             continue
         if record is not None and not record.finished and record.digest == job.result_digest():
-            return found, record
+            return found
     return None
 
 

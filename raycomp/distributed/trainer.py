@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ray
 import ray.data
@@ -30,6 +30,7 @@ _POLL_S = 0.2
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Who shows a run's progress."""
 

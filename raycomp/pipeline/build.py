@@ -95,8 +95,10 @@ def dense_model(task: Task, seed: int) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise RaycompError(f"Task.model() gave {type(model).__name__}", remedy="return a torch.nn.Module")
     # Hugging Face's models say which loss they bring.
-    loss_fn = getattr(model, "loss_function", None)
-    task.shifts_labels = task.shifts_labels or getattr(loss_fn, "__name__", None) == "ForCausalLMLoss"
+    # Encoder-decoders name it, too, and bring one of their own that doesn't shift.
+    loss_fn, config = getattr(model, "loss_function", None), getattr(model, "config", None)
+    causal = getattr(loss_fn, "__name__", None) == "ForCausalLMLoss"
+    task.shifts_labels = task.shifts_labels or (causal and not getattr(config, "is_encoder_decoder", False))
     return model
 
 

@@ -18,6 +18,7 @@ from raycomp.core.layout import traced_shapes
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.core.selection import resolve
+from raycomp.core.target import TargetId
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
@@ -28,6 +29,7 @@ from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.stage import stage_context
 from raycomp.pipeline.task import Task, given, prepare_task
 from raycomp.pipeline.user_code import user_code
+from raycomp.pruning.pruner import Pruner
 from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import obstacles
 
@@ -67,6 +69,8 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
             if job.speedup.enabled and job.speedup.exact and stage.speedup:
                 warnings += _what_stays(model, stage, context)
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
+            if job.speedup.enabled and stage.speedup:
+                warnings += _no_channels(stage, chain)
             resolved.append(made)
             trains |= chain.wants_training
             problems += _method_problems(earlier, chain, index)
@@ -87,7 +91,9 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
             )
     if problems:
         raise ConfigError(problems)
-    metrics = rehearse_task(task, job.training_for(job.stages[0]), trains=trains)
+    training = job.training_for(job.stages[0])
+    samples = -(-training.global_batch_size // (training.gradient_accumulation * job.scaling.num_workers))
+    metrics = rehearse_task(task, training, trains=trains, samples=samples)
     return Checked(resolved[0], tuple(dict.fromkeys(warnings)), metrics)
 
 
@@ -121,6 +127,26 @@ def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> 
                 f"stage {stage.name}: {', '.join(names)} ({part:.0%} of the parameters) will be masked and can't be "
                 f"cut: {reason}"
             )
+    return told
+
+
+def _no_channels(stage: StageConfig, chain: Chain) -> list[str]:
+    """What will be masked in other pieces than a layer's channels, of which speedup makes nothing smaller."""
+    total = sum(parameter.numel() for parameter in chain.model.parameters())
+    found: dict[str, list[TargetId]] = {}
+    for pruner in [member for member in chain.members if isinstance(member, Pruner)]:
+        for target_id in pruner.goals:
+            if target_id.target not in ("weight", "bias"):
+                found.setdefault("channels are those of weights and biases", []).append(target_id)
+            elif sum(count > 1 for count in pruner.grid(target_id)) > 1:
+                found.setdefault("its granularity is finer than channels", []).append(target_id)
+    told = []
+    for reason, targets in found.items():
+        part = sum(chain.space.parameter(target_id).numel() for target_id in targets) / total
+        names = ", ".join(map(str, targets))
+        told.append(
+            f"stage {stage.name}: {names} ({part:.0%} of the parameters) will be masked and not be cut: {reason}"
+        )
     return told
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raycomp.config import TrainingConfig
 from raycomp.core.batch_share import use_share
@@ -21,17 +21,20 @@ from raycomp.pipeline.training.shares import weighted_shares
 from raycomp.pipeline.user_code import user_code
 
 _SAMPLES = 2
+_ANY_LENGTH = 1000
+"""Steps of an epoch of data that doesn't know its length."""
 
 
-def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool) -> tuple[str, ...]:
+def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool, samples: int = 0) -> tuple[str, ...]:
     """Takes one optimizer step and the metrics of two samples on a model of its own, on the CPU.
 
     Data of Ray's is left out, because reading it needs the cluster.
 
     Args:
         task: the user's, prepared.
-        training: precision and seed.
+        training: length, precision and seed.
         trains: whether any stage trains; one that only calibrates needs no loss.
+        samples: of a worker's batch, which the step is tried with if it fails with two: it may need more.
 
     Returns:
         The names of the task's metrics, the main one first; none where they can't be known without a cluster.
@@ -40,31 +43,38 @@ def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool) -> tupl
         TaskError: what the task's code raised, or what it gave that can't serve.
     """
     dtype = weight_dtype(training)
-    model = dense_model(task, training.seed).to(dtype=dtype)
     train_data = given(task, "train_data", training.seed)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.precision == "bf16"):
         if trains and not isinstance(train_data, TorchBatches):
-            _step(task, model, train_data, training.seed, dtype)
+            try:
+                _step(task, train_data, training, _SAMPLES)
+            except TaskError:
+                if samples <= _SAMPLES:
+                    raise
+                _step(task, train_data, training, samples)
         eval_data = given(task, "eval_data", training.seed)
         if isinstance(eval_data, TorchBatches):
             return ()
+        model = dense_model(task, training.seed).to(dtype=dtype)
         return tuple(evaluate(task, model, eval_data, batch_size=_SAMPLES, dtype=dtype, max_samples=_SAMPLES))
 
 
-def _step(task: Task, model: nn.Module, data: Any, seed: int, dtype: torch.dtype) -> None:
-    name = type(task).__name__
-    step = next(iter(open_batches(task, data, BatchPlan(_SAMPLES, seed)).iterate(0)), None)
+def _step(task: Task, data: Any, training: TrainingConfig, samples: int) -> None:
+    name, dtype = type(task).__name__, weight_dtype(training)
+    step = next(iter(open_batches(task, data, BatchPlan(samples, training.seed)).iterate(0)), None)
     if step is None:
         raise TaskError("the train data gave no batch", where=f"{name}.train_data()")
+    model = dense_model(task, training.seed).to(dtype=dtype)
     with user_code(f"{name}.optimizer()"):
         optimizer = task.optimizer(model)
     with user_code(f"{name}.scheduler()"):
-        scheduler = task.scheduler(optimizer, 2)
+        scheduler = task.scheduler(optimizer, _length(task, data, training))
     model.train()
     batch = move_batch(step[0].batch, "cpu", dtype)
-    with use_share(weighted_shares(task, step)[0]), user_code(f"{name}.training_step()"):
+    share = weighted_shares(task, step)[0]
+    with use_share(share), user_code(f"{name}.training_step()"):
         loss = task.training_step(model, batch)
-    _check_loss(loss, name)
+    _check_loss(loss, name, finite=share.loss_weight > 0)
     with user_code(f"{name}.training_step()'s backward pass"):
         loss.backward()
     with user_code(f"the step of {name}.optimizer()"):
@@ -73,7 +83,13 @@ def _step(task: Task, model: nn.Module, data: Any, seed: int, dtype: torch.dtype
         step_schedule(scheduler, f"{name}.scheduler()", metric=0.0)
 
 
-def _check_loss(loss: Any, name: str) -> None:
+def _length(task: Task, data: Any, training: TrainingConfig) -> int:
+    """The optimizer steps that a schedule is told."""
+    per_epoch = open_batches(task, data, BatchPlan(training.global_batch_size)).steps_per_epoch
+    return training.steps or (training.epochs or 1) * (per_epoch or _ANY_LENGTH)
+
+
+def _check_loss(loss: Any, name: str, *, finite: bool) -> None:
     where = f"{name}.training_step()"
     if not isinstance(loss, Tensor):
         raise TaskError(f"it gave {type(loss).__name__}", where=where, remedy="return the loss, a tensor of shape []")
@@ -84,6 +100,6 @@ def _check_loss(loss: Any, name: str) -> None:
     if not loss.requires_grad:
         remedy = "compute it from the model's output, without detach() or no_grad()"
         raise TaskError("its loss depends on no trainable parameter", where=where, remedy=remedy)
-    if not bool(torch.isfinite(loss)):
+    if finite and not bool(torch.isfinite(loss)):
         remedy = "look at the first samples, the model's weights and the loss"
         raise TaskError(f"the loss of the dense model is {loss.item()}", where=where, remedy=remedy)

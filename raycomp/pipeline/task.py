@@ -22,6 +22,7 @@ from raycomp.pipeline.data.batches import first_batch
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
+_LABELS_OF_HEADS = ("start_positions", "end_positions", "next_sentence_label", "class_labels", "label_ids")
 
 
 class Task:
@@ -105,17 +106,18 @@ class Task:
         """The number of samples in a batch. Default: the leading size of its first tensor."""
         return structure.count_samples(batch)
 
-    def loss_items(self, batch: Any) -> int:
+    def loss_items(self, batch: Any) -> float:
         """How many items a batch's loss is the mean of. Ranks weigh by them, so that it becomes the global batch's.
 
-        Default: integer labels other than `ignore_index`, one for each sample or each position; without such, the
-        positions of `attention_mask`, else samples.
+        Default: integer labels other than `ignore_index`, one for each sample or each position; samples where labels
+        are anything else; without labels the positions of `attention_mask`, else samples. Any number that is
+        proportional to what the loss divides by will do (a sum of class weights).
         """
         labels = self._labels(batch)
-        if labels is not None:
+        if isinstance(labels, Tensor) and labels.ndim and _are_integers(labels):
             counted = labels[:, 1:] if self.shifts_labels and labels.ndim > 1 else labels
             return int((counted != self.ignore_index).sum())
-        positions = self.attention_mask(batch)
+        positions = self.attention_mask(batch) if labels is None else None
         return self.count_samples(batch) if positions is None else int(positions.sum())
 
     def attention_mask(self, batch: Any) -> Tensor | None:
@@ -130,12 +132,12 @@ class Task:
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments without the target, positional and by name.
 
-        Default: all but the last of a tuple or list, all but the label of a mapping, else the batch itself.
+        Default: all but the last of a tuple or list of several, all but the label of a mapping, else the batch itself.
         """
         if isinstance(batch, Mapping):
             return (), {key: value for key, value in batch.items() if key not in LABEL_KEYS}
         if isinstance(batch, tuple | list):
-            return tuple(batch[:-1]), {}
+            return tuple(batch[:-1] if len(batch) > 1 else batch), {}
         return (batch,), {}
 
     def target(self, batch: Any) -> Any:
@@ -217,12 +219,13 @@ class Task:
         """Whether the task's class brings its own `method`."""
         return getattr(type(self), method) is not getattr(Task, method)
 
-    def _labels(self, batch: Any) -> Tensor | None:
+    def _labels(self, batch: Any) -> Any:
+        """What the loss is held against, None where a batch has nothing of the kind."""
         try:
-            found = self.target(batch)
+            return self.target(batch)
         except TaskError:
-            return None
-        return found if isinstance(found, Tensor) and found.ndim and _are_integers(found) else None
+            others = (batch[key] for key in _LABELS_OF_HEADS if key in batch) if isinstance(batch, Mapping) else ()
+            return next(iter(tuple(found) for found in others), None)
 
     def _required(self, method: str) -> TaskError:
         return TaskError(f"the task has no {method}()", where=type(self).__name__, remedy=f"define {method}(self)")

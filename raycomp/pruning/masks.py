@@ -20,6 +20,9 @@ from raycomp.config import PruneTarget
 _ROUNDING = 1e-9
 """Keeps 0.29 × 100 from being 28."""
 
+_ALIKE = 16
+"""Roundings by which saliencies that are the same may differ."""
+
 
 @dataclass(frozen=True, eq=False)
 class MaskRequest:
@@ -143,7 +146,11 @@ class _Unit:
     def is_undecided(self) -> bool:
         """Whether a ratio would have to choose among steps of the same saliency alone."""
         alive = self.values[self.values > -torch.inf]
-        if self.settings.sparse_threshold is not None or len(alive) < 2 or not bool((alive == alive[0]).all()):
+        if self.settings.sparse_threshold is not None or len(alive) < 2:
+            return False
+        # Sums of the same numbers in another order differ by rounding.
+        same = torch.finfo(self.saliency.dtype).eps * _ALIKE * alive.abs().max()
+        if bool(alive.max() - alive.min() > same):
             return False
         return self.settings.global_group_id is not None or self.wanted() > self.pinned
 

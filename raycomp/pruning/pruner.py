@@ -198,6 +198,9 @@ class Pruner(Compressor):
                 remedy = nearest(str(target_id), map(str, self.masks))
                 raise CompressionError(f"{type(self).__name__} has no such target", where=str(target_id), remedy=remedy)
             shape = self.layouts[target_id].shape
+            if target_kind(target_id.target) != "parameter" and mask.dim() and mask.shape[0] != 1:
+                message = f"the mask's shape is {tuple(mask.shape)}: it has a batch dimension"
+                raise CompressionError(message, where=str(target_id), remedy="one mask for all samples: mask[:1]")
             if target_kind(target_id.target) == "parameter" and tuple(mask.shape) != shape:
                 message = f"the mask's shape is {tuple(mask.shape)}, the parameter's {shape}"
                 raise CompressionError(message, where=str(target_id))

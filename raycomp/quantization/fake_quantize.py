@@ -41,7 +41,7 @@ class FakeQuantize(AdoptsShapes):
         self.register_buffer("tracked_min", torch.full(shape, torch.inf))
         self.register_buffer("tracked_max", torch.full(shape, -torch.inf))
         self.register_buffer("enabled", torch.tensor(False))
-        self._read: tuple[int, int, bool] = (0, -1, False)
+        self._read: tuple[Tensor | None, int, bool] = (None, -1, False)
 
     @property
     def active(self) -> bool:
@@ -51,16 +51,16 @@ class FakeQuantize(AdoptsShapes):
             return active
         if self.enabled.is_inference():
             return bool(self.enabled)
-        if (tensor, version) != (id(self.enabled), self.enabled._version):
+        if tensor is not self.enabled or version != self.enabled._version:
             # Reading it waits for the device, so it is read again only where somebody wrote it.
             active = bool(self.enabled)
-            self._read = (id(self.enabled), self.enabled._version, active)
+            self._read = (self.enabled, self.enabled._version, active)
         return active
 
     @active.setter
     def active(self, value: bool) -> None:
         self.enabled.fill_(value)
-        self._read = (id(self.enabled), self.enabled._version, value)
+        self._read = (self.enabled, self.enabled._version, value)
 
     def forward(self, value: Tensor) -> Tensor:
         """The quantized and dequantized value."""

@@ -28,6 +28,7 @@ class _Host(Hosting):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name, by which it may be called
+        self.check_call()
         weight_target, norm, activation = self.raycomp_fold
         if norm is None:
             value = super().forward(input)  # type: ignore[misc]

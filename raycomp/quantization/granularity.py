@@ -10,15 +10,24 @@ from raycomp.core.target import TargetId, target_kind
 _OUTPUT_CHANNELS = ("out_channel", "per_channel")
 
 
-def granularity_problem(granularity: Any, target_id: TargetId, layout: Layout) -> tuple[str, str] | None:
-    """Message and remedy for a granularity that names no channels of the target; None where it names some."""
+def granularity_problem(
+    granularity: Any, target_id: TargetId, layout: Layout, groups: int = 1
+) -> tuple[str, str] | None:
+    """Message and remedy for a granularity that names no channels of the target; None where it names some.
+
+    Args:
+        granularity: as the config list says.
+        target_id: the target.
+        layout: the target's.
+        groups: of the module, where it is a convolution.
+    """
     if granularity == "default":
         return None
     if not isinstance(granularity, str):
         return f"{granularity} is not a granularity of scales", "out_channel, in_channel, per_channel or default"
     kind = target_kind(target_id.target)
     if kind == "parameter":
-        if granularity not in _OUTPUT_CHANNELS and (layout.groups > 1 or len(layout.shape or ()) < 2):
+        if granularity not in _OUTPUT_CHANNELS and (groups > 1 or len(layout.shape or ()) < 2):
             return f"{target_id} has no input channels of its own", "out_channel, or leave it out: one scale"
         return None
     other = "out_channel" if kind == "input" else "in_channel"

@@ -25,6 +25,8 @@ from raycomp.quantization.fold import fold, fold_problem, folded_weight, is_acti
 from raycomp.quantization.granularity import by_group, granularity_problem, scale_layout
 from raycomp.quantization.range_watcher import RangeWatcher, group_range, value_range
 
+_STORED = ("scale", "zero_point", "tracked_min", "tracked_max")
+
 
 class Quantizer(Compressor):
     """Puts fake quantization on its targets, folds what `fuse_names` says, and knows each target's range.
@@ -72,7 +74,9 @@ class Quantizer(Compressor):
         hosted = {name for _, names in self._fuse_names() for name in names[1:]}
         self.selected = {key: item for key, item in self.selected.items() if key.module not in hosted}
         for target_id, selected in self.selected.items():
-            unfit = granularity_problem(_settings(selected).granularity, target_id, self.layouts[target_id])
+            granularity, layout = _settings(selected).granularity, self.layouts[target_id]
+            groups = getattr(self.chain.space.module(target_id.module), "groups", 1)
+            unfit = granularity_problem(granularity, target_id, layout, groups)
             problems += [Problem(f"{selected.where}.granularity", *unfit)] if unfit else []
         if problems:
             raise ConfigError(problems)
@@ -186,7 +190,7 @@ class Quantizer(Compressor):
         """Takes over ranges that were stored before.
 
         Raises:
-            CompressionError: a target that this quantizer doesn't have.
+            CompressionError: a target that this quantizer doesn't have, or a value that is missing.
         """
         for module, targets in calibration.items():
             for target, values in targets.items():
@@ -194,6 +198,9 @@ class Quantizer(Compressor):
                 if target_id not in self.quantizers:
                     message, remedy = f"{type(self).__name__} has no such target", map(str, self.quantizers)
                     raise CompressionError(message, where=str(target_id), remedy=nearest(str(target_id), remedy))
+                if missing := [name for name in _STORED if name not in values]:
+                    lacks = f"the calibration lacks {', '.join(missing)}"
+                    raise CompressionError(lacks, where=str(target_id), remedy="as get_calibration_config() gives it")
                 quantizer = self.quantizers[target_id]
                 quantizer.set_range(torch.as_tensor(values["tracked_min"]), torch.as_tensor(values["tracked_max"]))
                 for name in ("scale", "zero_point"):

@@ -16,12 +16,15 @@ from rich.text import Text
 from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
 
+_LEAST_S = 1.0
+
 
 class ProgressPrinter:
     """Shows ProgressEvents and messages as they come.
 
     On a terminal the last event stands as a live bar below the messages. Elsewhere an event is printed when its stage
-    or epoch is new, when it brings metrics, when its stage ends, and otherwise every `every_s` seconds.
+    is new, when its stage ends, when its epoch is new or it brings metrics, but then not twice within a second, and
+    otherwise every `every_s` seconds.
 
     Args:
         console: where to print; default standard error, so that a command's output stays its own.
@@ -42,6 +45,7 @@ class ProgressPrinter:
         self._live: Live | None = None
         self._last: ProgressEvent | None = None
         self._printed_at = float("-inf")
+        self._first: ProgressEvent | None = None
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and self._live is None:
@@ -62,48 +66,57 @@ class ProgressPrinter:
 
     def event(self, event: ProgressEvent) -> None:
         """Takes the news from training."""
+        if self._first is None or event.stage != self._first.stage or event.step < self._first.step:
+            self._first = event
+        left = _left_s(self._first, event)
         if self._live is not None:
             if _ends(event):
                 self._live.update(Text(""))
-                self.message(event_line(event))
+                self.message(event_line(event, left))
             else:
-                self._live.update(_live_lines(event))
+                self._live.update(_live_lines(event, left))
         elif self._is_due(event):
-            self.message(event_line(event))
+            self.message(event_line(event, left))
             self._printed_at = self._clock()
         self._last = event
 
     def _is_due(self, event: ProgressEvent) -> bool:
         last = self._last
-        if last is None or (event.stage, event.epoch) != (last.stage, last.epoch):
+        if last is None or event.stage != last.stage or _ends(event):
             return True
-        if event.metrics or _ends(event):
-            return True
-        return self._clock() - self._printed_at >= self._every_s
+        is_news = bool(event.metrics) or event.epoch != last.epoch
+        return self._clock() - self._printed_at >= (_LEAST_S if is_news else self._every_s)
 
 
-def event_line(event: ProgressEvent) -> str:
+def _left_s(first: ProgressEvent, event: ProgressEvent) -> float | None:
+    """Seconds until the stage's training ends, at the pace since the first event that was seen of it."""
+    done = event.step - first.step
+    return (event.elapsed_s - first.elapsed_s) / done * (event.steps - event.step) if done > 0 else None
+
+
+def event_line(event: ProgressEvent, left_s: float | None = None) -> str:
     """In one line: `stage fused  epoch 2/5  step 40/100  loss 0.31  accuracy 0.97  sparsity 25.0 %  2 workers …`."""
     parts = [f"stage {event.stage}", f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
-    return "  ".join(parts + _figures(event))
+    return "  ".join(parts + _figures(event, left_s))
 
 
-def _figures(event: ProgressEvent) -> list[str]:
-    workers = f"{event.workers} worker" + ("s" if event.workers != 1 else "")
+def _figures(event: ProgressEvent, left_s: float | None) -> list[str]:
     metrics = [f"{name} {text.number(value)}" for name, value in event.metrics.items()]
     sparsity = f"sparsity {text.percent(event.sparsity)}"
     loss = [] if event.loss is None else [f"loss {text.number(event.loss)}"]
-    return [*loss, *metrics, sparsity, workers, text.seconds(event.elapsed_s)]
+    rate = [] if event.learning_rate is None else [f"lr {text.number(event.learning_rate)}"]
+    left = [f"{text.seconds(left_s)} left"] if left_s else []
+    return [*loss, *metrics, *rate, sparsity, text.workers(event.workers), text.seconds(event.elapsed_s), *left]
 
 
-def _live_lines(event: ProgressEvent) -> RenderableType:
+def _live_lines(event: ProgressEvent, left_s: float | None) -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
         Text(event.stage, style="bold"),
         ProgressBar(total=max(event.steps, 1), completed=event.step, width=28),
         Text(f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}"),
     )
-    return Group(bar, Text("  ".join(_figures(event)), style="dim"))
+    return Group(bar, Text("  ".join(_figures(event, left_s)), style="dim"))
 
 
 def _ends(event: ProgressEvent) -> bool:

@@ -54,6 +54,11 @@ def seconds(value: float | None) -> str:
     return f"{_three_digits(value * 1e6)} µs" if value else "0 s"
 
 
+def workers(number: int) -> str:
+    """1 -> "1 worker", 2 -> "2 workers"."""
+    return f"{number} worker" + ("s" if number != 1 else "")
+
+
 def number(value: float | None) -> str:
     """A metric or a loss, in four significant digits."""
     if value is None:

@@ -20,6 +20,7 @@ class ProgressEvent:
         sparsity: fraction of masked elements among the pruned targets, in [0, 1].
         workers: number of workers that train.
         elapsed_s: seconds since the run began.
+        learning_rate: of the user's first parameter group; None where nothing trains.
     """
 
     stage: str
@@ -32,3 +33,4 @@ class ProgressEvent:
     sparsity: float
     workers: int
     elapsed_s: float
+    learning_rate: float | None = None

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
-from raycomp.speedup.config_list import align_followers, auto_set_dependency_group_ids, complete_config_list, obstacles
+from raycomp.speedup.config_list import (
+    align_followers,
+    auto_set_denpendency_group_ids,
+    auto_set_dependency_group_ids,
+    complete_config_list,
+    obstacles,
+)
 from raycomp.speedup.rules import RULES, Registry, Rule
 from raycomp.speedup.speedup import ModelSpeedup
 from raycomp.speedup.surgery.apply import apply_plan
@@ -26,6 +32,7 @@ __all__ = [
     "Verification",
     "align_followers",
     "apply_plan",
+    "auto_set_denpendency_group_ids",
     "auto_set_dependency_group_ids",
     "complete_config_list",
     "cut_calibration",

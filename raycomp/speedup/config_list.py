@@ -46,6 +46,10 @@ def auto_set_dependency_group_ids(
     return _with_groups(TracedModel.of(model, dummy_input), config_list)
 
 
+auto_set_denpendency_group_ids = auto_set_dependency_group_ids
+"""NNI's spelling."""
+
+
 def complete_config_list(
     model: nn.Module,
     config_list: Sequence[Mapping[str, Any]],

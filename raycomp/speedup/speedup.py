@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
+import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from raycomp.config import nearest
 from raycomp.core.masks import Masks
 from raycomp.core.parts import as_call
 from raycomp.errors import SpeedupError
@@ -43,6 +49,17 @@ from raycomp.speedup.verify import compare, draws, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
+_NNIS = {
+    "customized_replacers": "attention and modules of your own are cut through the graph: leave it out",
+    "customized_mask_updaters": "write customized_rules={operator: rule} for an operator that has no rule",
+    "masks_file": "write masks=torch.load(path, weights_only=True)",
+    "map_location": "load the masks yourself: masks=torch.load(path, map_location=..., weights_only=True)",
+    "batch_dim": "the batch is dimension 0: leave it out",
+    "batch_size": "it is read from dummy_input: leave it out",
+    "confidence": "outputs are compared at several batch sizes: leave it out",
+    "garbage_collect_values": "leave it out",
+    "logger": "leave it out; warnings and the attribute unpruned say what there is to know",
+}
 _WORTH_A_CLASS = 0.1
 """The part of all parameters that must go beyond what the user's own forward allows, to replace one that takes more."""
 
@@ -84,7 +101,9 @@ class ModelSpeedup:
         customized_rules: Mapping[str, Rule] | None = None,
         graph_module: fx.GraphModule | None = None,
         others: Sequence[Example] = (),
+        **unknown: Any,
     ) -> None:
+        _refuse_nnis(masks, unknown)
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
@@ -102,7 +121,13 @@ class ModelSpeedup:
         self._new_value_masks = new_value_masks(self._masked, model)
 
     def speedup_model(self) -> nn.Module:
-        """The smaller model, each module in the training or eval mode that it had in the given model."""
+        """The smaller model, each module in the training or eval mode that it had in the given model.
+
+        A warning tells a caller who drops it: the given model is not changed in place, as NNI's was.
+        """
+        if _is_dropped(sys._getframe(1)):
+            message = "the model was not changed in place: write model = ModelSpeedup(...).speedup_model()"
+            warnings.warn(message, stacklevel=2)
         return tolerating(self._rules, self._speedup)
 
     def _speedup(self, rules: Registry) -> nn.Module:
@@ -203,6 +228,25 @@ class ModelSpeedup:
                 except Exception:  # whatever the user's forward raises when it meets other sizes than it states
                     return False
         return bool(pairs) and summarise(pairs, tolerance, sizes).passed
+
+
+def _refuse_nnis(masks: object, unknown: Mapping[str, Any]) -> None:
+    """What NNI's ModelSpeedup takes and this one doesn't, each with what to write instead."""
+    if isinstance(masks, str | os.PathLike):
+        remedy = "write masks=torch.load(path, weights_only=True)"
+        raise SpeedupError(f"masks are taken as {{module: {{target: mask}}}}, not as the path {masks}", remedy=remedy)
+    for name in unknown:
+        if name not in _NNIS:
+            raise TypeError(
+                f"ModelSpeedup has no argument {name!r} ({nearest(name, inspect.signature(ModelSpeedup).parameters)})"
+            )
+        raise SpeedupError(f"ModelSpeedup takes no {name}", remedy=_NNIS[name])
+
+
+def _is_dropped(caller: FrameType) -> bool:
+    """Whether a caller, who is in the midst of a call, throws its result away."""
+    rest = (each for each in dis.get_instructions(caller.f_code) if each.offset > caller.f_lasti)
+    return next((each.opname for each in rest if each.opname != "CACHE"), "") == "POP_TOP"
 
 
 def _never_bypassed(masks: Masks) -> Masks:

@@ -1,6 +1,6 @@
 """Object storage, and artifacts in it: published whole, verified when read, never unpickled."""
 
-from raycomp.storage.artifact import Artifact, ArtifactRef, open_artifact, publish
+from raycomp.storage.artifact import Artifact, ArtifactRef, artifact_uris, open_artifact, publish
 from raycomp.storage.filesystem import Store, open_store
 from raycomp.storage.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest
 from raycomp.storage.scratch import scratch
@@ -14,6 +14,7 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "Store",
+    "artifact_uris",
     "join_state",
     "load_metadata",
     "load_tensors",

@@ -141,6 +141,18 @@ def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, regi
     return Artifact(store, Manifest.from_json(store.read_bytes(MANIFEST), store.uri))
 
 
+def artifact_uris(uri: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The URIs of the artifacts of a job's folder or of all jobs of a storage, sorted.
+
+    Raises:
+        StorageError: the place can't be read.
+    """
+    store = open_store(uri)
+    places = [store, store.join("artifacts"), *(store.join(name, "artifacts") for name in store.folders())]
+    found = [place.join(name) for place in places for name in place.folders()]
+    return tuple(sorted({each.uri for each in found if each.exists(MANIFEST)}))
+
+
 def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Mapping[str, Any]) -> ArtifactRef:
     """Publishes the files of a local folder as an artifact. It is there once its manifest is, which is written last.
 

@@ -208,8 +208,11 @@ def open_store(uri: str | os.PathLike[str], endpoint: str | None = None, region:
         with explained(location.uri):
             location = s3.with_region(location)
             return Store(s3.RetryingS3(location), location.path, location.uri)
-    with explained(uri):
-        filesystem, path = fs.FileSystem.from_uri(uri)
+    try:
+        with explained(uri):
+            filesystem, path = fs.FileSystem.from_uri(uri)
+    except ValueError as error:
+        raise StorageError(f"the URI is not right: {error}", where=uri) from None
     return Store(filesystem, path, uri)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,7 +101,7 @@ def sweep(
     plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
     _check(plan)
     running = _Sweep(plan, progress or Silent())
-    with interruptible() as running.take_signals:
+    with interruptible():
         try:
             return running.run(resume)
         except KeyboardInterrupt:
@@ -124,8 +124,6 @@ class _Sweep:
     def __init__(self, plan: SweepPlan, progress: Progress) -> None:
         self.plan, self.progress = plan, progress
         self.ended = set[str]()
-
-    take_signals: Callable[[], None]
 
     def state(self) -> str:
         """What has ended, for who interrupts the sweep."""
@@ -151,7 +149,6 @@ class _Sweep:
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
         with connect(largest(jobs.values()), self.progress.message) as cluster:
-            self.take_signals()
             lost = self._tune(orders, cluster)
         return self._finish(lost)
 

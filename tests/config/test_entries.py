@@ -115,7 +115,7 @@ def test_granularity_refuses_other_forms(granularity: object) -> None:
         ("op_names_re", ["conv("]),
         ("target_names", []),
         ("align", "weight"),
-        ("global_group_id", 3),
+        ("global_group_id", 3.5),
     ],
 )
 def test_a_wrong_value_is_refused_at_its_key_and_quoted(key: str, value: object) -> None:

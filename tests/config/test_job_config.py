@@ -169,9 +169,10 @@ def test_stage_names_are_unique_even_where_stages_are_wrong() -> None:
 def test_an_unknown_compressor_lists_the_choices_and_is_judged_by_none_of_them(compressor: dict[str, Any]) -> None:
     (problem,) = problems(stages=[{"name": "a", "compressors": [{**compressor, "total_times": 0}]}])
     assert problem.where == "job.stages[0].compressors[0].type"
-    assert problem.message == (f"there is no '{compressor['type']}'" if compressor else "the key 'type' is missing")
-    assert problem.remedy.startswith("choose from ")
-    assert all(name in problem.remedy for name in COMPRESSORS)
+    assert problem.message == (
+        f"there is no {str(compressor['type'])!r}" if compressor else "the key 'type' is missing"
+    )
+    assert problem.remedy == f"choose from {', '.join(COMPRESSORS)}"
 
 
 def test_a_misspelt_compressor_names_the_nearest_one() -> None:
@@ -180,7 +181,7 @@ def test_a_misspelt_compressor_names_the_nearest_one() -> None:
     assert (problem.where, problem.message, problem.remedy) == (
         "job.stages[0].compressors[0].type",
         "there is no 'AGPPrunner'",
-        "did you mean 'AGPPruner'?",
+        f"did you mean 'AGPPruner'? There are {', '.join(COMPRESSORS)}",
     )
 
 

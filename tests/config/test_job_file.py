@@ -139,7 +139,7 @@ def test_the_error_prints_one_line_per_problem(file: Path) -> None:
         ("name: a\nname: b\n---\n", "3", "it is not YAML: "),
         ("name: *anchor\n", "1", "it is not YAML: "),
         (b"name: \xff\xfe\n", "", "it is not a text file"),
-        (b"name: a\x00b\n", "", "it is not YAML: "),
+        (b"name: a\nb\x00b\n", "2", "it is not YAML: the character 0x0 can't stand there"),
     ],
 )
 def test_files_that_are_no_job(file: Path, text: str | bytes, where: str, message: str) -> None:

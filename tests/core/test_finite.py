@@ -182,3 +182,26 @@ def test_an_attention_mask_of_minus_infinity_is_a_finite_training() -> None:
     L1NormPruner(model, [{"op_names": ["first"], "sparse_ratio": 0.5}], evaluator(model, batches())).compress(
         max_steps=4
     )
+
+
+def test_statistics_that_become_infinite_are_told() -> None:
+    """One great, finite value in a batch: its square is no float32, and the norm's output is."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    data = batches(4)
+    data[2][0, 0] = 3e38
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], evaluator(model, data, learning_rate=0.0))
+    with pytest.raises(NotFiniteError, match=r"1\.running_var|the loss|the gradient"):
+        pruner.compress(max_steps=4)
+
+
+def test_a_frozen_mask_of_minus_infinity_is_none_of_the_trainings() -> None:
+    class Causal(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mask = nn.Parameter(torch.triu(torch.full((4, 4), -torch.inf), 1), requires_grad=False)
+            self.register_buffer("other", torch.tensor([torch.inf]))
+
+    model = Causal()
+    pruner = L1NormPruner(model, [{"op_names": ["first"], "sparse_ratio": 0.5}], evaluator(model, batches()))
+    pruner.compress(max_steps=4)
+    assert pruner.chain.step == 4

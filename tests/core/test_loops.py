@@ -194,3 +194,38 @@ def test_what_the_chain_draws_goes_on_after_a_checkpoint() -> None:
             distiller.chain.load_state_dict(state)
         drawn.append(torch.rand(3, generator=distiller.chain.generator).tolist())
     assert drawn[0] == drawn[1]
+
+
+class Counted(torch.optim.Adam):
+    """Its step calls its parent's, as many of users' own do; torch hooks both."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.made = 0
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        self.made += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_its_parents_is_one(with_closure: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    optimizer = Counted(model.parameters())
+    pruner = TaylorPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], training_steps=3)
+    with pruner.chain.run([optimizer]):
+        for _ in range(4):
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = model(torch.randn(6, 4)).square().mean()
+                loss.backward()
+                return loss
+
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+    assert (optimizer.made, pruner.chain.step) == (4, 4)

@@ -13,7 +13,7 @@ import psutil  # Ray brings it along, once it is imported (by conftest).
 import pytest
 import yaml
 
-from raycomp.distributed.interrupt import Interrupted, interruptible
+from raycomp.distributed.interrupt import Interrupted, interruptible, same_signals
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
 
@@ -21,9 +21,9 @@ from tests.distributed.conftest import ROOT
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_block_with_its_exit_code(signum: signal.Signals, code: int) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted) as caught, interruptible() as take_signals:
-        signal.signal(signum, signal.SIG_IGN)  # as Ray takes it for itself
-        take_signals()
+    with pytest.raises(Interrupted) as caught, interruptible():
+        with same_signals():
+            signal.signal(signum, signal.SIG_IGN)  # as Ray takes it for itself
         os.kill(os.getpid(), signum)
         raise AssertionError("it was not heard")
     assert caught.value.exit_code == code and isinstance(caught.value, KeyboardInterrupt)
@@ -62,8 +62,7 @@ def test_in_another_thread_signals_stay_as_they_are() -> None:
     seen: list[object] = []
 
     def run() -> None:
-        with interruptible() as take_signals:
-            take_signals()
+        with interruptible():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=run)

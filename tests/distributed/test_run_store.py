@@ -103,7 +103,7 @@ def _begun(tmp_path: Path, run: str = "20261125-070000-aaaaaa") -> RunStore:
 def test_a_run_is_found_by_what_decides_its_result(tmp_path: Path, changes: dict[str, Any]) -> None:
     begun = _begun(tmp_path)
     found = unfinished_run(_job(tmp_path, **changes), print)
-    assert found is not None and found[0].run == begun.run
+    assert found is not None and found.run == begun.run
 
 
 @pytest.mark.parametrize(
@@ -121,6 +121,6 @@ def test_a_damaged_record_is_told_and_an_older_run_found(tmp_path: Path, content
     newer.files.write_bytes("run.json", content.encode())
     told: list[str] = []
     found = unfinished_run(_job(tmp_path), told.append)
-    assert found is not None and found[0].run == older.run
+    assert found is not None and found.run == older.run
     (line,) = told
     assert newer.run in line and "can't be resumed" in line and "run.json" in line and "damaged" in line

@@ -303,14 +303,44 @@ def test_a_stream_is_shared_out_and_nothing_is_seen_twice(num_data_workers: int)
             assert {found[k][2] for found in ranks} == {alone[k][1]}
 
 
-def _selfish(own: int, world: int) -> str:
+class SelfishLater(NoisyStream):
+    """The same first global batch, and then each worker's own."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.tensor(float(k if k < 4 else own_rank() * 100 + k)) for k in range(11))
+
+
+def _selfish(own: int, world: int, kind: Any) -> str:
     with pytest.raises(TaskError) as raised:
-        list(open_batches(Task(), Selfish(), BatchPlan(4, rank=own, world=world)).iterate(0))
+        list(open_batches(Task(), kind(), BatchPlan(4, rank=own, world=world)).iterate(0))
     return str(raised.value)
 
 
-def test_a_stream_that_differs_between_workers_is_an_error_everywhere() -> None:
-    for message in on_ranks(2, _selfish):
+class Thing:
+    """A sample of a class that says nothing of itself."""
+
+
+class Things(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (Thing() for _ in range(4))
+
+
+class Counting(Task):
+    def collate(self, samples: list[Any]) -> Any:
+        return torch.zeros(len(samples), 1)
+
+
+def _things(own: int, world: int) -> int:
+    return len(list(open_batches(Counting(), Things(), BatchPlan(4, rank=own, world=world)).iterate(0)))
+
+
+def test_samples_of_any_class_come_in_a_stream() -> None:
+    assert on_ranks(2, _things) == [1, 1]
+
+
+@pytest.mark.parametrize("kind", [Selfish, SelfishLater])
+def test_a_stream_that_differs_between_workers_is_an_error_everywhere(kind: Any) -> None:
+    for message in on_ranks(2, _selfish, kind):
         assert "gives one worker other samples than another" in message
         assert "a function of LoaderContext" in message
 
@@ -364,3 +394,8 @@ def _different_lengths(rank: int, world: int) -> str:
 
 def test_workers_that_see_different_data_are_an_error_everywhere() -> None:
     assert all("5 samples on one worker and 6 on another" in message for message in on_ranks(2, _different_lengths))
+
+
+def test_what_ray_data_leaves_out_is_told() -> None:
+    (note,) = open_batches(Task(), Shard(), BatchPlan(2)).notes
+    assert "those of an epoch that don't divide evenly among them are left out" in note

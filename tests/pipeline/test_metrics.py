@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset, TensorDataset
 
 from raycomp.core.model import evaluation_mode
+from raycomp.core.reduction import rank as own_rank
+from raycomp.core.reduction import world_size
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.task import Task
@@ -165,3 +168,20 @@ def _streamed(rank: int, world: int, batch_size: int, most: int | None) -> dict[
 def test_every_sample_of_a_stream_counts_once(batch_size: int, most: int | None, mean: float) -> None:
     assert _streamed(0, 1, batch_size, most) == {"value": mean}
     assert on_ranks(3, _streamed, batch_size, most) == [{"value": mean}] * 3
+
+
+class Selfish(Numbered):
+    """Shares itself out."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), own_rank(), None, world_size())
+
+
+def _selfish(rank: int, world: int) -> str:
+    with pytest.raises(TaskError) as raised:
+        evaluate(Sums(), nn.Linear(1, 2), Selfish(), batch_size=2, rank=rank, world=world)
+    return str(raised.value)
+
+
+def test_a_stream_that_shares_itself_out_is_refused_in_evaluation_too() -> None:
+    assert all("gives one worker other samples than another" in message for message in on_ranks(2, _selfish))

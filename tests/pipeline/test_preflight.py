@@ -241,3 +241,36 @@ def test_that_there_will_be_no_int8_model_is_told() -> None:
 
     found = check_stages(parse_job(job([QAT])), Asking()).warnings
     assert [told.startswith("there will be no int8 model: ") for told in found] == [True]
+
+
+class Recurrent(Small):
+    """An LSTM in front of the head."""
+
+    def model(self) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+            def forward(self, value: Tensor) -> Tensor:
+                return self.head(self.lstm(value[:, None])[0][:, -1])
+
+        return Net()
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (
+            {"op_names": ["lstm"], "target_names": ["weight_ih_l0"], "sparse_ratio": 0.5},
+            "lstm.weight_ih_l0 (42% of the parameters) will be masked and not be cut: channels are those of weights",
+        ),
+        (
+            {"op_names": ["head"], "target_names": ["weight"], "sparse_ratio": 0.5, "granularity": [1, 1]},
+            "head.weight (4% of the parameters) will be masked and not be cut: its granularity is finer than channels",
+        ),
+    ],
+)
+def test_what_is_masked_in_other_pieces_than_channels_is_told(entry: dict[str, Any], told: str) -> None:
+    raw = job([{"type": "L1NormPruner", "config_list": [entry]}])
+    assert any(told in warning for warning in check_stages(parse_job(raw), Recurrent()).warnings)

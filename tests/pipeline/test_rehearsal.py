@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from raycomp import Task
@@ -71,6 +72,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"optimizer": lambda self, model: torch.optim.LBFGS(model.parameters())},
     ),
     (r"metric 'm' is \[2, 3\]", {"metrics": lambda self, output, batch: {"m": output}}),
+    (r"Task\.metrics: it gave Tensor", {"metrics": lambda self, output, batch: output[:, 0]}),
+    (r"Task\.metrics: it gave a mapping of \[\]", {"metrics": lambda self, output, batch: {}}),
     (r"Small\.metrics\(\) raised KeyError", {"metrics": lambda self, output, batch: {}["m"]}),
     (r"train_data\(\) raised ZeroDivisionError", {"train_data": lambda self: 1 // 0}),
 ]
@@ -121,3 +124,41 @@ def test_the_check_of_a_job_rehearses() -> None:
 
     with pytest.raises(TaskError, match="the data is empty"):
         check_stages(config, Empty())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer, steps: StepLR(optimizer, steps // 3),
+        lambda optimizer, steps: OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=3 / steps),
+        lambda optimizer, steps: CosineAnnealingWarmRestarts(optimizer, steps // 4),
+    ],
+)
+def test_a_schedule_is_told_the_jobs_length(schedule: Any) -> None:
+    task = small(scheduler=lambda self, optimizer, steps: schedule(optimizer, steps))
+    assert rehearse_task(task, TrainingConfig(steps=6), trains=True)
+    assert rehearse_task(task, TrainingConfig(epochs=2, global_batch_size=3), trains=True)
+
+
+def test_two_samples_without_a_label_are_no_fault() -> None:
+    labels = torch.full((9,), -100)
+    assert rehearse_task(small(train_data=lambda self: TensorDataset(torch.randn(9, 4), labels)), EPOCH, trains=True)
+
+
+def test_a_step_that_needs_more_than_two_samples_gets_a_workers_batch() -> None:
+    def step(self: Task, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0].view(-1, 4, 4)[:, 0]).sum()
+
+    task = small(training_step=step, train_data=lambda self: TensorDataset(torch.randn(64, 4), torch.zeros(64).long()))
+    assert rehearse_task(task, EPOCH, trains=True, samples=8)
+    with pytest.raises(TaskError, match="shape"):
+        rehearse_task(task, EPOCH, trains=True, samples=2)
+
+
+def test_data_without_labels_reach_the_model() -> None:
+    task = small(
+        train_data=lambda self: TensorDataset(torch.randn(9, 4)),
+        training_step=lambda self, model, batch: self.forward(model, batch).square().mean(),
+        metrics=lambda self, output, batch: {"accuracy": output[:, 0]},
+    )
+    assert rehearse_task(task, EPOCH, trains=True) == ("accuracy",)

@@ -12,13 +12,16 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from raycomp import Task
-from raycomp.core.batch_share import BatchShare
+from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.core.target import TargetId
+from raycomp.core.watching import watch
 from raycomp.distillation.losses import kl, mse
 from raycomp.errors import TaskError
+from raycomp.pipeline.build import dense_model
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.training.shares import weighted_shares
+from raycomp.quantization.range_watcher import RangeWatcher
 from tests.contracts.training import train, weights_of
 from tests.pipeline.ranks import on_ranks
 
@@ -166,6 +169,17 @@ def test_weights_are_parts_of_samples_items_and_positions() -> None:
         ({"pixel_values": torch.zeros(3, 2), "labels": torch.tensor([1, 1, 0])}, 3),
         ({"input_ids": torch.ones(2, 4), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])}, 4),
         ({"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(2, 4), "labels": torch.tensor([0, 1])}, 2),
+        ({"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(2, 4), "labels": torch.rand(2)}, 2),
+        ({"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(2, 4), "labels": torch.rand(2, 3)}, 2),
+        (
+            {
+                "input_ids": torch.ones(2, 4),
+                "attention_mask": torch.ones(2, 4),
+                "start_positions": torch.tensor([0, 1]),
+                "end_positions": torch.tensor([1, 1]),
+            },
+            2,
+        ),
         (torch.zeros(7, 2), 7),
     ],
 )
@@ -190,8 +204,6 @@ def test_a_causal_language_models_first_labels_are_in_no_loss() -> None:
             sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8, "vocab_size": 16}
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, use_cache=False)).eval()
 
-    from raycomp.pipeline.build import dense_model
-
     task = Causal()
     model = dense_model(task, 0)
     labels = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
@@ -202,7 +214,7 @@ def test_a_causal_language_models_first_labels_are_in_no_loss() -> None:
     assert torch.isclose(task.loss(task.forward(model, batch), batch), each.sum() / 4)
 
 
-@pytest.mark.parametrize("items", [1.5, -1, "three"])
+@pytest.mark.parametrize("items", [-1, float("nan"), "three"])
 def test_a_count_that_is_none_is_an_error(items: Any) -> None:
     class Wrong(Task):
         def loss_items(self, batch: Any) -> Any:
@@ -251,3 +263,65 @@ def test_a_rank_weighs_the_loss_of_its_samples_alone() -> None:
     data = torch.utils.data.TensorDataset(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long))
     (step,) = open_batches(Task(), data, BatchPlan(5, accumulation=2)).iterate(0)
     assert [share.loss_weight for share in weighted_shares(Task(), step)] == [3 / 5, 2 / 5]
+
+
+def test_an_encoder_decoders_labels_are_not_shifted() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Translating(Task):
+        def model(self) -> nn.Module:
+            sizes = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+            return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+    task = Translating()
+    dense_model(task, 0)
+    assert task.loss_items({"labels": torch.ones(3, 4, dtype=torch.long)}) == 12
+
+
+class OwnMean(Text):
+    """Its loss is a mean that is 0/0, with such gradients, where nothing is labelled."""
+
+    def loss(self, output: Tensor, batch: Any) -> Tensor:
+        each = functional.cross_entropy(output.transpose(1, 2), batch["labels"], reduction="none")
+        counted = (batch["labels"] != -100).to(each.dtype)
+        return (each * counted).sum() / counted.sum()
+
+
+def _own_mean(rank: int, world: int, accumulation: int = 1) -> dict[str, Any]:
+    training = {**JOB["training"], "global_batch_size": 3, "gradient_accumulation": accumulation}  # type: ignore[dict-item]
+    return weights_of(train({**JOB, "task": {"entrypoint": f"{__name__}:OwnMean"}, "training": training}))
+
+
+def test_a_rank_or_micro_batch_without_any_label_adds_nothing() -> None:
+    expected = _own_mean(0, 1)
+    ranks = on_ranks(3, _own_mean)
+    for name, value in expected.items():
+        np.testing.assert_allclose(ranks[0][name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+        if "tracked" not in name:
+            np.testing.assert_allclose(_own_mean(0, 1, 3)[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+            break
+
+
+def test_a_count_may_be_a_sum_of_weights() -> None:
+    class Weighted(Task):
+        def loss_items(self, batch: Any) -> float:
+            return float(batch.sum())
+
+    weights = [share.loss_weight for share in shares_of(Weighted(), torch.tensor([[0.25]]), torch.tensor([[0.5]]))]
+    assert weights == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_a_batch_of_nothing_but_padding_is_watched_by_nobody() -> None:
+    watcher = RangeWatcher("a")
+    share = BatchShare(1, 2, positions=torch.zeros(1, 3, dtype=torch.bool))
+    with watch("training"), use_share(share):
+        watcher(torch.randn(1, 3, 4))
+    assert watcher.low == torch.inf
+
+
+def test_kl_passes_over_what_the_teacher_rules_out() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 2.0]])
+    assert float(kl(logits, logits)) == pytest.approx(0, abs=1e-6)
+    student = torch.zeros(1, 3, requires_grad=True)
+    kl(student, logits).backward()
+    assert bool(student.grad.isfinite().all())  # type: ignore[union-attr]

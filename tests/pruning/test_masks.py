@@ -217,3 +217,10 @@ def test_what_is_left_of_a_target_may_be_constant_once_the_goal_is_reached() -> 
     gone = torch.tensor([True, True, False, False])
     masks, notes = make_masks([MaskRequest("a", torch.ones(4), 1, PruneTarget(sparse_ratio=0.5), 1.0, gone)])
     assert (masks["a"].int().tolist(), notes) == ([0, 0, 1, 1], ())
+
+
+def test_saliencies_that_differ_by_rounding_are_the_same() -> None:
+    row = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    saliency = torch.stack([row[torch.randperm(64)].abs().sum() for _ in range(8)])
+    masks, notes = make_masks([MaskRequest("a", saliency, 1, PruneTarget(sparse_ratio=0.5))])
+    assert (bool(masks["a"].all()), notes) == (True, (CONSTANT,))

@@ -315,3 +315,16 @@ def test_compressing_again_trains_what_is_left_until_the_last_decision() -> None
     pruner.compress()
     assert pruner.chain.step == 4
     assert int((pruner.get_masks()["fc1"]["bias"] == 0).sum()) == 2
+
+
+def test_a_mask_with_a_batch_dimension_names_itself() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    align = {"module_name": "0", "target_name": "weight"}
+    entries = [
+        {"op_names": ["0"], "sparse_ratio": 0.5},
+        {"op_names": ["1"], "target_names": ["_output_0"], "align": align},
+    ]
+    pruner = L1NormPruner(model, entries)
+    with pytest.raises(CompressionError, match=r"1\._output_0: .*\(32, 6\).*batch dimension .*mask\[:1\]"):
+        pruner.update_masks({"1": {"_output_0": torch.ones(32, 6)}})
+    pruner.update_masks({"1": {"_output_0": torch.ones(1, 6)}})

@@ -349,6 +349,8 @@ CROOKED = {
     "another layer": lambda self, inner: self.relu(self.b1(self.c2(inner))),
     "the norm left out": lambda self, inner: self.relu(inner),
     "a concatenation": lambda self, inner: torch.cat([self.relu(self.b1(inner)), inner]),
+    "a comparison": lambda self, inner: self.relu(self.b1(inner)) * (inner > 0),
+    "an equality": lambda self, inner: self.relu(self.b1(inner)) if inner == 0 else inner,
     "an index": lambda self, inner: self.relu(self.b1(inner))[:1] * inner[:1],
 }
 
@@ -369,3 +371,16 @@ def test_a_host_that_the_model_gives_away_is_told() -> None:
     with pytest.raises(FoldError, match=r"c1 \+ b1 are fused, and square uses what c1 gives"):
         torch.square(block.c1(images))
     assert block.c1(images).shape == (2, 3, 6, 6)
+
+
+def test_a_forward_that_is_called_past_the_module_is_refused() -> None:
+    """Nobody would know then that norm and activation have been computed."""
+
+    class Past(Block):
+        def forward(self, value: Tensor) -> Tensor:
+            return self.relu(self.b1(self.c1.forward(value)))
+
+    block, images = Past().eval(), torch.randn(2, 3, 6, 6)
+    quantizer = fused_block(block, ("c1", "b1", "relu"), example=images)
+    with pytest.raises(ConfigError, match=r"the model calls c1\.forward itself"):
+        quantizer.rehearse()

@@ -370,6 +370,7 @@ def test_a_grouped_transposed_convolutions_output_channels_have_a_scale_each() -
         (nn.Linear(2, 2), "_output_", "in_channel", "0._output_0 is an output, which has no in_channels"),
         (nn.Linear(2, 2), "bias", "in_channel", "0.bias has no input channels of its own"),
         (nn.ConvTranspose2d(2, 2, 1, groups=2), "weight", "in_channel", "0.weight has no input channels of its own"),
+        (nn.Conv2d(4, 6, 3, groups=2), "weight", "in_channel", "0.weight has no input channels of its own"),
         (nn.GELU(), "_output_", "per_channel", "which dimension of 0._output_0 holds its channels isn't known"),
     ],
 )
@@ -401,3 +402,31 @@ def test_a_granularity_of_values_and_biases_names_their_channels(
     train(quantizer, torch.randn(4, 2, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(4, 5, 2))
     (found,) = quantizer.get_calibration_config()["0"].values()
     assert list(found["scale"].shape) == shape
+
+
+def test_an_average_goes_on_from_a_calibration_that_was_taken_over() -> None:
+    quantizer = quantized(linear(), target_names=["_input_"])
+    train(quantizer, torch.ones(1, 2), torch.ones(1, 2))
+    stored = quantizer.get_calibration_config()
+    stored["0"]["_input_0"]["tracked_max"] = torch.tensor(10.0)
+    quantizer.update_calibration_config(stored)
+    fresh = quantized(linear(), target_names=["_input_"])
+    fresh.update_calibration_config(stored)
+    for each in (quantizer, fresh):
+        train(each, torch.ones(1, 2))
+        assert float(each.quantizers[TargetId("0", "_input_0")].tracked_max) == pytest.approx(9.91, rel=1e-6)
+
+
+def test_a_functional_call_reads_its_own_tensors() -> None:
+    quantizer = quantized(linear(), target_names=["weight"], quant_dtype="int2")
+    module, value = quantizer.quantizers[TargetId("0", "weight")], torch.tensor([0.3, -0.8])
+    rounds = [torch.func.functional_call(module, {"enabled": torch.tensor(on)}, (value,)) for on in (True, False) * 2]
+    assert [bool((found != value).any()) for found in rounds] == [True, False] * 2
+
+
+def test_a_calibration_without_a_range_names_what_it_lacks() -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantizer = QATQuantizer(model, [{"op_names": ["0"], "target_names": ["weight"], "quant_dtype": "int8"}], None)
+    stored = {"0": {"weight": {"scale": torch.tensor(0.1), "zero_point": torch.tensor(0)}}}
+    with pytest.raises(CompressionError, match=r"0\.weight: the calibration lacks tracked_min, tracked_max"):
+        quantizer.update_calibration_config(stored)

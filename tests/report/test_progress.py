@@ -83,3 +83,25 @@ def test_the_live_display_ends_with_an_error() -> None:
             raise ValueError("training broke")
     except ValueError:
         assert console._live_stack == []
+
+
+def test_the_time_left_is_told_at_the_pace_of_the_stage() -> None:
+    printer, clock, file = _plain()
+    with printer:
+        printer.event(replace(EVENT, elapsed_s=40.0))
+        clock.now = 30.0
+        printer.event(replace(EVENT, step=40, elapsed_s=70.0, learning_rate=0.01, workers=1))
+        printer.event(replace(EVENT, stage="next", step=60, elapsed_s=80.0))
+    first, second, third = file.getvalue().splitlines()
+    assert "left" not in first and "left" not in third
+    assert second.endswith("lr 0.01  sparsity 25.0 %  1 worker  70.0 s  60.0 s left")
+
+
+def test_a_log_has_no_ten_lines_a_second_however_short_the_epochs() -> None:
+    printer, clock, file = _plain()
+    with printer:
+        for step in range(1, 100):
+            clock.now = step / 20
+            printer.event(replace(EVENT, epoch=step, epochs=100, step=step, metrics={"accuracy": 0.9}))
+        printer.event(replace(EVENT, epoch=100, step=100))
+    assert len(file.getvalue().splitlines()) == 1 + 4 + 1

@@ -14,6 +14,15 @@ from raycomp.pipeline.data.plan import Batches, BatchPlan, LoaderContext, Loader
 from raycomp.pipeline.data.source import SampleSource
 from raycomp.pipeline.data.streams import StreamView, slices
 
+_OF_THE_TASK = (
+    "the train data is a loader of the task's own, taken as it is: whether every number of workers sees the same "
+    "global batches is up to it"
+)
+_OF_RAY = (
+    "the train data is Ray Data's: which rows a worker sees depends on their number, and those of an epoch that don't "
+    "divide evenly among them are left out"
+)
+
 
 def open_batches(task: SampleSource, data: Any, plan: BatchPlan) -> Batches:
     """Train data in whatever form the task gives it. A collective: every rank calls it.
@@ -25,7 +34,8 @@ def open_batches(task: SampleSource, data: Any, plan: BatchPlan) -> Batches:
         return GlobalBatches(task, data, plan)
     if isinstance(data, IterableDataset):
         return StreamBatches(task, data, plan)
-    return LoaderBatches(task, as_loader_factory(task, data), plan)
+    note = _OF_RAY if isinstance(data, TorchBatches) else _OF_THE_TASK
+    return LoaderBatches(task, as_loader_factory(task, data), plan, (note,))
 
 
 def batches_of(task: SampleSource, data: Any, count: int) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from raycomp.core.reduction import Statistic, reduce_
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.plan import BatchPlan, LoaderContext, LoaderFactory, MicroBatch
 from raycomp.pipeline.data.source import SampleSource
-from raycomp.pipeline.data.streams import Slice, StreamView, slices
+from raycomp.pipeline.data.streams import Slice, StreamView, check_same_stream, slices
 from raycomp.pipeline.user_code import user_code
 
 
@@ -28,14 +28,13 @@ class LoaderBatches:
         task: counts the samples of a batch.
         factory: makes a worker's loader for one epoch.
         plan: how batches form steps.
+        notes: what the report should say of the data.
     """
 
-    notes: tuple[str, ...] = (
-        "the train data is a loader of the task's own, taken as it is: whether every number of workers sees the same "
-        + "global batches is up to it",
-    )
-
-    def __init__(self, task: SampleSource, factory: LoaderFactory, plan: BatchPlan) -> None:
+    def __init__(
+        self, task: SampleSource, factory: LoaderFactory, plan: BatchPlan, notes: tuple[str, ...] = ()
+    ) -> None:
+        self.notes = notes
         self._task = task
         self._factory = factory
         self._plan = plan
@@ -102,14 +101,11 @@ class StreamBatches(LoaderBatches):
         plan: how it is cut into steps.
     """
 
-    notes: tuple[str, ...] = ()
-
     def __init__(self, task: SampleSource, data: IterableDataset[Any], plan: BatchPlan) -> None:
         self._data = data
         super().__init__(task, lambda context: (), plan)
 
     def _loader(self, epoch: int) -> Iterable[Any]:
-        self._begins = True
         plan = self._plan
         view = StreamView(
             self._micro_batch_size, plan.rank, plan.world, plan.seed, epoch, num_data_workers=plan.num_data_workers
@@ -119,21 +115,8 @@ class StreamBatches(LoaderBatches):
     def _take(self, loader: Iterator[Any]) -> list[tuple[Any, int]]:
         with user_code(self._where):
             found: list[Slice] = list(islice(loader, self._plan.accumulation))
-        if self._begins:
-            self._check_agreement(found)
-            self._begins = False
+        check_same_stream(found[0].digest if found else 0, self._where)
         return [(batch, samples) for batch, samples, _ in found]
-
-    def _check_agreement(self, found: list[Slice]) -> None:
-        digests = [torch.tensor(found[0].digest if found else 0) for _ in range(2)]
-        reduce_([Statistic(digests[0], "min"), Statistic(digests[1], "max")])
-        if digests[0] != digests[1]:
-            raise TaskError(
-                "the stream gives one worker other samples than another",
-                where=self._where,
-                remedy="raycomp itself shares it out: give every worker all of it, in one order; or return a function "
-                "of LoaderContext that gives a worker its own batches",
-            )
 
     def _count_steps(self) -> int | None:
         length = _known_length(self._data)

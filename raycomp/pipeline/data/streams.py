@@ -18,8 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from raycomp.core.batch_share import rank_slice
+from raycomp.core.reduction import Statistic, reduce_
 from raycomp.core.seeds import OwnGenerators, derived_seed
+from raycomp.errors import TaskError
 from raycomp.pipeline.data.source import SampleSource
+
+_TOLD = 64
 
 
 class Slice(NamedTuple):
@@ -28,7 +32,7 @@ class Slice(NamedTuple):
     Args:
         batch: collated samples; a stand-in where `samples` is 0.
         samples: how many of them are this worker's.
-        digest: of the global batch where it is the first one, else 0: the same on every worker.
+        digest: of the global batch: the same on every worker.
     """
 
     batch: Any
@@ -76,7 +80,6 @@ class _Slices(IterableDataset[Slice]):
         generators = OwnGenerators(derived_seed(view.seed, view.epoch))
         with generators.used():
             samples = islice(iter(self._data), view.most)
-        first = True
         while True:
             with generators.used():
                 chunk = list(islice(samples, view.total))
@@ -85,19 +88,48 @@ class _Slices(IterableDataset[Slice]):
                 mine = chunk[rank_slice(len(chunk), view.rank, view.world)]
                 # Two stand-ins, because a batch norm refuses a single value per channel.
                 batch = self._task.collate(mine or chunk[:1] * 2)
-            yield Slice(batch, len(mine), _digest(chunk) if first else 0)
-            first = False
+            yield Slice(batch, len(mine), _digest(chunk))
 
 
 def _as_it_is(item: Any) -> Any:
     return item
 
 
+def check_same_stream(digest: int, where: str) -> None:
+    """Refuses a stream that gives one worker other samples than another. A collective, once for each global batch.
+
+    Args:
+        digest: of the global batch; 0 where the stream has ended here.
+        where: what gave the stream.
+
+    Raises:
+        TaskError: on every worker.
+    """
+    least, most = torch.tensor(digest), torch.tensor(digest)
+    reduce_([Statistic(least, "min"), Statistic(most, "max")])
+    if least != most:
+        raise TaskError(
+            "the stream gives one worker other samples than another",
+            where=where,
+            remedy="raycomp itself shares it out: give every worker all of it, in one order; or return a function of "
+            "LoaderContext that gives a worker its own batches",
+        )
+
+
 def _digest(chunk: list[Any]) -> int:
+    """A fingerprint of a global batch: the beginning of each value, which costs little and tells samples apart."""
     state = hashlib.blake2b(digest_size=7)
     for leaf in pytree.tree_leaves(chunk):
-        value = (
-            leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(leaf, Tensor) else leaf
-        )
-        state.update(value.tobytes() if hasattr(value, "tobytes") else repr(value).encode())
-    return int.from_bytes(state.digest())
+        state.update(_beginning(leaf))
+    return int.from_bytes(state.digest()) or 1
+
+
+def _beginning(leaf: Any) -> bytes:
+    if isinstance(leaf, Tensor):
+        dense = leaf.detach() if leaf.layout == torch.strided else leaf.detach().coalesce().values()
+        flat = dense.flatten()[:_TOLD].cpu()
+        return repr((tuple(leaf.shape), leaf.dtype, flat.tolist())).encode()
+    if isinstance(leaf, str | bytes | int | float | bool | None):
+        return repr(leaf)[:_TOLD].encode()
+    whole = getattr(leaf, "tobytes", None)
+    return whole()[:_TOLD] if callable(whole) else type(leaf).__name__.encode()

@@ -21,7 +21,12 @@ from raycomp.speedup import Plan, apply_plan
 from raycomp.storage import Artifact, load_tensors, open_artifact
 from raycomp.storage.artifact import understood
 
-_FORMATS = {"onnx": (files.ONNX, files.INT8), "pt2": (files.PROGRAM,), "state-dict": (files.MODEL, files.PLAN)}
+_FORMATS = {
+    "onnx": (files.ONNX, files.INT8),
+    "pt2": (files.PROGRAM,),
+    "state-dict": (files.MODEL, files.PLAN),
+    "report": (files.REPORT,),
+}
 
 
 def load(
@@ -96,7 +101,7 @@ def export(
 
     Args:
         uri: the artifact's place.
-        to: `onnx` (float, and int8 where there is one), `pt2`, or `state-dict` (with the plan of the surgery).
+        to: `onnx` (float, and int8 where there is one), `pt2`, `state-dict` (with the surgery's plan), or `report`.
         directory: is made if it isn't there.
 
     Returns:

@@ -319,6 +319,7 @@ class StageTraining:
             self.chain.sparsity(),
             world_size(),
             elapsed,
+            float(self.optimizer.param_groups[0]["lr"]) if self.rounds else None,
         )
 
     def _gradients(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import as_loader_factory, is_map_style
 from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.data.samples import fetched_batches
-from raycomp.pipeline.data.streams import StreamView, slices
+from raycomp.pipeline.data.streams import StreamView, check_same_stream, slices
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
@@ -99,6 +99,7 @@ class Tally:
             output = self._task.forward(self._model, moved)
         with user_code(f"{type(self._task).__name__}.metrics()"):
             values = self._task.metrics(output, moved)
+        _check_metrics(values)
         with user_code(f"{type(self._task).__name__}.count_samples()"):
             present = self._task.count_samples(moved)
         _add(self._sums, values, present, wanted)
@@ -161,9 +162,17 @@ def _indexed_batches(task: Task, data: Any, view: View) -> Iterator[tuple[Any, i
 def _streamed_batches(task: Task, data: IterableDataset[Any], view: View) -> Iterator[tuple[Any, int]]:
     total = view.batch_size * view.world
     stream = StreamView(total, view.rank, view.world, most=view.max_samples, num_data_workers=view.num_data_workers)
-    with user_code(f"{type(task).__name__}.eval_data()"):
-        for batch, samples, _ in slices(task, data, stream):
-            yield batch, samples
+    where = f"{type(task).__name__}.eval_data()"
+    with user_code(where):
+        found = iter(slices(task, data, stream))
+    while True:
+        with user_code(where):
+            each = next(found, None)
+        if view.world > 1:
+            check_same_stream(0 if each is None else each.digest, where)
+        if each is None:
+            return
+        yield each.batch, each.samples
 
 
 def _loaded(task: Task, data: Any, view: View) -> Iterator[Any]:
@@ -171,6 +180,13 @@ def _loaded(task: Task, data: Any, view: View) -> Iterator[Any]:
     with user_code(f"{type(task).__name__}.eval_data()"):
         loader: Iterable[Any] = factory(LoaderContext(view.rank, view.world, view.batch_size, 0, 0))
         yield from loader
+
+
+def _check_metrics(values: Any) -> None:
+    if not isinstance(values, Mapping) or not values or not all(isinstance(name, str) for name in values):
+        found = f"a mapping of {list(values)}" if isinstance(values, Mapping) else type(values).__name__
+        remedy = "give a dict: each metric's name, and its value for every sample, [n]"
+        raise TaskError(f"it gave {found}", where="Task.metrics", remedy=remedy)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor], present: int, wanted: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from math import inf
 
 import torch
 
@@ -22,7 +22,7 @@ def weighted_shares(task: Task, step: Sequence[MicroBatch]) -> list[BatchShare]:
     Raises:
         TaskError: the task can't count.
     """
-    counts = torch.tensor([_counts(task, micro_batch) for micro_batch in step])
+    counts = torch.tensor([_counts(task, micro_batch) for micro_batch in step], dtype=torch.float64)
     total = counts.sum(0)
     sum_over_ranks_(total)
     all_samples = sum(micro_batch.share.total for micro_batch in step)
@@ -38,19 +38,18 @@ def weighted_shares(task: Task, step: Sequence[MicroBatch]) -> list[BatchShare]:
     ]
 
 
-def _weight(mine: int, everyones: int) -> float:
+def _weight(mine: float, everyones: float) -> float:
     return mine / everyones * world_size() if everyones else 0.0
 
 
-def _counts(task: Task, micro_batch: MicroBatch) -> tuple[int, int]:
+def _counts(task: Task, micro_batch: MicroBatch) -> tuple[float, int]:
     if not micro_batch.share.samples:
-        return 0, 0
+        return 0.0, 0
     name = type(task).__name__
     with user_code(f"{name}.loss_items()"):
-        items: Any = task.loss_items(micro_batch.batch)
-        valid = float(items) == int(items) and items >= 0
-    if not valid:
-        raise TaskError(f"loss_items gave {items}", where=name, remedy="give a whole number, 0 or more")
+        items = float(task.loss_items(micro_batch.batch))
+    if not 0 <= items < inf:
+        raise TaskError(f"loss_items gave {items}", where=name, remedy="give a number, 0 or more")
     with user_code(f"{name}.attention_mask()"):
         positions = task.attention_mask(micro_batch.batch)
-    return int(items), 0 if positions is None else int(positions.sum())
+    return items, 0 if positions is None else int(positions.sum())

@@ -155,7 +155,8 @@ class ContractionRule(Rule):
         uneven = used & constants.is_known & ~constants.is_constant
         approximate = [(uneven, f"constants that differ between positions reach {call.label}")]
         if not c.uniform:
-            why = f"a constant that isn't zero reaches {call.label}, whose padding keeps a bias from absorbing it"
+            why = f"a constant that isn't zero reaches {call.label}, whose padding keeps a bias from absorbing it: "
+            why += "let norms and biases follow the pruned layer (align_followers; in a job speedup.align)"
             approximate.append((absorbed, why))
         module = self._bias_module(call, c)
         if c.bias is None and module is None:
