@@ -215,8 +215,8 @@ def factors_on_a_rank(rank: int, world: int) -> list[list[float]]:
     with pruner.chain.run(RunContext([optimizer])):
         for number in range(4):
             optimizer.zero_grad()
-            # Two forward passes before their backward passes, as some losses need. Before torch 2.13, DDP's broadcast of
-            # buffers broke the backward pass of any network that has some.
+            # Two forward passes before their backward passes, as some losses need. In torch 2.11, DDP's broadcast of
+            # buffers breaks that for networks that have some.
             batch = batch_of(number)[part]
             other = (lambda: wrapped(-batch)) if TWO_PASSES else lambda: 1.0  # noqa: B023
             step = lambda: (wrapped(batch) - other()).square().mean()  # noqa: B023, E731
