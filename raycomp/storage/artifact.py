@@ -192,8 +192,11 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
             raise _taken(destination) from None
         raise
     if not _seal(destination, _manifest(artifact_id, files, manifest_fields).to_json()):
-        _withdraw(destination, attempt, paths.values())
+        _withdraw(destination, attempt, [*paths.values(), *([_CLAIM] if alone else [])])
         raise _taken(destination)
+    # By name: to list what others are just deleting may fail.
+    with contextlib.suppress(StorageError):
+        destination.delete(_CLAIM)
     _tidy(destination, {MANIFEST, *paths.values()})
     return ArtifactRef(artifact_id, destination.uri)
 
