@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from raycomp.core.attach import TargetSpace
 from raycomp.errors import FoldError
@@ -59,7 +60,7 @@ class Folded:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = [value for value in _flat([args, kwargs or {}]) if isinstance(value, Folded)]
+        found = [value for value in pytree.tree_leaves([args, kwargs or {}]) if isinstance(value, Folded)]
         raise found[0].misused(getattr(function, "__name__", str(function)))
 
 
@@ -186,9 +187,3 @@ def fold_calls(space: TargetSpace, names: Sequence[str], host: type[Hosting] = H
 def _forget(module: nn.Module, *names: str) -> None:
     for name in names:
         module.__dict__.pop(name, None)
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return [leaf for part in value for leaf in _flat(part)]
-    return _flat(list(value.values())) if isinstance(value, dict) else [value]

@@ -30,6 +30,7 @@ from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.preflight import Checked
 from raycomp.pipeline.task import Task
+from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
 from raycomp.storage import scratch
@@ -252,8 +253,7 @@ class _Run:
     def _train(self, index: int, resolved: ResolvedStage, sink: ActorHandle) -> None:
         stage = self.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
-        workers = self.config.scaling.num_workers
-        self.listener.tell(f"stage {stage.name}: {names} on {workers} worker{'s' * (workers != 1)}")
+        self.listener.tell(f"stage {stage.name}: {names} on {text.workers(self.config.scaling.num_workers)}")
         state, damaged = self.run_store.last_state(stage.name)
         for note in damaged:
             self.listener.message(note)

@@ -79,8 +79,8 @@ def _step(task: Task, data: Any, training: TrainingConfig, samples: int) -> None
         loss.backward()
     with user_code(f"the step of {name}.optimizer()"):
         optimizer.step()
-    if scheduler is not None:
-        step_schedule(scheduler, f"{name}.scheduler()", metric=0.0)
+    for metric in (None, 0.0):
+        step_schedule(scheduler, f"{name}.scheduler()", metric)
 
 
 def _length(task: Task, data: Any, training: TrainingConfig) -> int:

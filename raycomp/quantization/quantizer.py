@@ -172,19 +172,11 @@ class Quantizer(Compressor):
 
     def get_calibration_config(self) -> Calibration:
         """{module: {target: {scale, zero_point, quant_dtype, …}}} of the targets that have a range."""
-        calibration: Calibration = {}
-        for target_id, quantizer in self.quantizers.items():
-            if quantizer.active and quantizer.settings.apply_method != "bypass":
-                calibration.setdefault(target_id.module, {})[target_id.target] = quantizer.calibration()
-        return calibration
+        return _calibration({key: each for key, each in self.quantizers.items() if each.active})
 
     def blank_calibration(self) -> Calibration:
         """The calibration's form, as it is before there are ranges: every target, with scales of 1."""
-        calibration: Calibration = {}
-        for target_id, quantizer in self.quantizers.items():
-            if quantizer.settings.apply_method != "bypass":
-                calibration.setdefault(target_id.module, {})[target_id.target] = quantizer.calibration()
-        return calibration
+        return _calibration(self.quantizers)
 
     def update_calibration_config(self, calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Takes over ranges that were stored before.
@@ -248,3 +240,11 @@ class Quantizer(Compressor):
 def _settings(selected: Selected) -> QuantizeTarget:
     assert isinstance(selected.settings, QuantizeTarget)
     return selected.settings
+
+
+def _calibration(quantizers: Mapping[TargetId, FakeQuantize]) -> Calibration:
+    calibration: Calibration = {}
+    for target_id, quantizer in quantizers.items():
+        if quantizer.settings.apply_method != "bypass":
+            calibration.setdefault(target_id.module, {})[target_id.target] = quantizer.calibration()
+    return calibration

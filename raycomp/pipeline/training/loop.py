@@ -32,7 +32,7 @@ from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.parallel import data_parallel, take_buffers_of_rank_0_
-from raycomp.pipeline.training.schedule import follows_metric, step_schedule
+from raycomp.pipeline.training.schedule import step_schedule
 from raycomp.pipeline.training.shares import weighted_shares
 from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
@@ -173,8 +173,7 @@ class StageTraining:
         self.loss_sum, self.loss_steps, last_event = torch.zeros((), device=self.device), 0, time.monotonic()
         for micro_batches in self.batches.iterate(self.epoch):
             self.loss_sum += self._step(micro_batches)
-            if self.scheduler is not None and not follows_metric(self.scheduler):
-                step_schedule(self.scheduler, self._call("scheduler"), metric=0.0)
+            step_schedule(self.scheduler, self._call("scheduler"))
             self.loss_steps += 1
             if rank() == 0 and self.chain.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
@@ -244,8 +243,7 @@ class StageTraining:
             take_buffers_of_rank_0_(self.chain.model)
         metrics = self._metrics(self.chain.model)
         event = self._event(self.epoch, self._mean_loss(), metrics)
-        if self.scheduler is not None and follows_metric(self.scheduler):
-            step_schedule(self.scheduler, self._call("scheduler"), metric=next(iter(metrics.values())))
+        step_schedule(self.scheduler, self._call("scheduler"), metric=next(iter(metrics.values())))
         self.history = (*self.history, event)
         if rank() == 0:
             self.listener.progress(event)

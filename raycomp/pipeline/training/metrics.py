@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from raycomp.core.batch_share import rank_slice
 from raycomp.core.model import evaluation_mode
-from raycomp.core.reduction import Statistic, reduce_
+from raycomp.core.reduction import Statistic, gathered, reduce_
 from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.batches import as_loader_factory, is_map_style
@@ -208,7 +207,9 @@ def _means(sums: dict[str, Tensor], count: int, world: int, task_name: str) -> d
         reduce_([Statistic(fewest, "min"), Statistic(counted, "sum")])
     if world > 1 and fewest == 0 and counted > 0:
         nothing = torch.zeros((), dtype=torch.float64)
-        sums = {name: sums.get(name, nothing.clone()) for name in _names_of_others(tuple(sums))}
+        # A worker that got no sample never saw what the metrics are called.
+        names: tuple[str, ...] = next(filter(None, gathered(tuple(sums))), ())
+        sums = {name: sums.get(name, nothing.clone()) for name in names}
     if counted == 0 or not sums:
         raise TaskError(
             "there is nothing to evaluate", where=f"{task_name}.eval_data()", remedy="give a sample and a metric"
@@ -216,15 +217,3 @@ def _means(sums: dict[str, Tensor], count: int, world: int, task_name: str) -> d
     if world > 1:
         reduce_([Statistic(total, "sum") for total in sums.values()])
     return {name: float(total / counted) for name, total in sums.items()}
-
-
-def _names_of_others(names: tuple[str, ...]) -> list[str]:
-    """The metrics' names, also on a worker that got no sample to see them with. A collective."""
-    mine = torch.tensor(list("\n".join(names).encode()), dtype=torch.int64)
-    length = torch.tensor(len(mine))
-    reduce_([Statistic(length, "max")])
-    if length == 0:
-        return []
-    codes = F.pad(mine, (0, int(length) - len(mine)))
-    reduce_([Statistic(codes, "max")])
-    return bytes(codes.tolist()).decode().split("\n")

@@ -7,24 +7,20 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from raycomp.pipeline.user_code import user_code
 
 
-def follows_metric(scheduler: LRScheduler | None) -> bool:
-    """Whether a schedule is stepped after each epoch with the main metric, instead of after each optimizer step."""
-    return isinstance(scheduler, ReduceLROnPlateau)
-
-
-def step_schedule(scheduler: LRScheduler, name: str, metric: float) -> None:
-    """Steps a schedule, one that follows the metric with it.
+def step_schedule(scheduler: LRScheduler | None, name: str, metric: float | None = None) -> None:
+    """Steps a schedule if it is its turn: one that follows the metric after each epoch, any other after each step.
 
     Args:
-        scheduler: the user's.
+        scheduler: the user's, if there is one.
         name: of what gave it, for errors.
-        metric: the epoch's.
+        metric: the main one of an epoch that ends; None after an optimizer step.
 
     Raises:
         TaskError: it raised.
     """
     with user_code(f"the step of {name}"):
         if isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step(metric)
-        else:
+            if metric is not None:
+                scheduler.step(metric)
+        elif scheduler is not None and metric is None:
             scheduler.step()
