@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CompressionJob": "raycomp.distributed.job",
-    "Progress": "raycomp.distributed.trainer",
+    "Progress": "raycomp.distributed.progress",
     "ProgressEvent": "raycomp.results.progress",
     "Task": "raycomp.pipeline.task",
     "TorchEvaluator": "raycomp.evaluators.plain",

@@ -48,6 +48,15 @@ class TaskConfig(Settings):
     """'package.module:Class', or 'path/to/file.py:Class' relative to the job file."""
     arguments: dict[str, Json] = Field(default_factory=dict)
     """Keyword arguments of the class."""
+    object_digest: Text | None = None
+    """The sha256 of what the task holds, where Python gave a task that is already made."""
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        if given.has("object_digest") and given.values.get("arguments"):
+            remedy = "leave them out, or give its class, which is called with them"
+            yield Conflict(("arguments",), "the task that was given is already made", remedy)
 
 
 class StageConfig(Settings):

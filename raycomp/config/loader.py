@@ -39,23 +39,28 @@ class JobFile:
     source: SourceMap
 
 
-def load_job_file(path: str | Path) -> JobFile:
+def load_job_file(path: str | Path, task: Mapping[str, Any] | None = None) -> JobFile:
     """The job that a file describes, and where its keys are.
+
+    Args:
+        path: the file's.
+        task: what stands in its `task` entry, whatever the file says of it.
 
     Raises:
         ConfigError: with everything that is wrong with the file, each with its line and key.
     """
     raw, source, problems = read_yaml(path)
+    values = with_task(raw, task)
     try:
-        job = JobConfig.model_validate(raw)
+        job = JobConfig.model_validate(values)
     except ValidationError as error:
         unread = {problem.where for problem in problems}
-        wrong = [problem for problem in problems_of(error, raw, source.locate) if problem.where not in unread]
+        wrong = [problem for problem in problems_of(error, values, source.locate) if problem.where not in unread]
         found = sorted([*problems, *wrong], key=_line_of)
         raise ConfigError(found) from None
     if problems:
         raise ConfigError(problems)
-    return JobFile(job, raw, source)
+    return JobFile(job, values, source)
 
 
 def load_job(path: str | Path) -> JobConfig:
@@ -75,16 +80,34 @@ def read_job(path: str | Path) -> tuple[dict[str, Any], SourceMap]:
     return raw, source
 
 
-def parse_job(mapping: Mapping[str, Any], where: str = "job") -> JobConfig:
+def parse_job(
+    mapping: Mapping[str, Any] | JobConfig, where: str = "job", task: Mapping[str, Any] | None = None
+) -> JobConfig:
     """The job that plain values describe.
 
+    Args:
+        mapping: its keys.
+        where: what stands before the key of a problem.
+        task: what stands in its `task` entry, whatever the mapping says of it.
+
     Raises:
-        ConfigError: with everything that is wrong, each with its key behind `where`.
+        ConfigError: with everything that is wrong.
     """
+    if isinstance(mapping, JobConfig):
+        mapping = mapping.model_dump(mode="json")
+    mapping = with_task(mapping, task)
     try:
         return JobConfig.model_validate(mapping)
     except ValidationError as error:
         raise ConfigError(problems_of(error, mapping, lambda path: format_path(path, where))) from None
+
+
+def with_task(raw: Mapping[str, Any], task: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A job's plain values with the keys of `task` in their entry of that name, where it is one that can hold them."""
+    said = raw.get("task") or {} if isinstance(raw, Mapping) else None
+    if task is None or not isinstance(said, Mapping):
+        return raw
+    return {**raw, "task": {**said, **task}}
 
 
 def _line_of(problem: Problem) -> int:

@@ -16,7 +16,7 @@ from pydantic import JsonValue, ValidationError
 from raycomp.config.base import problems_of
 from raycomp.config.change import set_key
 from raycomp.config.job import JobConfig
-from raycomp.config.loader import load_job_file, parse_job, read_job
+from raycomp.config.loader import load_job_file, parse_job, read_job, with_task
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.values import format_path, parse_path, shown
 from raycomp.errors import ConfigError, Problem
@@ -62,35 +62,48 @@ class SweepPlan:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def load_sweep(path: str | Path) -> SweepPlan:
+def load_sweep(path: str | Path, task: Mapping[str, Any] | None = None) -> SweepPlan:
     """The sweep that a file describes.
+
+    Args:
+        path: the file's.
+        task: what stands in the job's `task` entry, whatever its file says of it.
 
     Raises:
         ConfigError: with everything that is wrong with the file, its job, and the job of any trial.
     """
     raw, source = read_job(path)
-    return _Planner(raw, source.locate, Path(path).resolve().parent).plan()
+    return _Planner(raw, source.locate, Path(path).resolve().parent, task).plan()
 
 
-def parse_sweep(config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".") -> SweepPlan:
+def parse_sweep(
+    config: SweepConfig | Mapping[str, Any], base_dir: str | Path = ".", task: Mapping[str, Any] | None = None
+) -> SweepPlan:
     """The sweep that settings or plain values describe.
 
     Args:
         config: the sweep.
         base_dir: what the job file's path, or an inline job's task, is relative to.
+        task: as in `load_sweep`.
 
     Raises:
         ConfigError: as `load_sweep`.
     """
     raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, SweepConfig) else config
-    return _Planner(raw, lambda path: format_path(path, "sweep"), Path(base_dir).resolve()).plan()
+    return _Planner(raw, lambda path: format_path(path, "sweep"), Path(base_dir).resolve(), task).plan()
 
 
 class _Planner:
     """Checks a sweep's plain values from the outside in, and gathers what is wrong."""
 
-    def __init__(self, raw: Mapping[str, Any], locate: Callable[[Sequence[str | int]], str], folder: Path) -> None:
-        self.raw, self.locate, self.folder = raw, locate, folder
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        locate: Callable[[Sequence[str | int]], str],
+        folder: Path,
+        task: Mapping[str, Any] | None,
+    ) -> None:
+        self.raw, self.locate, self.folder, self.task = raw, locate, folder, task
         self.problems: list[Problem] = []
 
     def plan(self) -> SweepPlan:
@@ -121,10 +134,11 @@ class _Planner:
         try:
             if isinstance(job, str) and job:
                 path = self.folder / job
-                return load_job_file(path).raw, path.resolve().parent
+                return load_job_file(path, self.task).raw, path.resolve().parent
             if isinstance(job, Mapping):
-                parse_job(job, where="")
-                return job, self.folder
+                values = with_task(job, self.task)
+                parse_job(values, where="")
+                return values, self.folder
         except ConfigError as error:
             self.problems += [self._of_job(job, item) for item in error.problems]
         return None

@@ -27,6 +27,7 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
 _MOST_WORKERS_PER_CORE = 4
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # is set for the driver of a submitted job
 SPARE_CPUS = 1
 """CPUs of a local Ray beyond what workers may take, for the processes that drive them."""
 
@@ -143,6 +144,11 @@ def head_node_options() -> dict[str, object]:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(head_node_id(), soft=False)}
 
 
+def has_other_files(config: ClusterConfig) -> bool:
+    """Whether workers run on a cluster that has not been sent the files beside the driver, as `ray job submit` does."""
+    return _address(config) is not None and _SUBMITTED not in os.environ
+
+
 def _address(config: ClusterConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
@@ -184,7 +190,7 @@ def _local_cpus(job: JobConfig, tell: Tell) -> int:
 
 def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None:
     """What processes of other nodes need; a submitted job's own environment has it already."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if _SUBMITTED in os.environ:
         return None
     passed = {name: os.environ[name] for name in _TRAIN_SETTINGS}
     if job.storage.uri.startswith("s3://"):

@@ -12,8 +12,8 @@ import ray
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.distributed.cluster import head_node_options, on_head_node
-from raycomp.distributed.load_task import load_task
 from raycomp.distributed.run_store import RunStore
+from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
@@ -34,7 +34,7 @@ class HeadOrder:
 
     Args:
         job: the job.
-        base_dir: what the task's path is relative to.
+        recipe: makes the task.
         run_store: where the run's files are.
         resolved: what the stage's config lists mean for the model that it starts from.
         index: the stage's.
@@ -42,7 +42,7 @@ class HeadOrder:
     """
 
     job: JobConfig
-    base_dir: str
+    recipe: TaskRecipe
     run_store: RunStore
     resolved: ResolvedStage
     index: int
@@ -50,7 +50,7 @@ class HeadOrder:
 
     def task(self, folder: Path) -> Task:
         """The user's task, with what it prepared; `folder` must stay as long as the task."""
-        return load_task(self.job.task, self.base_dir, self.run_store.fetch_prepared(folder))
+        return self.recipe.make(self.job.task, self.run_store.fetch_prepared(folder))
 
     def state(self) -> StageState:
         """The stage's last checkpoint.
@@ -85,10 +85,10 @@ def on_head(function: Callable[..., Result], *args: Any) -> Result:
         raise
 
 
-def resolve_next(job: JobConfig, base_dir: str, run_store: RunStore, index: int) -> ResolvedStage:
+def resolve_next(job: JobConfig, recipe: TaskRecipe, run_store: RunStore, index: int) -> ResolvedStage:
     """What a later stage's config lists mean for the model that the stages before it left."""
     with scratch() as folder:
-        task = load_task(job.task, base_dir, run_store.fetch_prepared(folder))
+        task = recipe.make(job.task, run_store.fetch_prepared(folder))
         return resolve_start(job, index, task, run_store.fetch_start(index))
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from raycomp.config import JobConfig, SourceMap, load_job_file, parse_job
 from raycomp.config.storage import deleted_by_ray
-from raycomp.distributed.cluster import connect, on_demand
-from raycomp.distributed.load_task import load_task
+from raycomp.distributed.cluster import connect, has_other_files, on_demand
+from raycomp.distributed.progress import Progress, shown
 from raycomp.distributed.run import Driver, JobResult
-from raycomp.distributed.trainer import Progress, Silent
+from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ConfigError
 from raycomp.pipeline.preflight import Checked, check_stages
 from raycomp.pipeline.task import Task, prepare_task
-from raycomp.report import ProgressPrinter
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import open_store, scratch
 
@@ -34,9 +31,12 @@ class CompressionJob:
         config: a `JobConfig`, a mapping of the same keys, or the path of a job file.
         base_dir: what the task's path is relative to; default the job file's folder, else the current one.
         source: where the keys of a job that was read from a file are, so that errors name its lines.
+        task: a `Task`, or its class, which is then called with the job's `task.arguments`; it stands instead of the
+            job's own. As it is now, it goes to all workers: what is done to it later is not seen.
 
     Raises:
         ConfigError: with everything that is wrong in the settings.
+        TaskError: what was given is no task.
     """
 
     def __init__(
@@ -44,14 +44,20 @@ class CompressionJob:
         config: JobConfig | Mapping[str, Any] | str | Path,
         base_dir: Path | str | None = None,
         source: SourceMap | None = None,
+        *,
+        task: Task | type[Task] | None = None,
     ) -> None:
+        entry = None if task is None else task_entry(task)
         if isinstance(config, str | Path):
             base_dir = base_dir or Path(config).resolve().parent
-            file = load_job_file(config)
+            file = load_job_file(config, entry)
             config, source = file.job, file.source
-        self.config = config if isinstance(config, JobConfig) else parse_job(config)
+        elif entry is not None or not isinstance(config, JobConfig):
+            config = parse_job(config, task=entry)
+        self.config = config
         self.base_dir = Path(base_dir or ".").resolve()
         self._source = source
+        self._recipe = TaskRecipe.of(self.base_dir, task)
 
     def validate(self) -> tuple[str, ...]:
         """Checks all that can be checked without a cluster: the task, its model, every selection, the storage.
@@ -75,11 +81,19 @@ class CompressionJob:
             if store.is_local and _WORKING_DIR in store.path:
                 raise ConfigError([deleted_by_ray("storage.uri", job.storage.uri)])
             store.check()
-            task = load_task(job.task, self.base_dir)
+            task = self._recipe.make(job.task)
             prepare_task(task, folder)
-            return task, check_stages(job, task)
+            return task, self._checked(task)
         except ConfigError as error:
             raise error if self._source is None else self._source.located(error) from None
+
+    def _checked(self, task: Task) -> Checked:
+        checked = check_stages(self.config, task)
+        absent = self._recipe.left_behind() if has_other_files(self.config.cluster) else []
+        if not absent:
+            return checked
+        told = f"modules that don't go along with the task, and that each node must have: {', '.join(absent)}"
+        return replace(checked, warnings=(*checked.warnings, told))
 
     def fit(
         self,
@@ -102,31 +116,6 @@ class CompressionJob:
             RaycompError: one error with its cause; nothing half-written stays in the artifacts' place.
             Interrupted: by SIGINT or SIGTERM; it has been told what is saved, and nothing is left running.
         """
-        with _shown(progress) as shown, ExitStack() as stack:
-            driver = Driver(self.config, self.base_dir, shown, callbacks or [], stack)
+        with shown(progress) as listener, ExitStack() as stack:
+            driver = Driver(self.config, self._recipe, listener, callbacks or [], stack)
             return driver.fit(self.checked, resume, resume_with)
-
-
-@dataclass(frozen=True)
-class _Told:
-    """A function that hears all news."""
-
-    tell: Callable[[str | ProgressEvent], None]
-
-    def message(self, line: str) -> None:
-        self.tell(line)
-
-    def event(self, event: ProgressEvent) -> None:
-        self.tell(event)
-
-
-@contextmanager
-def _shown(progress: Progress | Callable[[str | ProgressEvent], None] | None) -> Iterator[Progress]:
-    console = Console(stderr=True)
-    if progress is None and (console.is_terminal or console.is_jupyter):
-        with ProgressPrinter(console) as printer:
-            yield printer
-    elif progress is None:
-        yield Silent()
-    else:
-        yield progress if isinstance(progress, Progress) else _Told(progress)

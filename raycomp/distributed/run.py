@@ -22,8 +22,10 @@ from raycomp.distributed.cluster import Cluster, connect, on_demand
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
 from raycomp.distributed.interrupt import interruptible
 from raycomp.distributed.lease import Lease, lease
+from raycomp.distributed.progress import Progress
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
-from raycomp.distributed.trainer import Progress, progress_sink, ray_datasets, train_stage
+from raycomp.distributed.task_recipe import TaskRecipe
+from raycomp.distributed.trainer import progress_sink, ray_datasets, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
@@ -90,24 +92,41 @@ class _Listener:
         self.last = checkpoint
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done, whichever run it becomes.
+
+    Args:
+        config: the job.
+        recipe: makes its task.
+        listener: hears what happens.
+        callbacks: Ray Train callbacks for every stage's run.
+        watch: where the time goes.
+    """
+
+    config: JobConfig
+    recipe: TaskRecipe
+    listener: _Listener
+    callbacks: list[Any]
+    watch: Stopwatch
+
+
 class Driver:
     """Brings a job to its run: its task is checked, Ray connected, the run found or begun, and held against others.
 
     Args:
         config: the job.
-        base_dir: what the task's path is relative to.
+        recipe: makes its task.
         progress: hears what happens.
         callbacks: Ray Train callbacks for every stage's run.
         stack: ends what the driver has begun.
     """
 
     def __init__(
-        self, config: JobConfig, base_dir: Path, progress: Progress, callbacks: list[Any], stack: ExitStack
+        self, config: JobConfig, recipe: TaskRecipe, progress: Progress, callbacks: list[Any], stack: ExitStack
     ) -> None:
-        self._config, self._base_dir, self._callbacks = config, str(base_dir), callbacks
-        self._progress, self._listener = progress, _Listener(progress)
-        self._stack = stack
-        self._watch = Stopwatch()
+        self._config, self._progress, self._stack = config, progress, stack
+        self._work = _Work(config, recipe, _Listener(progress), callbacks, Stopwatch())
         self._cluster: Cluster | None = None
         self._run: _Run | None = None
 
@@ -129,19 +148,19 @@ class Driver:
 
     def _fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool) -> JobResult:
         prepared = self._stack.enter_context(scratch())
-        with self._watch.part("validate and prepare"), on_demand(self._connected):
+        with self._work.watch.part("validate and prepare"), on_demand(self._connected):
             self._progress.message(f"job {self._config.name}: checking the job, its task and its storage")
             task, checked = check(prepared)
             for warning in checked.warnings:
                 self._progress.message(warning)
             datasets = ray_datasets(task)
-        with self._watch.part("start Ray"):
+        with self._work.watch.part("start Ray"):
             cluster = self._connected()
         if datasets:
             cluster.require_data_cpu(self._config.scaling)
         self._run = self._begun(resume, prepared, cluster, datasets)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
-        return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._listener)))
+        return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
 
     def _connected(self) -> Cluster:
         if self._cluster is None:
@@ -155,18 +174,7 @@ class Driver:
         held = self._stack.enter_context(lease(run_store.files, self._progress.message))
         # Who held it until now may have gone on.
         record = run_store.read_record() or _stored(self._config, run_store, prepared, now)
-        return _Run(
-            self._config,
-            self._base_dir,
-            self._listener,
-            self._callbacks,
-            self._watch,
-            cluster,
-            datasets,
-            run_store,
-            record,
-            held,
-        )
+        return _Run(self._work, cluster, datasets, run_store, record, held)
 
     def _found(self, resume: bool) -> RunStore | None:
         found = unfinished_run(self._config, self._progress.message)
@@ -196,11 +204,7 @@ class _Run:
     """A run that this driver holds.
 
     Args:
-        config: the job.
-        base_dir: what the task's path is relative to.
-        listener: hears what happens.
-        callbacks: Ray Train callbacks for every stage's run.
-        watch: where the time goes.
+        work: what is to be done.
         cluster: where it runs.
         datasets: what Ray Train shards.
         run_store: where the run's files are.
@@ -208,11 +212,7 @@ class _Run:
         lease: holds it against others.
     """
 
-    config: JobConfig
-    base_dir: str
-    listener: _Listener
-    callbacks: list[Any]
-    watch: Stopwatch
+    work: _Work
     cluster: Cluster
     datasets: dict[str, ray.data.Dataset]
     run_store: RunStore
@@ -227,20 +227,20 @@ class _Run:
             resolved: what the first stage's config lists mean.
             sink: the actor that hears of progress.
         """
-        last = len(self.config.stages) - 1
+        last = len(self.work.config.stages) - 1
         for index in range(self.record.stages_done, last + 1):
             if index:
-                resolved = on_head(resolve_next, self.config, self.base_dir, self.run_store, index)
+                resolved = on_head(resolve_next, self.work.config, self.work.recipe, self.run_store, index)
             self._train(index, resolved, sink)
-            notes = tuple(self.listener.notes)
-            order = HeadOrder(self.config, self.base_dir, self.run_store, resolved, index, notes)
+            notes = tuple(self.work.listener.notes)
+            order = HeadOrder(self.work.config, self.work.recipe, self.run_store, resolved, index, notes)
             if index < last:
                 self._end_stage(order)
         return self._publish(order)
 
     def state(self) -> str:
         """What is saved, for who interrupts the run."""
-        saved = self.listener.last
+        saved = self.work.listener.last
         if saved is None:
             return f"run {self.run_store.run} has no checkpoint yet"
         return f"run {self.run_store.run} is saved up to epoch {saved.epoch} of stage {saved.stage}"
@@ -251,31 +251,31 @@ class _Run:
         self.run_store.write_record(record)
 
     def _train(self, index: int, resolved: ResolvedStage, sink: ActorHandle) -> None:
-        stage = self.config.stages[index]
+        stage = self.work.config.stages[index]
         names = " + ".join(settings.type for settings in stage.compressors)
-        self.listener.tell(f"stage {stage.name}: {names} on {text.workers(self.config.scaling.num_workers)}")
+        self.work.listener.tell(f"stage {stage.name}: {names} on {text.workers(self.work.config.scaling.num_workers)}")
         state, damaged = self.run_store.last_state(stage.name)
         for note in damaged:
-            self.listener.message(note)
+            self.work.listener.message(note)
         if state is not None:
-            self.listener.saved(Saved(stage.name, state.epoch))
-        order = WorkerOrder(self.config, index, self.run_store, resolved, self.base_dir, sink, self.started)
-        with self.watch.part("train"):
-            train_stage(order, self.cluster, self.datasets, self.callbacks)
+            self.work.listener.saved(Saved(stage.name, state.epoch))
+        order = WorkerOrder(self.work.config, index, self.run_store, resolved, self.work.recipe, sink, self.started)
+        with self.work.watch.part("train"):
+            train_stage(order, self.cluster, self.datasets, self.work.callbacks)
 
     def _end_stage(self, order: HeadOrder) -> None:
-        name = self.config.stages[order.index].name
-        self.listener.tell(f"stage {name}: speedup and verification on the head node")
-        with self.watch.part("speed up and verify"):
+        name = self.work.config.stages[order.index].name
+        self.work.listener.tell(f"stage {name}: speedup and verification on the head node")
+        with self.work.watch.part("speed up and verify"):
             on_head(end_stage, order)
         self._record(replace(self.record, stages_done=order.index + 1))
 
     def _publish(self, order: HeadOrder) -> JobResult:
-        self.listener.tell("speedup, verification, int8, measuring and publishing on the head node")
+        self.work.listener.tell("speedup, verification, int8, measuring and publishing on the head node")
         uri = self.run_store.artifact_uri
         environment = {"ray": ray.__version__, "cluster": self.cluster.description}
-        environment["workers"] = str(self.config.scaling.num_workers)
-        facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.watch.timings)
+        environment["workers"] = str(self.work.config.scaling.num_workers)
+        facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.work.watch.timings)
         self.lease.check()
         conclusion = on_head(publish_run, order, facts)
         self._record(replace(self.record, finished=True))

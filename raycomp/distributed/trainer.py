@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import ray
 import ray.data
@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.progress import Progress
 from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
 from raycomp.errors import NotFiniteError
@@ -28,27 +29,6 @@ from raycomp.storage import Store
 
 _POLL_S = 0.2
 _CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """Who shows a run's progress."""
-
-    def message(self, line: str) -> None:
-        """A part of the run begins or ends."""
-
-    def event(self, event: ProgressEvent) -> None:
-        """News from training."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def message(self, line: str) -> None:
-        """Nothing."""
-
-    def event(self, event: ProgressEvent) -> None:
-        """Nothing."""
 
 
 class Listener(Progress, Protocol):

@@ -13,8 +13,8 @@ import torch
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
-from raycomp.distributed.load_task import load_task
 from raycomp.distributed.run_store import RunStore
+from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.stage import stage_chain
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
@@ -34,7 +34,7 @@ class WorkerOrder:
         index: the stage's.
         run_store: where the run's files are.
         resolved: what the stage's config lists mean for the model that it starts from.
-        base_dir: what the task's path is relative to; `Path` on the driver, and the same below the working directory.
+        recipe: makes the task.
         sink: the actor that hears of progress.
         started: `time.time()` when the run began.
     """
@@ -43,7 +43,7 @@ class WorkerOrder:
     index: int
     run_store: RunStore
     resolved: ResolvedStage
-    base_dir: str
+    recipe: TaskRecipe
     sink: ActorHandle
     started: float
 
@@ -97,7 +97,7 @@ def _train(order: WorkerOrder, folder: Path) -> None:
     training = job.training_for(stage)
     torch.set_num_threads(job.scaling.threads_per_worker)
     device = ray.train.torch.get_device()
-    task = load_task(job.task, order.base_dir, order.run_store.fetch_prepared(folder))
+    task = order.recipe.make(job.task, order.run_store.fetch_prepared(folder))
     prepare = synchronise_batch_norm_ if training.sync_batch_norm else None
     start = order.run_store.fetch_start(order.index)
     chain = stage_chain(job, order.index, task, start, order.resolved, device, prepare)

@@ -32,15 +32,29 @@ def build_task(config: TaskConfig, base_dir: Path | str = ".", prepared: Path | 
     Raises:
         TaskError: the module or class is not there, is no Task, takes other arguments, or raises.
     """
-    kind = load_task_class(config.entrypoint, Path(base_dir))
+    if config.object_digest is not None or config.entrypoint.startswith("__main__:"):
+        raise TaskError(
+            "Python gave the task; no file has it",
+            where=f"task.entrypoint {config.entrypoint}",
+            remedy="give it again, CompressionJob(…, task=…), or put its class into a file and name that",
+        )
+    task = construct(load_task_class(config.entrypoint, Path(base_dir)), config)
+    task.prepared = prepared
+    return task
+
+
+def construct(kind: type[Task], config: TaskConfig) -> Task:
+    """The task that a class makes of the config's arguments.
+
+    Raises:
+        TaskError: the class takes others, or raises.
+    """
     arguments: dict[str, object] = {**config.arguments}
     _check_arguments(kind, arguments, config.entrypoint)
     with restored_generators(), user_code(f"{kind.__name__}({', '.join(arguments)})"):
         # Every worker constructs it, and must get the same.
         seed_generators(0)
-        task = kind(**arguments)
-    task.prepared = prepared
-    return task
+        return kind(**arguments)
 
 
 def load_task_class(entrypoint: str, base_dir: Path) -> type[Task]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +23,12 @@ from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
 from raycomp.distributed.interrupt import interruptible
 from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.lease import lease
-from raycomp.distributed.trainer import Progress, Silent
+from raycomp.distributed.progress import Progress, shown
+from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ClusterError, ConfigError, Problem
+from raycomp.pipeline.task import Task
 from raycomp.report import render_sweep, sweep_table
+from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact
 from raycomp.tune.events import TrialEvents
@@ -80,8 +83,9 @@ def sweep(
     config: SweepConfig | Mapping[str, Any] | str | Path,
     base_dir: str | Path | None = None,
     *,
+    task: Task | type[Task] | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Callable[[str | ProgressEvent], None] | None = None,
     resume_with: str = "sweep(resume=True)",
 ) -> SweepResult:
     """Runs a job at every point of a search space, each a distributed job with its own artifact.
@@ -89,19 +93,25 @@ def sweep(
     Args:
         config: a sweep file's path, a `SweepConfig`, or a mapping of the same keys.
         base_dir: for settings that aren't a file: what the job's path is relative to; default the current folder.
+        task: instead of the job's own, as in `CompressionJob`.
         resume: go on with the latest equal sweep that has unfinished or failed trials, where there is one. Trials that
             ended well are kept, others go on from their last checkpoint.
-        progress: hears when trials begin and end.
+        progress: hears when trials begin and end; as in `CompressionJob.fit`.
         resume_with: what to tell who interrupts the sweep, as the way to go on with it.
 
     Raises:
         ConfigError, TaskError, StorageError: before the cluster is asked for anything.
         ClusterError: Ray can't be reached, or has not what a trial needs. A trial that fails is no error of the sweep.
     """
-    plan = load_sweep(config) if isinstance(config, str | Path) else parse_sweep(config, base_dir or ".")
-    _check(plan)
-    running = _Sweep(plan, progress or Silent())
-    with interruptible():
+    entry = None if task is None else task_entry(task)
+    if isinstance(config, str | Path):
+        plan = load_sweep(config, entry)
+    else:
+        plan = parse_sweep(config, base_dir or ".", entry)
+    recipe = TaskRecipe.of(plan.base_dir, task)
+    _check(plan, recipe)
+    with shown(progress) as listener, interruptible():
+        running = _Sweep(plan, recipe, listener)
         try:
             return running.run(resume)
         except KeyboardInterrupt:
@@ -109,10 +119,11 @@ def sweep(
             raise
 
 
-def _check(plan: SweepPlan) -> None:
+def _check(plan: SweepPlan, recipe: TaskRecipe) -> None:
     """The first trial's job is one that can run, and its task gives the metric that is compared."""
     with TemporaryDirectory() as folder:
-        _, checked = CompressionJob(plan.trials[0].job, plan.base_dir).checked(Path(folder))
+        job = CompressionJob(plan.trials[0].job, plan.base_dir, task=recipe.given())
+        _, checked = job.checked(Path(folder))
     wanted = plan.config.metric
     if wanted is not None and checked.metrics and wanted not in checked.metrics:
         raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])
@@ -121,8 +132,8 @@ def _check(plan: SweepPlan) -> None:
 class _Sweep:
     """One sweep, on the driver."""
 
-    def __init__(self, plan: SweepPlan, progress: Progress) -> None:
-        self.plan, self.progress = plan, progress
+    def __init__(self, plan: SweepPlan, recipe: TaskRecipe, progress: Progress) -> None:
+        self.plan, self.recipe, self.progress = plan, recipe, progress
         self.ended = set[str]()
 
     def state(self) -> str:
@@ -141,9 +152,7 @@ class _Sweep:
         self.sweep_store.forget(todo)
         jobs = {name: self.sweep_store.job_of(trials[name]) for name in todo}
         orders = {
-            name: TrialOrder(
-                name, trials[name].settings, job, str(self.plan.base_dir), self.plan.config.metric, self.sweep_store
-            )
+            name: TrialOrder(name, trials[name].settings, job, self.recipe, self.plan.config.metric, self.sweep_store)
             for name, job in jobs.items()
         }
         for name, value in _TUNE_SETTINGS.items():

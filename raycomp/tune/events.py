@@ -9,7 +9,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from raycomp.distributed.trainer import Progress, Silent
+from raycomp.distributed.progress import Progress, Silent
 from raycomp.report import text
 from raycomp.report.table import short_keys
 from raycomp.tune.trial import FAILED

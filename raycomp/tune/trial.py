@@ -13,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raycomp.config import JobConfig, nearest
 from raycomp.distributed.job import CompressionJob, JobResult
+from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import RaycompError
 from raycomp.results.summary import TrialFigures
 from raycomp.tune.sweep_store import SweepStore
@@ -28,7 +29,7 @@ class TrialOrder:
         trial: its id.
         settings: searched key → value.
         job: the job with these values, named and placed for this trial.
-        base_dir: what the task's path is relative to.
+        recipe: makes the task.
         metric: the metric to compare; None for the task's first.
         sweep_store: where the sweep's files are.
     """
@@ -36,7 +37,7 @@ class TrialOrder:
     trial: str
     settings: dict[str, JsonValue]
     job: JobConfig
-    base_dir: str
+    recipe: TaskRecipe
     metric: str | None
     sweep_store: SweepStore
 
@@ -59,7 +60,8 @@ def run_trial(config: Mapping[str, Any], orders: Mapping[str, TrialOrder]) -> No
 
 def _run(order: TrialOrder) -> tuple[TrialFigures, dict[str, float]]:
     try:
-        result = CompressionJob(order.job, order.base_dir).fit(resume=True, callbacks=[TuneReportCallback()])
+        job = CompressionJob(order.job, order.recipe.base_dir, task=order.recipe.given())
+        result = job.fit(resume=True, callbacks=[TuneReportCallback()])
     except Exception as error:
         return TrialFigures(order.trial, order.settings, None, None, error=one_line(error)), {}
     return trial_figures(order, result), result.summary.models[-1].metrics

@@ -13,12 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+# Forking this process would take along the threads of Ray, autograd and others, as they are at that moment.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "tests.contracts.training"])
+
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """`function(rank, world, *args)` on every rank; its results, which must be picklable, by rank."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(world, mp_context=multiprocessing.get_context("fork")) as pool,
+        ProcessPoolExecutor(world, mp_context=_CONTEXT) as pool,
     ):
         futures = [pool.submit(_work, rank, world, f"{folder}/store", function, args) for rank in range(world)]
         return [future.result() for future in futures]

@@ -8,6 +8,7 @@ import pytest
 
 from raycomp.config import parse_job
 from raycomp.distributed.job import JobResult
+from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import ConfigError, Problem, TaskError
 from raycomp.results.summary import ModelFigures, RunSummary
 from raycomp.tune.events import last_error
@@ -17,7 +18,9 @@ from tests.tune.jobs import tiny_job
 
 
 def order(folder: Path, metric: str | None = None) -> TrialOrder:
-    return TrialOrder("03", {"training.seed": 1}, parse_job(tiny_job(folder)), ".", metric, SweepStore(str(folder)))
+    return TrialOrder(
+        "03", {"training.seed": 1}, parse_job(tiny_job(folder)), TaskRecipe("."), metric, SweepStore(str(folder))
+    )
 
 
 def result(value: float = 0.75) -> JobResult:
