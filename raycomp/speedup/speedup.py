@@ -30,7 +30,7 @@ from raycomp.speedup.graph.example import Example, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
 from raycomp.speedup.graph.value_masks import (
     buffer_name,
-    canonical_masks,
+    check_value_masks,
     full_name,
     masked_copy,
     new_value_masks,
@@ -88,6 +88,7 @@ class ModelSpeedup:
     masked model).
 
     Raises:
+        CompressionError: the masks are no tensors by module and target.
         SpeedupError: masks don't fit the model, or the model can't be traced.
     """
 
@@ -107,7 +108,8 @@ class ModelSpeedup:
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
-        trained = canonical_masks(masks)
+        trained = Masks.canonical(masks)
+        check_value_masks(model, trained, dummy_input)
         self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
