@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from raycomp.config import SelectionEntry, parse_config_list
+from raycomp.config import COMPRESSORS, SelectionEntry, parse_config_list
+from raycomp.config.values import shown
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Moments
+from raycomp.core.public import Public
 from raycomp.core.rounds import conduct
 from raycomp.core.selection import Kind, Selected, Selection, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem
@@ -23,7 +25,7 @@ from raycomp.errors import CompressionError, ConfigError, Problem
 ConfigList = Sequence[Mapping[str, Any] | SelectionEntry] | Selection
 
 
-class Compressor(Moments, ABC):
+class Compressor(Public, Moments, ABC):
     """Compresses a model while the user's training runs.
 
     Constructing one attaches its targets to the model. A subclass says at which moments it acts by overriding them;
@@ -37,7 +39,7 @@ class Compressor(Moments, ABC):
         evaluator: how to train; needed by `compress` where the algorithm needs training.
 
     Raises:
-        ConfigError: with everything that is wrong in the config list.
+        ConfigError: with everything that is wrong in the arguments or the config list.
     """
 
     kind: ClassVar[Kind]
@@ -52,6 +54,14 @@ class Compressor(Moments, ABC):
         self.layouts = self.selection.layouts
         self.check()
         self.chain.register(self)
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        model = arguments.get("model")
+        if "model" in arguments and not isinstance(model, nn.Module | Chain):
+            yield Problem(f"{cls.__name__}.model", f"got {shown(model)}", "should be a torch.nn.Module")
+        yield from evaluator_problems(cls, arguments)
+        yield from setting_problems(cls, arguments)
 
     def _resolved(self, config_list: ConfigList) -> Selection:
         if isinstance(config_list, Selection):
@@ -159,12 +169,15 @@ class Compressor(Moments, ABC):
         return ConfigError([Problem(selected.where, f"{selected.target_id}: {message}", remedy)])
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuses counts below 1, by their names; None stands for a count that isn't given.
+def evaluator_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """An evaluator that is none."""
+    evaluator = arguments.get("evaluator")
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        remedy = "write TorchEvaluator(training_func, optimizer, training_step)"
+        yield Problem(f"{cls.__name__}.evaluator", f"got {shown(evaluator)}", remedy)
 
-    Raises:
-        ConfigError: with all that are wrong.
-    """
-    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
-    if wrong:
-        raise ConfigError(Problem(name, f"got {count}", "at least 1") for name, count in wrong.items())
+
+def setting_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """Arguments that a job file's keys of the same names could not be, either."""
+    registered = next((COMPRESSORS[each.__name__] for each in cls.__mro__ if each.__name__ in COMPRESSORS), None)
+    return registered.problems(arguments) if registered is not None else iter(())

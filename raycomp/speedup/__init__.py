@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from raycomp.config.registry import absent
 from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
 from raycomp.speedup.config_list import (
@@ -44,3 +47,8 @@ __all__ = [
     "verify",
     "with_value_masks",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        raise absent(__name__, name, __all__)

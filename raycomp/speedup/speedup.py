@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
-import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from raycomp.config import nearest
+from raycomp.config.values import shown
 from raycomp.core.masks import Masks
 from raycomp.core.parts import as_call
-from raycomp.errors import SpeedupError
+from raycomp.core.public import Public
+from raycomp.errors import Problem, SpeedupError
 from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
 from raycomp.speedup.analysis.propagate import run
@@ -49,22 +49,11 @@ from raycomp.speedup.verify import compare, draws, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
-_NNIS = {
-    "customized_replacers": "attention and modules of your own are cut through the graph: leave it out",
-    "customized_mask_updaters": "write customized_rules={operator: rule} for an operator that has no rule",
-    "masks_file": "write masks=torch.load(path, weights_only=True)",
-    "map_location": "load the masks yourself: masks=torch.load(path, map_location=..., weights_only=True)",
-    "batch_dim": "the batch is dimension 0: leave it out",
-    "batch_size": "it is read from dummy_input: leave it out",
-    "confidence": "outputs are compared at several batch sizes: leave it out",
-    "garbage_collect_values": "leave it out",
-    "logger": "leave it out; warnings and the attribute unpruned say what there is to know",
-}
 _WORTH_A_CLASS = 0.1
 """The part of all parameters that must go beyond what the user's own forward allows, to replace one that takes more."""
 
 
-class ModelSpeedup:
+class ModelSpeedup(Public):
     """Cuts what masks made removable out of a model.
 
     The result gives the masked model's outputs: the next bias absorbs what is constant where that is exact,
@@ -88,6 +77,7 @@ class ModelSpeedup:
     masked model).
 
     Raises:
+        ConfigError: with everything that is wrong in the arguments.
         SpeedupError: masks don't fit the model, or the model can't be traced.
     """
 
@@ -101,9 +91,7 @@ class ModelSpeedup:
         customized_rules: Mapping[str, Rule] | None = None,
         graph_module: fx.GraphModule | None = None,
         others: Sequence[Example] = (),
-        **unknown: Any,
     ) -> None:
-        _refuse_nnis(masks, unknown)
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
@@ -119,6 +107,15 @@ class ModelSpeedup:
         self._traced = masked_copy(graph_module, self._masks) if graph_module is not None else self._masked
         self._old_value_masks = set(value_masks(model))
         self._new_value_masks = new_value_masks(self._masked, model)
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        model, masks = arguments.get("model"), arguments.get("masks")
+        if "model" in arguments and not isinstance(model, nn.Module):
+            yield Problem("ModelSpeedup.model", f"got {shown(model)}", "should be a torch.nn.Module")
+        if "masks" in arguments and not isinstance(masks, Mapping):
+            remedy = "should be {module: {target: mask}}; of a file, torch.load(path, weights_only=True)"
+            yield Problem("ModelSpeedup.masks", f"got {shown(masks)}", remedy)
 
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model.
@@ -228,19 +225,6 @@ class ModelSpeedup:
                 except Exception:  # whatever the user's forward raises when it meets other sizes than it states
                     return False
         return bool(pairs) and summarise(pairs, tolerance, sizes).passed
-
-
-def _refuse_nnis(masks: object, unknown: Mapping[str, Any]) -> None:
-    """What NNI's ModelSpeedup takes and this one doesn't, each with what to write instead."""
-    if isinstance(masks, str | os.PathLike):
-        remedy = "write masks=torch.load(path, weights_only=True)"
-        raise SpeedupError(f"masks are taken as {{module: {{target: mask}}}}, not as the path {masks}", remedy=remedy)
-    for name in unknown:
-        if name not in _NNIS:
-            raise TypeError(
-                f"ModelSpeedup has no argument {name!r} ({nearest(name, inspect.signature(ModelSpeedup).parameters)})"
-            )
-        raise SpeedupError(f"ModelSpeedup takes no {name}", remedy=_NNIS[name])
 
 
 def _is_dropped(caller: FrameType) -> bool:
