@@ -48,7 +48,7 @@ class Compressor(Public, Moments, ABC):
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.chain = model if isinstance(model, Chain) else Chain(model)
-        self.chain.evaluator = self.chain.evaluator or evaluator
+        keep_evaluator(self.chain, evaluator)
         self.selection = self._resolved(config_list)
         self.selected = dict(self.selection.selected)
         self.layouts = self.selection.layouts
@@ -76,7 +76,7 @@ class Compressor(Public, Moments, ABC):
         """A compressor fused with `compressor` and all that is fused with it already.
 
         Its other arguments are those of the class, by name or in NNI's order. The evaluator of the earlier compressors
-        is kept; one given here is used only where they have none.
+        is kept; one given here is used only where they have none, else a warning says that it isn't.
 
         Raises:
             TypeError: more positional arguments than there are.
@@ -175,6 +175,15 @@ def evaluator_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Prob
     if evaluator is not None and not isinstance(evaluator, Evaluator):
         remedy = "write TorchEvaluator(training_func, optimizer, training_step)"
         yield Problem(f"{cls.__name__}.evaluator", f"got {shown(evaluator)}", remedy)
+
+
+def keep_evaluator(chain: Chain, evaluator: Evaluator | None) -> None:
+    """One evaluator trains all that is fused: the first."""
+    if chain.evaluator is None:
+        chain.evaluator = evaluator
+    elif evaluator is not None and evaluator is not chain.evaluator:
+        message = "the evaluator of the earlier compressors is kept, the one given here is not used: leave it out"
+        warnings.warn(message, stacklevel=3)
 
 
 def setting_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import evaluator_problems, setting_problems
+from raycomp.core.compressor import evaluator_problems, keep_evaluator, setting_problems
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.masks import Masks
 from raycomp.core.public import Public
@@ -50,7 +50,7 @@ class ScheduledPruner(Public, ABC):
             raise CompressionError(message, remedy="put one schedule around a pruner")
         self.pruner = pruner
         pruner.schedule = schedule
-        pruner.chain.evaluator = pruner.chain.evaluator or evaluator
+        keep_evaluator(pruner.chain, evaluator)
 
     @classmethod
     def from_compressor(cls, compressor: Pruner, *args: Any, **kwargs: Any) -> ScheduledPruner:

@@ -15,7 +15,7 @@ from raycomp.speedup.config_list import (
     obstacles,
 )
 from raycomp.speedup.rules import RULES, Registry, Rule
-from raycomp.speedup.speedup import ModelSpeedup
+from raycomp.speedup.speedup import ModelSpeedup, UnprunedWarning
 from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
 from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
@@ -32,6 +32,7 @@ __all__ = [
     "Rule",
     "TracedModel",
     "Unpruned",
+    "UnprunedWarning",
     "Verification",
     "align_followers",
     "apply_plan",

@@ -53,6 +53,10 @@ _WORTH_A_CLASS = 0.1
 """The part of all parameters that must go beyond what the user's own forward allows, to replace one that takes more."""
 
 
+class UnprunedWarning(UserWarning):
+    """What is masked, and could not be cut without changing the outputs."""
+
+
 class ModelSpeedup(Public):
     """Cuts what masks made removable out of a model.
 
@@ -120,12 +124,16 @@ class ModelSpeedup(Public):
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model.
 
-        A warning tells a caller who drops it: the given model is not changed in place, as NNI's was.
+        A warning tells a caller who drops it: the given model is not changed in place, as NNI's was. Another one tells
+        what is masked and stays.
         """
         if _is_dropped(sys._getframe(1)):
             message = "the model was not changed in place: write model = ModelSpeedup(...).speedup_model()"
             warnings.warn(message, stacklevel=2)
-        return tolerating(self._rules, self._speedup)
+        model = tolerating(self._rules, self._speedup)
+        if self.unpruned:
+            warnings.warn(_what_stays(self.unpruned), UnprunedWarning, stacklevel=2)
+        return model
 
     def _speedup(self, rules: Registry) -> nn.Module:
         graph = trace(self._traced, self._example)
@@ -225,6 +233,14 @@ class ModelSpeedup(Public):
                 except Exception:  # whatever the user's forward raises when it meets other sizes than it states
                     return False
         return bool(pairs) and summarise(pairs, tolerance, sizes).passed
+
+
+def _what_stays(unpruned: Sequence[Unpruned]) -> str:
+    most = max(unpruned, key=lambda item: item.count)
+    others = len({item.module for item in unpruned}) - 1
+    more = f" and {others} more modules" if others > 1 else " and another module" if others else ""
+    reason = f"{most.reason} (the attribute unpruned names all)"
+    return f"masked channels of {most.module}{more} stay in the model: {reason}"
 
 
 def _is_dropped(caller: FrameType) -> bool:

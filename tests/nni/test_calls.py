@@ -22,7 +22,7 @@ from raycomp.distillation import DynamicLayerwiseDistiller
 from raycomp.errors import CompressionError, ConfigError
 from raycomp.pruning import AGPPruner, L1NormPruner, LotteryTicketPruner, SlimPruner, TaylorPruner
 from raycomp.quantization import PtqQuantizer, QATQuantizer
-from raycomp.speedup import ModelSpeedup
+from raycomp.speedup import ModelSpeedup, UnprunedWarning
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ENTRY: dict[str, object] = {"op_names": ["0"], "sparse_ratio": 0.5}
@@ -119,6 +119,20 @@ def test_a_schedule_of_nni_2s_says_that_a_pruner_comes_first() -> None:
     assert pruner.message == "it goes around a pruner, not a Sequential"
 
 
+def own_teacher(model: nn.Module) -> Any:
+    pruner = L1NormPruner(model, [ENTRY])
+    return DynamicLayerwiseDistiller.from_compressor(pruner, [{"op_names": ["3"]}], model, lambda batch, teacher: 0)
+
+
+def test_a_second_evaluator_is_told_not_to_be_used() -> None:
+    model = network()
+    pruner = L1NormPruner(model, [ENTRY], evaluator(model))
+    with pytest.warns(UserWarning, match="the one given here is not used"):
+        QATQuantizer.from_compressor(pruner, [{"op_names": ["3"]}], evaluator=evaluator(model))
+    with pytest.warns(UserWarning, match="the one given here is not used"):
+        AGPPruner(pruner, 1, 1, evaluator(model))
+
+
 SGD = torch.optim.SGD(nn.Linear(1, 1).parameters())
 QUANTIZE: list[dict[str, object]] = [{"op_names": ["0"]}]
 
@@ -137,6 +151,8 @@ QUANTIZE: list[dict[str, object]] = [{"op_names": ["0"]}]
         (lambda: LotteryTicketPruner(L1NormPruner(network(), [ENTRY]), 2, "no"), "reset_weight: got 'no'"),
         (lambda: TorchEvaluator(None, SGD, print), "TorchEvaluator.training_func: got null"),
         (lambda: TorchEvaluator(print, network(), print), "TorchEvaluator.optimizers: got a Sequential"),
+        (lambda: DynamicLayerwiseDistiller(network(), [ENTRY], None, 3), "teacher_model: got 3"),
+        (lambda: own_teacher(network()), "teacher_model: it is the student itself .*deepcopy"),
         (lambda: ModelSpeedup(network(), X, "masks.pth"), r"ModelSpeedup.masks: got 'masks.pth' .*torch\.load"),
         (lambda: ModelSpeedup(network(), X, {}, "cpu"), "4 arguments are given by position, it takes model, dummy_i"),
         (lambda: ModelSpeedup(network(), X, {}, exakt=False), r"no argument 'exakt' .*'exact'"),
@@ -216,7 +232,7 @@ def test_a_schedule_shows_the_model_as_it_was_written() -> None:
 
 
 def test_a_result_that_is_dropped_is_warned_of() -> None:
-    model, masks = masked([{**ENTRY, "op_names": ["3"]}])
+    model, masks = masked(raycomp.align_followers(network(), [ENTRY], X))
     with pytest.warns(UserWarning, match="not changed in place: write model = ModelSpeedup"):
         ModelSpeedup(model, X, masks).speedup_model()
     with warnings.catch_warnings():
@@ -228,7 +244,10 @@ def test_a_result_that_is_dropped_is_warned_of() -> None:
 def test_what_blocks_a_channel_behind_a_norm_names_what_frees_it() -> None:
     model, masks = masked([ENTRY])
     speedup = ModelSpeedup(model, X, masks)
-    assert speedup.speedup_model()[0].out_channels == 8  # type: ignore[index]
+    with pytest.warns(UnprunedWarning, match=r"channels of 0 stay in the model: .*align_followers"):
+        assert speedup.speedup_model()[0].out_channels == 8  # type: ignore[index]
     assert all("align_followers" in item.reason for item in speedup.unpruned) and speedup.unpruned
     model, masks = masked(raycomp.align_followers(network(), [ENTRY], X))
-    assert ModelSpeedup(model, X, masks).speedup_model()[0].out_channels == 4  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ModelSpeedup(model, X, masks).speedup_model()[0].out_channels == 4  # type: ignore[index]
