@@ -32,11 +32,12 @@ def _each(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 NAMES = _each(
     {
-        "": "L2NormPruner FPGMPruner MovementPruner ADMMPruner AMCPruner AutoCompressPruner SimulatedAnnealingPruner "
-        "ActivationAPoZRankPruner ActivationMeanRankPruner "
-        "LsqQuantizer LsqPlusQuantizer DoReFaQuantizer BNNQuantizer NaiveQuantizer",
+        "": "L2NormPruner L2FilterPruner FPGMPruner MovementPruner ADMMPruner AMCPruner AutoCompressPruner "
+        "SimulatedAnnealingPruner ActivationAPoZRankPruner ActivationMeanRankPruner NetAdaptPruner "
+        "TransformerHeadPruner LsqQuantizer LsqPlusQuantizer DoReFaQuantizer BNNQuantizer NaiveQuantizer",
         "L1NormPruner with granularity: [1] prunes the same": "LevelPruner",
         "write L1NormPruner": "L1FilterPruner",
+        "write AGPPruner around a pruner": "AGP_Pruner",
         "write TaylorPruner": "TaylorFOWeightPruner TaylorFOWeightFilterPruner",
         "write QATQuantizer": "QAT_Quantizer",
         "write PtqQuantizer": "ObserverQuantizer",
@@ -46,7 +47,13 @@ NAMES = _each(
         "config list": "PruningSetting",
         "write raycomp.register_template('quantizer', class_name, targets)": "QuantizationSetting",
         "any class can be distilled: leave it out": "DistillatoinSetting",
-        "attention is cut through the graph: leave it out": "TransformersAttentionReplacer",
+        "attention and modules of your own are cut through the graph: leave it out": (
+            "TransformersAttentionReplacer Replacer"
+        ),
+        "write a subclass of raycomp.speedup.Rule, and customized_rules={operator: rule}": "MaskUpdater",
+        "auto_set_dependency_group_ids finds what goes together": "ChannelDependency GroupDependency fix_mask_conflict "
+        "ChannelMaskConflict GroupMaskConflict",
+        "write a sweep file over sparse_ratio, and run it by raycomp sweep": "SensitivityAnalysis",
         "write from raycomp.pruning import Pruner": "Pruner",
         "write from raycomp.quantization import Quantizer": "Quantizer",
         "write from raycomp.distillation import LayerwiseDistiller": "Distiller TeacherModelBasedDistiller",

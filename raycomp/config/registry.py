@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from importlib import import_module
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -97,12 +98,19 @@ class Registration:
             if name in arguments and name not in ("type", "config_list", "pruner"):
                 kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
                 try:
-                    TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(arguments[name])
+                    TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(_plain(arguments[name]))
                 except ValidationError as error:
                     yield from problems_of(error, arguments, partial(self._argument, name))[:1]
 
     def _argument(self, name: str, _: object) -> str:
         return f"{self.name}.{name}"
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers as Python's, which settings are made of."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 _REGISTERED: dict[str, Registration] = {}

@@ -72,7 +72,7 @@ class Compressor(Public, Moments, ABC):
         return resolve(self.chain.model, self.kind, entries, where="config_list", example=example)
 
     @classmethod
-    def from_compressor(cls, compressor: Compressor, config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
+    def from_compressor(cls, compressor: Compressor, new_config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
         """A compressor fused with `compressor` and all that is fused with it already.
 
         Its other arguments are those of the class, by name or in NNI's order. The evaluator of the earlier compressors
@@ -87,7 +87,7 @@ class Compressor(Public, Moments, ABC):
         if args and hasattr(args[0], "calibrate"):
             # The evaluator comes first in the constructors.
             order = ("evaluator", *(name for name in order if name != "evaluator"))
-        return cls(compressor.chain, config_list, **dict(zip(order, args, strict=False)), **kwargs)
+        return cls(compressor.chain, new_config_list, **dict(zip(order, args, strict=False)), **kwargs)
 
     @property
     def model(self) -> nn.Module:

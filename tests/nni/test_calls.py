@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -77,6 +78,25 @@ def test_an_algorithm_that_is_not_there_or_elsewhere_names_those_that_are() -> N
         from raycomp import MovementPruner  # noqa: F401
     with pytest.raises(ImportError, match=r"\(write from raycomp\.pruning import L1NormPruner\)"):
         from raycomp import L1NormPruner  # type: ignore[attr-defined]  # noqa: F401
+
+
+NNI_3 = {
+    "raycomp": "TorchEvaluator LightningEvaluator TransformersEvaluator DeepspeedTorchEvaluator Pruner Quantizer "
+    "Distiller auto_set_denpendency_group_ids PruningSetting QuantizationSetting DistillatoinSetting trace SCHEDULER",
+    "raycomp.pruning": "LevelPruner L1NormPruner L2NormPruner FPGMPruner MovementPruner LinearPruner AGPPruner "
+    "SlimPruner TaylorPruner",
+    "raycomp.quantization": "QATQuantizer BNNQuantizer DoReFaQuantizer LsqQuantizer PtqQuantizer LsqPlusQuantizer",
+    "raycomp.distillation": "DynamicLayerwiseDistiller Adaptive1dLayerwiseDistiller TeacherModelBasedDistiller",
+    "raycomp.speedup": "ModelSpeedup auto_set_denpendency_group_ids MaskUpdater Replacer TransformersAttentionReplacer "
+    "ModelSpeedupTensorRT Calibrator",
+}
+"""What NNI 3.0's packages offer, under the packages of the README's table."""
+
+
+def test_each_public_name_of_nnis_is_there_or_answered() -> None:
+    for package, names in NNI_3.items():
+        known = import_module(package).__all__
+        assert not [name for name in names.split() if name not in known and name not in nni.NAMES]
 
 
 def test_what_is_there_is_not_told_to_be_missing() -> None:
@@ -176,6 +196,13 @@ def test_a_criterion_in_place_of_a_training_step_is_told() -> None:
         TaylorPruner(model, [ENTRY], trains, training_steps=1).compress()
     with pytest.raises(CompressionError, match="the model's output"):
         PtqQuantizer(network(), QUANTIZE, trains).compress(max_steps=1)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    pruner = SlimPruner(network(), [ENTRY], None, np.int64(3), np.float32(0.5))  # type: ignore[arg-type]
+    assert (pruner.training_steps, pruner.regular_scale) == (3, 0.5)
+    with pytest.raises(ConfigError, match=r"training_steps: got 3\.5"):
+        SlimPruner(network(), [ENTRY], None, np.float64(3.5))  # type: ignore[arg-type]
 
 
 # Attributes.
