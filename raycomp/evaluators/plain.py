@@ -81,7 +81,7 @@ class TorchEvaluator(Public):
         self._warn_of_unheld(trainee)
 
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            _refuse_criterion(batch)
+            _refuse_criterion(batch, *args, **kwargs)
             return trainee.training_step(lambda: self.training_step(batch, *args, **kwargs), batch)
 
         evaluate = None if self.evaluating_func is None else lambda: self.evaluate(trainee.model)
@@ -99,7 +99,7 @@ class TorchEvaluator(Public):
         with trainee.calibrating():
 
             def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-                _refuse_criterion(batch)
+                _refuse_criterion(batch, *args, **kwargs)
                 output = trainee.calibration_step(lambda: self.training_step(batch, *args, **kwargs))
                 return with_loss(output, _without_gradient)
 
@@ -162,9 +162,10 @@ def _no_updates(optimizers: Sequence[Optimizer]) -> Iterator[None]:
             handle.remove()
 
 
-def _refuse_criterion(batch: Any) -> None:
-    """What a model has computed is no batch: its forward pass was none of the step."""
-    if isinstance(batch, Tensor) and batch.grad_fn is not None:
+def _refuse_criterion(batch: Any, *args: Any, **kwargs: Any) -> None:
+    """An output with its target is no batch with its model: the forward pass was none of the step."""
+    given = (*args, *kwargs.values())
+    if isinstance(batch, Tensor) and batch.grad_fn is not None and not any(isinstance(x, nn.Module) for x in given):
         message = "training_step is given the model's output, as NNI 2's criterion was"
         remedy = "write training_step(batch, model), which runs the model and gives the loss"
         raise CompressionError(message, remedy=remedy)

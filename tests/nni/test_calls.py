@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -230,6 +231,12 @@ def test_an_error_within_an_attribute_is_not_hidden() -> None:
 
     with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'nothing'"):
         Mine(network(), [ENTRY])
+
+
+def test_signatures_are_shown_as_they_are_written() -> None:
+    assert [*inspect.signature(TaylorPruner).parameters][-1] == "training_steps"
+    assert [*inspect.signature(AGPPruner).parameters][:2] == ["pruner", "interval_steps"]
+    assert "exact" in inspect.signature(ModelSpeedup).parameters
 
 
 def test_copies_are_made_as_ever() -> None:
