@@ -255,6 +255,23 @@ def test_masks_and_scales_that_were_stored_go_where_nnis_bases_took_them(tmp_pat
     assert float(quantizer.get_calibration_config()["0"]["weight"]["scale"]) == 0.5
 
 
+def test_outputs_of_a_class_of_ones_own_follow_an_embedding_without_a_pruning_setting() -> None:
+    class OwnAttention(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8), OwnAttention(8, 8))
+    raycomp.register_template("pruner", "OwnAttention", ["_output_"])
+    align = {"module_name": "0", "target_name": "weight", "dims": [1]}
+    config_list: list[dict[str, Any]] = [
+        {"op_types": ["Embedding"], "sparse_ratio": 0.5, "granularity": [-1, 1]},
+        {"op_types": ["OwnAttention"], "target_settings": {"_output_": {"align": align}}},
+    ]
+    masks = L1NormPruner(model, config_list).compress()[1]
+    kept = model[0].weight.abs().sum(0).argsort()[4:].sort().values  # type: ignore[operator, union-attr]
+    assert masks["1"]["_output_0"].nonzero().flatten().equal(kept)
+
+
 def test_a_schedule_shows_the_model_as_it_was_written() -> None:
     model = network()
     pruner = AGPPruner(L1NormPruner(model, [ENTRY], evaluator(model)), 1, 1)
