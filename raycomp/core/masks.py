@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from raycomp.config import canonical_target
@@ -91,3 +92,7 @@ class Masks(dict[str, dict[str, Tensor]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.methods)
+
+
+# So that `torch.load` reads, as weights alone, the masks that `torch.save` wrote.
+torch.serialization.add_safe_globals([Masks, TargetId])

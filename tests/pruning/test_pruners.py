@@ -169,7 +169,7 @@ def test_a_window_longer_than_the_interval_is_refused() -> None:
 
 def test_a_schedule_takes_a_basic_pruner_alone() -> None:
     inner = AGPPruner(L1NormPruner(Net(), [fc1(sparse_ratio=0.5)]), 2, 2)
-    with pytest.raises(CompressionError, match="LinearPruner schedules a pruner, not a AGPPruner"):
+    with pytest.raises(ConfigError, match="LinearPruner: it goes around a pruner, not a AGPPruner"):
         LinearPruner(inner, 2, 2)  # type: ignore[arg-type]
 
 

@@ -32,7 +32,7 @@ def _network() -> nn.Sequential:
         ),
         ("2", {"_input_y": torch.ones(1, 8, 1, 1)}, r"2\._input_y: masks name what"),
         ("0", {"weight": [1, 2]}, r"masks\['0'\]: got .*\{target: tensor\}"),
-        ("0", torch.ones(8, 3, 3, 3), r"masks\['0'\]: got tensor"),
+        ("0", torch.ones(8, 3, 3, 3), r"masks\['0'\]: got a Tensor"),
         ("9", {"_output_0": torch.ones(1, 8, 1, 1)}, "masks name a module that the model lacks: '9'"),
     ],
 )
