@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, JsonValue, Strict, TypeAdapter
 
 from raycomp.core.masks import ApplyMethod
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.operators import is_identifier
 from raycomp.speedup.graph.value_masks import ValueMask
 from raycomp.speedup.surgery.graph_code import added_tensors
-from raycomp.storage.documents import Document, parse_document
+from raycomp.storage.documents import Document, Many, parse_document
 
 FORMAT = 1
 _WHERE = "plan.json"
@@ -29,6 +29,12 @@ def _applied_by(method: Any) -> ApplyMethod:
     return ValueMask("", "", (), method).method
 
 
+def _ascending(keep: tuple[int, ...]) -> tuple[int, ...]:
+    if any(later <= earlier for earlier, later in pairwise(keep)):
+        raise ValueError("the coordinates don't ascend")
+    return keep
+
+
 class CutText(Document):
     tensor: str
     dim: _Number
@@ -38,8 +44,8 @@ class CutText(Document):
 
 class BlockCutText(Document):
     tensor: str
-    shape: Annotated[list[_Number], Field(min_length=2, max_length=2)]
-    blocks: list[Annotated[list[_Number], Field(min_length=2, max_length=2)]]
+    shape: Annotated[Many[_Number], Field(min_length=2, max_length=2)]
+    blocks: Many[Annotated[Many[_Number], Field(min_length=2, max_length=2)]]
 
 
 class AttributeText(Document):
@@ -57,7 +63,7 @@ class NewBiasText(Document):
 class ValueMaskText(Document):
     module: str
     target: Annotated[str, Field(pattern=r"^_(input|output)_\w+$")]
-    shape: list[_Number]
+    shape: Many[_Number]
     method: Annotated[ApplyMethod, BeforeValidator(_applied_by)] = "mul"
 
 
@@ -70,30 +76,29 @@ class ActivationCutText(Document):
 
 
 class SurgeryText(Document):
-    cuts: list[CutText]
-    block_cuts: list[BlockCutText]
-    attributes: list[AttributeText]
-    biases: list[NewBiasText]
-    value_masks: list[ValueMaskText]
-    activations: list[ActivationCutText]
+    cuts: Many[CutText]
+    block_cuts: Many[BlockCutText]
+    attributes: Many[AttributeText]
+    biases: Many[NewBiasText]
+    value_masks: Many[ValueMaskText]
+    activations: Many[ActivationCutText]
     graph: dict[str, JsonValue] | None
 
 
 class PlanText(Document):
     format: int
-    keep: list[list[_Number]]
-    surgeries: Annotated[list[SurgeryText], Field(max_length=_MOST_SURGERIES)]
+    keep: Many[Annotated[tuple[_Number, ...], Strict(False), FailFast(), AfterValidator(_ascending)]]
+    surgeries: Annotated[Many[SurgeryText], Field(max_length=_MOST_SURGERIES)]
 
     def kept(self, number: int, size: int) -> tuple[int, ...]:
         """The coordinates of an entry of the table, out of `size`.
 
         Raises:
-            SpeedupError: they aren't there, don't ascend, or go beyond the size.
+            SpeedupError: they aren't there, or go beyond the size.
         """
-        keep = tuple(self.keep[number]) if number < len(self.keep) else None
-        if keep is None or (keep and keep[-1] >= size) or any(b <= a for a, b in pairwise(keep)):
-            raise _wrong(f"the coordinates {number} aren't there, don't ascend, or go beyond the size {size}")
-        return keep
+        if number >= len(self.keep) or (self.keep[number] and self.keep[number][-1] >= size):
+            raise _wrong(f"the coordinates {number} aren't there, or go beyond the size {size}")
+        return self.keep[number]
 
 
 _ADAPTER = TypeAdapter(PlanText)
@@ -125,8 +130,9 @@ def _check(surgery: SurgeryText, plan: PlanText) -> None:
     if len(set(cuts)) != len(cuts):
         raise _wrong("a tensor is cut twice in the same dimension")
     for cut in surgery.block_cuts:
-        rows = [row for row, _ in cut.blocks for row in plan.kept(row, cut.shape[0])]
-        if len(set(rows)) != len(rows):
+        groups = [plan.kept(rows, cut.shape[0]) for rows, _ in cut.blocks]
+        # Counted first: a few lists, named again and again, would make a long one.
+        if sum(map(len, groups)) > cut.shape[0] or len(set(chain(*groups))) != sum(map(len, groups)):
             raise _wrong(f"the groups of {cut.tensor!r} overlap")
 
 
