@@ -125,6 +125,9 @@ def _check(surgery: SurgeryText, plan: PlanText) -> None:
     odd = next((a.name for a in surgery.attributes if not is_identifier(a.name) or a.name.startswith("_")), None)
     if odd is not None:
         raise _wrong(f"{odd!r} is no attribute that states a size")
+    grown = next((a for a in surgery.attributes if a.new > a.old), None)
+    if grown is not None:
+        raise _wrong(f"{grown.name!r} of {grown.module!r} grows from {grown.old} to {grown.new}")
     # What is cut again and again makes much work of little text.
     cuts = [*((cut.tensor, cut.dim) for cut in surgery.cuts), *((cut.tensor, "blocks") for cut in surgery.block_cuts)]
     if len(set(cuts)) != len(cuts):
