@@ -109,10 +109,10 @@ def sized(expression: str) -> Callable[[Any], None]:
     return change
 
 
-def masked(shape: list[int]) -> Callable[[Any], None]:
+def masked(shape: list[int], count: int) -> Callable[[Any], None]:
     def change(plan: Any) -> None:
         mask = {"module": "relu", "target": "_input_0", "shape": shape, "method": "mul"}
-        plan["surgeries"][0]["value_masks"] += [mask] * 100
+        plan["surgeries"][0]["value_masks"] += [mask] * count
 
     return change
 
@@ -157,7 +157,8 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "brackets in a summary": lambda real: {"summary.json": BRACKETS},
     "weights of 16 GB": lambda real: {"model.safetensors": hollow_tensors("conv.weight")},
     "masks of 16 GB": lambda real: {"masks.safetensors": hollow_tensors("conv.weight")},
-    "masks of a plan": lambda real: {"plan.json": masked([10**4, 10**4])},
+    "masks of a plan": lambda real: {"plan.json": masked([10**4, 10**4], 100)},
+    "a mask of more than all weights": lambda real: {"plan.json": masked([10**4, 10**4], 1)},
     "a million arguments": lambda real: program(real, arguments),
     "a million lists in a program": lambda real: program(
         real, lambda p: p["graph_module"].update(metadata=[[]] * MANY)

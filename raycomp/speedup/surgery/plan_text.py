@@ -20,7 +20,7 @@ FORMAT = 1
 _WHERE = "plan.json"
 _MOST_SURGERIES = 1000
 _MOST_ELEMENTS = 2**27
-"""Of all masks and constants that a plan adds to a model."""
+"""Of all masks and constants that a plan adds to a model, where nothing else says how many there are."""
 
 _Number = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -104,8 +104,12 @@ class PlanText(Document):
 _ADAPTER = TypeAdapter(PlanText)
 
 
-def read_plan(text: str | bytes) -> PlanText:
+def read_plan(text: str | bytes, most_added: int = _MOST_ELEMENTS) -> PlanText:
     """A plan's text, checked as far as it can be without the model.
+
+    Args:
+        text: JSON.
+        most_added: elements of all masks and constants that it may add to a model.
 
     Raises:
         SpeedupError: it isn't a plan.
@@ -116,8 +120,8 @@ def read_plan(text: str | bytes) -> PlanText:
     for surgery in plan.surgeries:
         _check(surgery, plan)
     elements = sum(math.prod(shape) for shape in _added(plan.surgeries))
-    if elements > _MOST_ELEMENTS:
-        raise _wrong(f"it adds masks and constants of {elements:,} elements, at most {_MOST_ELEMENTS:,} may be")
+    if elements > most_added:
+        raise _wrong(f"it adds masks and constants of {elements:,} elements, at most {most_added:,} may be")
     return plan
 
 
