@@ -191,7 +191,7 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
     _manifest(artifact_id, {}, manifest_fields)
     destination = store.join(artifact_id)
     attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
-    alone = destination.create_bytes(_CLAIM, attempt.encode())
+    alone = _claimed(destination, attempt)
     paths = {name: name if alone else f"{attempt}/{name}" for name in names}
     # Looked at behind the claim: a winner takes its claim away only when its manifest is there.
     if destination.exists(MANIFEST):
@@ -213,6 +213,17 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
         destination.delete(_CLAIM)
     _tidy(destination, {MANIFEST, *paths.values()})
     return ArtifactRef(artifact_id, destination.uri)
+
+
+def _claimed(destination: Store, attempt: str) -> bool:
+    """Whether nobody else is publishing here."""
+    try:
+        return destination.create_bytes(_CLAIM, attempt.encode())
+    except StorageError:
+        # A winner tidies up what others are still writing.
+        if destination.exists(MANIFEST):
+            raise _taken(destination) from None
+        raise
 
 
 def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping[str, Any]) -> Manifest:
