@@ -16,8 +16,7 @@ from rich.text import Text
 
 import raycomp
 from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, read_value, set_key, sweep_schema
-from raycomp.errors import ConfigError, Problem, RaycompError
-from raycomp.report.text import visible
+from raycomp.errors import ConfigError, Problem, RaycompError, visible
 
 _PIPE_WIDTH = 120
 _INTERRUPTED = 130

@@ -1,12 +1,34 @@
 """Every error that raycomp raises for a user: what went wrong, where, and how to mend it.
 
-All of them survive pickling, because Ray carries them from workers to the driver.
+All of them survive pickling, because Ray carries them from workers to the driver. Their texts may quote a stranger's,
+and steer no terminal.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    """A text with a mark in place of everything that steers a terminal or turns the direction of writing.
+
+    Args:
+        text: of any origin.
+        lines: whether line breaks and tabs stay; else they become spaces.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_shown(character, lines) for character in text)
+
+
+def _shown(character: str, lines: bool) -> str:
+    if character in "\n\t\r":
+        return character if lines and character != "\r" else " "
+    # Controls, surrogates, invisible formats; those that join letters stay.
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
+    return "\ufffd" if hidden else character
 
 
 class RaycompError(Exception):
@@ -27,7 +49,7 @@ class RaycompError(Exception):
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
         mend = f" ({self.remedy})" if self.remedy else ""
-        return f"{place}{self.message}{mend}"
+        return visible(f"{place}{self.message}{mend}", lines=True)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.__dict__.copy())
@@ -67,7 +89,7 @@ class ConfigError(RaycompError):
         super().__init__(f"{count} problem{'s' if count != 1 else ''}")
 
     def __str__(self) -> str:
-        return "\n".join(str(problem) for problem in self.problems)
+        return visible("\n".join(str(problem) for problem in self.problems), lines=True)
 
 
 class TaskError(RaycompError):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import AfterValidator
 
@@ -25,9 +25,11 @@ def _storage_uri(uri: str) -> str:
     scheme, separator, _ = uri.partition("://")
     if not separator:
         return _folder(uri)
-    parts = urlsplit(uri)
+    parts = _split(uri)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if "@" in parts.netloc or any(re.search("key|secret|token|password", option.lower()) for option in options):
+    if "@" in parts.netloc + options.get("endpoint_override", "") or any(
+        re.search("key|secret|token|password", option.lower()) for option in options
+    ):
         raise refuse(
             "the URI holds credentials", "take them out; they come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
@@ -35,13 +37,26 @@ def _storage_uri(uri: str) -> str:
         raise refuse(f"got '{uri}': there is no storage for '{scheme}://'", nearest(scheme, _SCHEMES))
     if scheme == "s3" and not parts.netloc:
         raise refuse(f"got '{uri}': it names no bucket", "should be s3://bucket/prefix")
+    if scheme == "s3" and not re.fullmatch(r"[\w.-]+", parts.netloc):
+        remedy = "should be s3://bucket/prefix; a store's address is storage.endpoint"
+        raise refuse(f"got '{uri}': '{parts.netloc}' is no bucket's name", remedy)
     for option in options:
         if option not in _OPTIONS.get(scheme, options):
-            raise refuse(f"got '{uri}': unknown option '{option}'", nearest(option, _OPTIONS[scheme]))
+            raise refuse(f"the URI has an unknown option '{option}'", nearest(option, _OPTIONS[scheme]))
     return uri
 
 
+def _split(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise refuse(f"got '{uri}': {error}", "brackets stand around an IPv6 address alone") from None
+
+
 def _folder(path: str) -> str:
+    scheme, colon, rest = path.partition(":")
+    if colon and scheme.lower() in _SCHEMES:
+        raise refuse(f"got '{path}': it is neither a URI nor a folder", f"write {scheme.lower()}://{rest.lstrip('/')}")
     try:
         Path(path).expanduser()
     except RuntimeError:
@@ -53,7 +68,7 @@ def _folder(path: str) -> str:
 
 
 def _endpoint(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
+    parts = _split(endpoint)
     if "@" in parts.netloc:
         raise refuse("the endpoint holds credentials", "take them out; they come from AWS_* environment variables")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:

@@ -39,6 +39,9 @@ def check_onnx(content: bytes, where: str) -> None:
             raise _refused("sparse constants", where)
         for tensor in graph.initializer:
             _check_constant(tensor, where)
+        odd_name = next((name for name in _names(graph) if not name.isprintable()), None)
+        if odd_name is not None:
+            raise _refused(f"the name {odd_name[:80]!r}", where)
         for node in graph.node:
             if node.domain not in _STANDARD or node.op_type in _ENDLESS:
                 raise _refused(f"the operator {node.op_type[:80]!r}", where)
@@ -53,6 +56,20 @@ def _graphs(graph: Any) -> Iterator[Any]:
         for attribute in node.attribute:
             for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
                 yield from _graphs(inner)
+
+
+def _names(graph: Any) -> Iterator[str]:
+    """All texts of a graph, which ONNX Runtime's errors quote."""
+    yield graph.name
+    for node in graph.node:
+        yield from (node.name, node.op_type, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+            yield from (text.decode(errors="replace") for text in (attribute.s, *attribute.strings))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name
+        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
+    yield from (tensor.name for tensor in graph.initializer)
 
 
 def _check_constant(tensor: Any, where: str) -> None:

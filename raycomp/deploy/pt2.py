@@ -144,8 +144,10 @@ def _read(content: bytes, where: str) -> ProgramModule:
     module = build_program(program, read_tensors(archive), where)
     sizes = input_sizes(program)
     signature, metadata = read_description(bytes(archive.files.get(METADATA, b"")), f"{where}: {METADATA}")
-    told = argument_names(program)
-    if told and set(told) != set(signature.inputs.items):
+    told, given = argument_names(program), signature.inputs.items
+    # What is given as `*args` has no name but its index, and torch makes one up.
+    named = {name for name in given if not name.isdecimal()}
+    if told and (len(told) != len(given) or not named <= set(told)):
         raise not_whole("other arguments than its description", where)
     if count_tensors(signature.input_tree()) != len(sizes):
         raise not_whole("another signature than its program", where)

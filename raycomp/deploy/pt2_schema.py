@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
 
-from raycomp.storage.documents import Document
+from raycomp.storage.documents import Many, record
 
 DTYPES = {
     1: torch.uint8,
@@ -53,117 +53,132 @@ Real = Annotated[float, BeforeValidator(_real)]
 Size = Annotated[int, Field(ge=0, lt=2**48)]
 
 
-class Name(Document):
+@record
+class Name:
     name: str
 
 
-class Expression(Document):
+@record
+class Expression:
     expr_str: str
     hint: JsonValue = None
 
 
-class StoredSize(Document):
+@record
+class StoredSize:
     """A size: a number, or an expression that only torch reads."""
 
     as_int: Size | None = None
     as_expr: Expression | None = None
 
 
-class Device(Document):
+@record
+class Device:
     type: Literal["cpu", "cuda", "meta"]
     index: Size | None = None
 
 
-class TensorMeta(Document):
+@record
+class TensorMeta:
     dtype: int
-    sizes: list[StoredSize]
+    sizes: Many[StoredSize]
     requires_grad: bool
     device: Device
-    strides: list[StoredSize]
+    strides: Many[StoredSize]
     storage_offset: StoredSize
     layout: int
 
 
-class SymInt(Document):
+@record
+class SymInt:
     as_name: str | None = None
     as_int: Whole | None = None
 
 
-class SymFloat(Document):
+@record
+class SymFloat:
     as_name: str | None = None
     as_float: Real | None = None
 
 
-class SymBool(Document):
+@record
+class SymBool:
     as_name: str | None = None
     as_bool: bool | None = None
 
 
-class OptionalTensor(Document):
+@record
+class OptionalTensor:
     as_tensor: Name | None = None
     as_none: bool | None = None
 
 
-class Complex(Document):
+@record
+class Complex:
     real: Real
     imag: Real
 
 
-class GraphArgument(Document):
+@record
+class GraphArgument:
     name: str
     graph: Graph
 
 
-class Argument(Document):
+@record
+class Argument:
     """One value: exactly one of the keys is given."""
 
     as_none: bool | None = None
     as_tensor: Name | None = None
-    as_tensors: list[Name] | None = None
+    as_tensors: Many[Name] | None = None
     as_int: Whole | None = None
-    as_ints: list[Whole] | None = None
+    as_ints: Many[Whole] | None = None
     as_float: Real | None = None
-    as_floats: list[Real] | None = None
+    as_floats: Many[Real] | None = None
     as_string: str | None = None
-    as_strings: list[str] | None = None
+    as_strings: Many[str] | None = None
     as_sym_int: SymInt | None = None
-    as_sym_ints: list[SymInt] | None = None
+    as_sym_ints: Many[SymInt] | None = None
     as_scalar_type: int | None = None
     as_memory_format: int | None = None
     as_layout: int | None = None
     as_device: Device | None = None
     as_bool: bool | None = None
-    as_bools: list[bool] | None = None
+    as_bools: Many[bool] | None = None
     as_sym_bool: SymBool | None = None
-    as_sym_bools: list[SymBool] | None = None
+    as_sym_bools: Many[SymBool] | None = None
     as_sym_float: SymFloat | None = None
-    as_sym_floats: list[SymFloat] | None = None
-    as_optional_tensors: list[OptionalTensor] | None = None
+    as_sym_floats: Many[SymFloat] | None = None
+    as_optional_tensors: Many[OptionalTensor] | None = None
     as_optional_tensor: OptionalTensor | None = None
     as_complex: Complex | None = None
-    as_int_lists: list[list[Whole]] | None = None
+    as_int_lists: Many[Many[Whole]] | None = None
     as_graph: GraphArgument | None = None
 
 
-class NamedArgument(Document):
+@record
+class NamedArgument:
     name: str
     arg: Argument
     kind: int | None = None
 
 
-class Node(Document):
+@record
+class Node:
     target: str
-    inputs: list[NamedArgument]
-    outputs: list[Argument]
+    inputs: Many[NamedArgument]
+    outputs: Many[Argument]
     metadata: dict[str, str]
     is_hop_single_tensor_return: bool | None = None
     name: str | None = None
 
 
-class Graph(Document):
-    inputs: list[Argument]
-    outputs: list[Argument]
-    nodes: list[Node]
+@record
+class Graph:
+    inputs: Many[Argument]
+    outputs: Many[Argument]
+    nodes: Many[Node]
     tensor_values: dict[str, TensorMeta]
     sym_int_values: dict[str, JsonValue]
     sym_bool_values: dict[str, JsonValue]
@@ -172,32 +187,38 @@ class Graph(Document):
     sym_float_values: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class UserInput(Document):
+@record
+class UserInput:
     arg: Argument
 
 
-class ParameterInput(Document):
+@record
+class ParameterInput:
     arg: Name
     parameter_name: str
 
 
-class BufferInput(Document):
+@record
+class BufferInput:
     arg: Name
     buffer_name: str
     persistent: bool
 
 
-class ConstantInput(Document):
+@record
+class ConstantInput:
     arg: Name
     tensor_constant_name: str
 
 
-class NumberInput(Document):
+@record
+class NumberInput:
     name: str
     value: JsonValue
 
 
-class InputSpec(Document):
+@record
+class InputSpec:
     user_input: UserInput | None = None
     parameter: ParameterInput | None = None
     buffer: BufferInput | None = None
@@ -205,59 +226,68 @@ class InputSpec(Document):
     constant_input: NumberInput | None = None
 
 
-class OutputSpec(Document):
+@record
+class OutputSpec:
     user_output: UserInput
 
 
-class Signature(Document):
-    input_specs: list[InputSpec]
-    output_specs: list[OutputSpec]
+@record
+class Signature:
+    input_specs: Many[InputSpec]
+    output_specs: Many[OutputSpec]
 
 
-class CallSignature(Document):
-    inputs: list[JsonValue]
-    outputs: list[JsonValue]
+@record
+class CallSignature:
+    inputs: Many[JsonValue]
+    outputs: Many[JsonValue]
     in_spec: str
     out_spec: str
-    forward_arg_names: list[str] | None = None
+    forward_arg_names: Many[str] | None = None
 
 
-class CallEntry(Document):
+@record
+class CallEntry:
     fqn: str
     signature: CallSignature | None = None
 
 
-class GraphModule(Document):
+@record
+class GraphModule:
     graph: Graph
     signature: Signature
-    module_call_graph: list[CallEntry]
+    module_call_graph: Many[CallEntry]
     metadata: dict[str, str] = Field(default_factory=dict)
     treespec_namedtuple_fields: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Range(Document):
+@record
+class Range:
     min_val: Whole | None
     max_val: Whole | None
 
 
-class Program(Document):
+@record
+class Program:
     graph_module: GraphModule
     opset_version: dict[str, int]
     range_constraints: dict[str, Range]
     schema_version: dict[Literal["major", "minor"], int]
-    verifiers: list[str] = Field(default_factory=list)
+    verifiers: Many[str] = Field(default_factory=list)
     torch_version: str = ""
-    guards_code: list[str] = Field(default_factory=list)
+    guards_code: Many[str] = Field(default_factory=list)
 
 
-class Payload(Document):
+@record
+class Payload:
     path_name: str
     is_param: bool
     use_pickle: Literal[False]
     tensor_meta: TensorMeta | None
 
 
-class Payloads(Document):
+@record
+class Payloads:
     config: dict[str, Payload]
 
 
@@ -265,13 +295,13 @@ PROGRAM: TypeAdapter[Program] = TypeAdapter(Program)
 PAYLOADS: TypeAdapter[Payloads] = TypeAdapter(Payloads)
 
 
-def only(document: Document) -> tuple[str, Any]:
+def only(union: Any) -> tuple[str, Any]:
     """The one key that a union holds, and its value.
 
     Raises:
         ValueError: it holds several, or none.
     """
-    if len(document.model_fields_set) != 1:
-        raise ValueError(f"a {type(document).__name__} holds one value, not {len(document.model_fields_set)}")
-    (key,) = document.model_fields_set
-    return key, getattr(document, key)
+    given = [(key, value) for key in union.__slots__ if (value := getattr(union, key)) is not None]
+    if len(given) != 1:
+        raise ValueError(f"a {type(union).__name__} holds one value, not {len(given)}")
+    return given[0]

@@ -51,6 +51,10 @@ def check_unread(program: Program, where: str) -> None:
         SpeedupError: one of them is not; the message says which.
     """
     _check_graph(program.graph_module.graph, where)
+    for spec in program.graph_module.signature.input_specs:
+        _path(spec.parameter.parameter_name if spec.parameter else "", where)
+        _path(spec.buffer.buffer_name if spec.buffer else "", where)
+        _path(spec.tensor_constant.tensor_constant_name if spec.tensor_constant else "", where)
     for symbol in program.range_constraints:
         _check_expression(symbol, where)
     for text in [*program.verifiers, program.torch_version, *program.opset_version]:
@@ -150,6 +154,12 @@ def _check_context(value: Any, where: str) -> None:
 def _name(text: str, what: str, where: str) -> None:
     if not is_identifier(text):
         raise refused(f"{what} {text[:80]!r}", where)
+
+
+def _path(text: str, where: str) -> None:
+    """The name of a parameter or buffer: whatever a module may be called, as long as it stays a text within quotes."""
+    if not text.isprintable() or any(mark in text for mark in "\"'\\`{}"):
+        raise refused(f"the tensor {text[:80]!r}", where)
 
 
 def _plain(text: str, what: str, where: str) -> None:

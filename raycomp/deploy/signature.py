@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Tree
 from raycomp.speedup.graph.operators import is_identifier
-from raycomp.storage.documents import Document, parse_document
+from raycomp.storage.documents import Document, Many, parse_document
 
 
 def _identifier(name: str) -> str:
@@ -38,8 +38,8 @@ class _Dict(Document):
 
 class _Sequence(Document):
     kind: Literal["list", "tuple"]
-    items: list[_Tree]
-    fields: list[_Field] | None = None
+    items: Many[_Tree]
+    fields: Many[_Field] | None = None
     name: _Field | None = None
 
 
@@ -51,7 +51,7 @@ class Signature(Document):
 
     model_config = ConfigDict(extra="ignore")
 
-    parameters: list[str]
+    parameters: Many[str]
     inputs: _Dict
     outputs: _Tree
     dynamic_batch: bool

@@ -15,7 +15,7 @@ from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.user_code import user_code
 
-_PROBES = 8
+_PROBES = 16
 
 
 def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
@@ -26,7 +26,9 @@ def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
 
 
 def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[Any, ...]:
-    """Inputs of batches from all over the data, the largest and the smallest; none where all have the same sizes.
+    """Inputs of batches from all over the data, that differ wherever any do; none where all have the same sizes.
+
+    The largest comes first, then the smallest, then whichever differs from them in another dimension.
 
     Sizes differ where batches are padded to their longest text, or images keep their size. Batches of few samples tell
     it best, since large ones are nearly all as long as the longest sample.
@@ -38,8 +40,24 @@ def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[An
             for batch in _batches(task, data, count, _PROBES):
                 inputs = _inputs(task, batch, dtype)
                 found.setdefault(_sizes(inputs), inputs)
-    ordered = sorted(found, key=lambda sizes: sum(map(torch.Size.numel, sizes)))
-    return (found[ordered[-1]], found[ordered[0]]) if len(ordered) > 1 else ()
+    smallest_first = sorted(found, key=lambda sizes: sum(map(torch.Size.numel, sizes)))
+    largest = smallest_first[-1]
+    chosen = [largest]
+    for sizes in smallest_first[:-1]:
+        told = {place for other in chosen[1:] for place in _differing(largest, other)}
+        if not _differing(largest, sizes) <= told:
+            chosen.append(sizes)
+    return tuple(found[sizes] for sizes in chosen) if len(chosen) > 1 else ()
+
+
+def _differing(sizes: tuple[torch.Size, ...], others: tuple[torch.Size, ...]) -> set[tuple[int, int]]:
+    """Tensor and dimension of each size that is another one."""
+    return {
+        (tensor, dim)
+        for tensor, (left, right) in enumerate(zip(sizes, others, strict=False))
+        for dim, (one, other) in enumerate(zip(left, right, strict=False))
+        if one != other
+    }
 
 
 def _batches(task: Task, data: Any, count: int, number: int) -> Iterator[Any]:

@@ -28,14 +28,16 @@ class Notes:
 
     @contextmanager
     def instead_of(self, lost: str) -> Iterator[None]:
-        """Runs the block; if it raises, a note says what is lost, and why.
+        """Runs the block; if it raises, a note says what is lost, and why. What ends the process ends it here, too.
 
         Args:
             lost: what there is not then: "there is no model.pt2".
         """
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # a user's code may call sys.exit()
+            if _ends_the_process(error):
+                raise
             _LOG.debug("%s", lost, exc_info=True)
             cause = str(error) if isinstance(error, RaycompError) else cause_of(error)
             self.say(f"{lost}: {cause}")
@@ -43,6 +45,11 @@ class Notes:
     def __call__(self) -> tuple[str, ...]:
         """All of them, each once."""
         return tuple(dict.fromkeys(self._said))
+
+
+def _ends_the_process(error: BaseException) -> bool:
+    """Whether it is an interrupt, or Ray's way to stop a worker."""
+    return isinstance(error, KeyboardInterrupt) or getattr(error, "is_ray_terminate", False)
 
 
 def layers_by_cause(causes: Mapping[str, str]) -> list[str]:

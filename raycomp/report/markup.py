@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from raycomp.errors import visible
 from raycomp.report.style import CSS
-from raycomp.report.text import visible
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raycomp.errors import visible
 from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
 
@@ -62,7 +63,7 @@ class ProgressPrinter:
 
     def message(self, line: str) -> None:
         """Prints a line that stays: a part of the run begins or ends."""
-        self._console.print(Text(text.visible(line, lines=True)), soft_wrap=True)
+        self._console.print(Text(visible(line, lines=True)), soft_wrap=True)
 
     def event(self, event: ProgressEvent) -> None:
         """Takes the news from training."""

@@ -12,6 +12,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from raycomp.errors import visible
 from raycomp.report import text
 from raycomp.report.comparison import Cell, comparison, load_line, rounding_texts, verification_text
 from raycomp.report.outcome import doubts, outcome
@@ -30,7 +31,7 @@ class Visible:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self.content, options):
             if not segment.control:
-                yield Segment(text.visible(segment.text, lines=True), segment.style)
+                yield Segment(visible(segment.text, lines=True), segment.style)
 
 
 def result_table(summary: RunSummary) -> Table:
@@ -132,4 +133,4 @@ def _setting(value: object) -> str:
 def print_line(console: Console, line: str, style: str = "") -> None:
     """Prints a text of any origin in one line."""
     # A path or URI must come out in one piece, whatever the terminal's width.
-    console.print(Text(text.visible(line), style=style), soft_wrap=True)
+    console.print(Text(visible(line), style=style), soft_wrap=True)

@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from datetime import timedelta
 
 _METRIC_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _BYTE_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-def visible(text: str, *, lines: bool = False) -> str:
-    """A text with a mark in place of everything that steers a terminal or turns the direction of writing.
-
-    Args:
-        text: of any origin.
-        lines: whether line breaks and tabs stay; else they become spaces.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_shown(character, lines) for character in text)
-
-
-def _shown(character: str, lines: bool) -> str:
-    if character in "\n\t\r":
-        return character if lines and character != "\r" else " "
-    # Controls, surrogates, invisible formats; those that join letters stay.
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
-    return "\ufffd" if hidden else character
 
 
 def count(value: float | None) -> str:

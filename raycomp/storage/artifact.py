@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raycomp.config import nearest
-from raycomp.errors import ArtifactError, ConfigError, RaycompError, StorageError
+from raycomp.errors import ArtifactError, ConfigError, RaycompError, StorageError, visible
 from raycomp.storage.documents import LONGEST_DOCUMENT
 from raycomp.storage.explain import explained
 from raycomp.storage.filesystem import CHUNK_BYTES, Store, open_store
@@ -114,12 +114,26 @@ def understood(where: str, folder: Path | None = None) -> Iterator[None]:
         error.where = place if where in place else f"{where}: {place}"
         if error.remedy is None and type(error) is not StorageError:
             error.remedy = _DAMAGED
+        _shorten(error)
         raise
     except Exception as error:
         cause = next(iter(str(error).splitlines()), "")
-        raise ArtifactError(
+        told = ArtifactError(
             f"it can't be used: {type(error).__name__}: {cause[:_LONGEST_CAUSE]}", where=where, remedy=_DAMAGED
-        ) from error
+        )
+        told.__cause__ = error
+        _shorten(told)
+        raise told from told.__cause__
+
+
+def _shorten(error: BaseException | None) -> None:
+    """Takes causes by others whose texts would steer the terminal that a traceback is printed on from an error."""
+    while error is not None:
+        below = error.__cause__ or error.__context__
+        if below is not None and not isinstance(below, RaycompError) and visible(str(below), lines=True) != str(below):
+            below = None
+            error.__cause__ = None  # which hides the context, too
+        error = below
 
 
 def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, region: str | None = None) -> Artifact:
@@ -177,7 +191,7 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
     _manifest(artifact_id, {}, manifest_fields)
     destination = store.join(artifact_id)
     attempt = f"{_ATTEMPT}{uuid.uuid4().hex}"
-    alone = destination.create_bytes(_CLAIM, attempt.encode())
+    alone = _claimed(destination, attempt)
     paths = {name: name if alone else f"{attempt}/{name}" for name in names}
     # Looked at behind the claim: a winner takes its claim away only when its manifest is there.
     if destination.exists(MANIFEST):
@@ -199,6 +213,17 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
         destination.delete(_CLAIM)
     _tidy(destination, {MANIFEST, *paths.values()})
     return ArtifactRef(artifact_id, destination.uri)
+
+
+def _claimed(destination: Store, attempt: str) -> bool:
+    """Whether nobody else is publishing here."""
+    try:
+        return destination.create_bytes(_CLAIM, attempt.encode())
+    except StorageError:
+        # A winner tidies up what others are still writing.
+        if destination.exists(MANIFEST):
+            raise _taken(destination) from None
+        raise
 
 
 def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping[str, Any]) -> Manifest:

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+
 from raycomp.errors import StorageError
 
 _LONGEST = 500
@@ -73,8 +75,11 @@ def explain(error: OSError, where: str) -> StorageError:
 
 @contextmanager
 def explained(where: str) -> Iterator[None]:
-    """Turns an OSError of the block into a StorageError about `where`."""
+    """Turns an OSError of the block, or a name that Arrow doesn't take, into a StorageError about `where`."""
     try:
         yield
+    except pa.ArrowInvalid as error:
+        text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+        raise StorageError(f"the URI is not right: {text}", where=where) from error
     except OSError as error:
         raise explain(error, where) from error

@@ -13,10 +13,12 @@ from pydantic_core import from_json
 from raycomp.config.base import Settings, problems_of
 from raycomp.config.values import CountOrZero, Slug, Text, expects, format_path
 from raycomp.errors import ArtifactError
+from raycomp.storage.documents import check_extent
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _MOST_PROBLEMS = 5
+_MOST_FILES = 1000
 _DAMAGED = "it is damaged, or nothing that raycomp published"
 
 
@@ -72,10 +74,14 @@ class Manifest(Settings):
         Raises:
             ArtifactError: it is not one, or this raycomp is too old for it.
         """
+        check_extent(data, "a manifest", where)
         try:
             raw: Any = from_json(data)
         except ValueError as error:
             raise ArtifactError(f"the manifest is not JSON: {error}", where=where, remedy=_DAMAGED) from None
+        named = raw.get("files") if isinstance(raw, dict) else None
+        if isinstance(named, dict) and len(named) > _MOST_FILES:
+            raise ArtifactError(f"the manifest names {len(named):,} files", where=where, remedy=_DAMAGED)
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ArtifactError(

@@ -71,7 +71,11 @@ class S3Location:
 
 
 def locate(uri: str, endpoint: str | None, region: str | None) -> S3Location:
-    """Where a URI points; what it leaves open comes from the arguments, then from AWS_* variables."""
+    """Where a URI points; what it leaves open comes from the arguments, then from AWS_* variables.
+
+    Raises:
+        StorageError: the URI or the endpoint holds credentials, which would stand in every place that names the store.
+    """
     parts = urlsplit(uri, allow_fragments=False)
     options = dict(parse_qsl(parts.query))
     endpoint = (
@@ -80,6 +84,9 @@ def locate(uri: str, endpoint: str | None, region: str | None) -> S3Location:
         or os.environ.get("AWS_ENDPOINT_URL_S3")
         or os.environ.get("AWS_ENDPOINT_URL")
     )
+    if "@" in parts.netloc + (endpoint or ""):
+        remedy = f"they come from {' and '.join(_KEYS)}"
+        raise StorageError("the storage's URI or endpoint holds credentials", where="storage", remedy=remedy)
     scheme, host = options.get("scheme", "https"), endpoint
     if endpoint and "://" in endpoint:
         scheme, _, host = endpoint.rstrip("/").partition("://")

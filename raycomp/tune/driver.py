@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from rich.table import Table
 
@@ -206,7 +208,8 @@ class _Sweep:
             ),
         )
         try:
-            tuner.fit()
+            with _keys_kept():
+                tuner.fit()
         except (tune.TuneError, ray.exceptions.RayError) as error:
             raise ClusterError(
                 f"the sweep broke off: {error}", where=self.sweep_store.uri, remedy=_UNFINISHED
@@ -246,6 +249,20 @@ class _Sweep:
                 )
                 return next(iter(found.models[-1].metrics))
         return "metric"
+
+
+@contextmanager
+def _keys_kept() -> Iterator[None]:
+    """Within the block, Ray Tune sends trials no keys of AWS in a runtime environment, which Ray logs.
+
+    They have those that `connect` gave them, or inherit the driver's.
+    """
+    before = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in before if not name.startswith("AWS_")}
+    try:
+        yield
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE = before
 
 
 def _trial_name(trial: Trial) -> str:

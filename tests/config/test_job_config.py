@@ -280,6 +280,13 @@ def test_task_arguments_are_plain_data() -> None:
         ("s4://bucket/x", "s4"),
         ("s3:///x", "no bucket"),
         ("s3://bucket/x?regoin=eu", "regoin"),
+        ("s3://bucket/x?endpoint_override=http://u:VERYSECRET@host", "credentials"),
+        ("s3://bucket/x?secretkye=VERYSECRET", "credentials"),
+        ("s3://bucket/x?pwd=VERYSECRET", "unknown option 'pwd'"),
+        ("s3://bucket:99999999/x", "no bucket's name"),
+        ("s3://[::1/x", "Invalid IPv6 URL"),
+        ("s3:/bucket/x", "neither a URI nor a folder"),
+        ("FILE:x", "neither a URI nor a folder"),
         ("", "''"),
     ],
 )
@@ -291,7 +298,7 @@ def test_storage_uris_refused(uri: str, told: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["127.0.0.1:80", "s3://host", "http://", "http://u:VERYSECRET@host", "http://h/path"]
+    "endpoint", ["127.0.0.1:80", "s3://host", "http://", "http://u:VERYSECRET@host", "http://h/path", "http://[::1"]
 )
 def test_endpoints_refused(endpoint: str) -> None:
     (problem,) = problems(storage={"uri": "s3://bucket", "endpoint": endpoint})

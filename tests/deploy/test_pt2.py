@@ -295,3 +295,31 @@ def test_an_operator_of_ones_own_is_named_when_the_model_is_exported(tmp_path: P
         library.impl("double", lambda x: x * 2, "CompositeExplicitAutograd")
         with pytest.raises(SpeedupError, match=r"operator 'torch\.ops\.raycomp_test\.double\.default'"):
             export_pt2(ForeignOperator(), torch.randn(2, 4), tmp_path / "model.pt2")
+
+
+ONE, TWO = torch.arange(6.0).reshape(3, 2), torch.ones(3, 2)
+
+
+class Many(nn.Module):
+    """Takes any number of inputs, and adds them."""
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return torch.stack(given).sum(0)
+
+
+class Optional(nn.Module):
+    """Names one of its inputs, and passes over what else it is given."""
+
+    def forward(self, x: Tensor, *rest: Any, scale: float = 1.0, **other: Any) -> Tensor:
+        return x * scale
+
+
+@pytest.mark.parametrize("model, example", [(Many(), (ONE, TWO)), (Many(), (ONE,)), (Optional(), {"x": ONE})])
+def test_a_model_of_any_number_of_inputs_loads_and_is_exported_again(model: Any, example: Any, tmp_path: Path) -> None:
+    def run(module: nn.Module) -> Tensor:
+        return module(**example) if isinstance(example, dict) else module(*example)
+
+    first, second = tmp_path / "first.pt2", tmp_path / "second.pt2"
+    export_pt2(model, example, first)
+    export_pt2(load_pt2(first), example, second)
+    assert torch.equal(run(load_pt2(first)), run(model)) and torch.equal(run(load_pt2(second)), run(model))

@@ -18,6 +18,7 @@ from raycomp.deploy.sizes import ExportReport
 from raycomp.pipeline import stage
 from raycomp.pipeline.ending import artifact, conclude, figures
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageStart, resolve_start
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
@@ -112,6 +113,10 @@ PLACES: list[tuple[str, Any, str, str, set[str]]] = [
     ("sqnr", figures, "sqnr_db", "int8 is not compared with the simulated quantization", set()),
     ("layers", figures, "layer_figures", "the layers are not listed", set()),
     ("history", artifact, "_write_history", "there is no metrics.parquet", {"metrics.parquet"}),
+    ("masks", conclude, "dense_masks", "masks.safetensors holds the masks of the last stage alone", set()),
+    ("statistics", artifact, "save_masks", "masks or calibration", {"masks.safetensors", "calibration.json"}),
+    ("left", conclude, "_left_in_place", "what is masked and was not cut is not listed", set()),
+    ("environment", figures, "hardware", "the environment is not told", set()),
     ("report", artifact, "write_report", "there is no report", {"report.html"}),
 ]
 
@@ -134,6 +139,33 @@ def test_what_fails_is_a_note_and_the_artifact_is_published_without_it(
     cut = 6 if "nothing was cut" in note else 3
     assert model.conv1.weight.count_nonzero((1, 2, 3)).count_nonzero() == 3
     assert model.conv1.weight.shape[0] == cut
+
+
+class Odd(BaseException):
+    """None of Python's errors."""
+
+
+@pytest.mark.usefixtures("ready_exports")
+@pytest.mark.parametrize("error", [SystemExit(3), Odd("odd"), GeneratorExit(), MemoryError(), RecursionError("deep")])
+def test_whatever_is_raised_is_a_note(
+    error: BaseException, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: Any, **__: Any) -> None:
+        raise error
+
+    for module, name in ((conclude, "lower_int8"), (artifact, "export_pt2"), (figures, "count_macs")):
+        monkeypatch.setattr(module, name, leave)
+    summary = ended(checkpoint, tmp_path)
+    assert sum(f"{type(error).__name__}: " in warning for warning in summary.warnings) >= 3
+    assert {path.name for path in tmp_path.iterdir()} == FILES - {"int8.onnx", "model.pt2"}
+
+
+def test_an_interrupt_is_no_note() -> None:
+    stopped = SystemExit(15)
+    stopped.is_ray_terminate = True  # type: ignore[attr-defined]
+    for error in (KeyboardInterrupt(), stopped):
+        with pytest.raises(type(error)), Notes().instead_of("it ends"):
+            raise error
 
 
 @pytest.mark.usefixtures("ready_exports")

@@ -20,6 +20,7 @@ from raycomp.errors import ConfigError
 from raycomp.pipeline import stage
 from raycomp.pipeline.ending.figures import layer_figures
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.inputs import differing_inputs
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.stage import StageResult, StageStart, real_inputs
 from raycomp.pipeline.training.checkpoint import StageState
@@ -240,6 +241,30 @@ class FlatTask(tiny.Tiny):
     def model(self) -> torch.nn.Module:
         torch.manual_seed(0)
         return Flat()
+
+
+@pytest.mark.parametrize(
+    "sizes, chosen",
+    [
+        ([(8, 8), (8, 8)], []),
+        ([(8, 8), (16, 8), (12, 8)], [(16, 8), (8, 8)]),
+        ([(8, 8), (16, 8), (12, 10)], [(16, 8), (8, 8), (12, 10)]),
+        ([(16, 8), (8, 8), (8, 9), (9, 8), (8, 10)], [(16, 8), (8, 8), (8, 9)]),
+        ([(4, 9), (9, 5)], [(9, 5), (4, 9)]),
+    ],
+)
+def test_inputs_differ_wherever_those_of_the_data_do(
+    sizes: list[tuple[int, int]], chosen: list[tuple[int, int]]
+) -> None:
+    class Sized(Task):
+        def eval_data(self) -> Any:
+            return [(torch.zeros(1, *size), 0) for size in sizes]
+
+        def train_data(self) -> Any:
+            return self.eval_data()[:1]
+
+    found = differing_inputs(Sized(), torch.float32, 1)
+    assert [tuple(each.shape[2:]) for each in found] == chosen
 
 
 def test_what_a_rewritten_forward_no_longer_takes_is_told(tmp_path: Path) -> None:

@@ -152,6 +152,26 @@ def test_a_crafted_program_is_refused(real: Path, tmp_path: Path, name: str) -> 
         raycomp.load(crafted(real, tmp_path / "bad", {"model.pt2": change}))(EXAMPLE)
 
 
+@pytest.mark.parametrize(
+    "name", ['a"]); code(); ([b"', "a'b", "a\\b", "a\nb", "a\x1b]52;c;eA==\ab", "a\u202eb", "a{b}"]
+)
+def test_a_tensor_s_name_stays_a_text_in_whatever_source_torch_makes_of_it(
+    real: Path, tmp_path: Path, name: str
+) -> None:
+    def program(found: Any) -> None:
+        specs = found["graph_module"]["signature"]["input_specs"]
+        weight = next(spec for spec in specs if spec.get("parameter", {}).get("parameter_name") == "conv.weight")
+        weight["parameter"]["parameter_name"] = name
+
+    def weights(found: Any) -> None:
+        found["config"][name] = found["config"].pop("conv.weight")
+
+    change = rezipped((real / "model.pt2").read_bytes(), {PROGRAM: program, WEIGHTS: weights})
+    uri = crafted(real, tmp_path / "bad", {"model.pt2": change})
+    with pytest.raises(SpeedupError, match="it holds the tensor"):
+        raycomp.load(uri)
+
+
 class Payload:
     """Unpickled, it makes a file."""
 
@@ -259,6 +279,9 @@ PLANS: dict[str, Callable[[Any, str], None]] = {
     "a bias of terabytes": lambda p, c: surgery(p)["biases"].append({"module": "conv", "size": 2**31 - 1}),
     "an attribute of Python's own": lambda p, c: surgery(p)["attributes"].append(
         {"module": "conv", "name": "__class__", "old": 6, "new": 4}
+    ),
+    "a size that grows": lambda p, c: surgery(p)["attributes"].append(
+        {"module": "conv", "name": "stride", "old": 1, "new": 2**31 - 1}
     ),
     "a flag as a size": lambda p, c: surgery(p)["attributes"].append(
         {"module": "", "name": "training", "old": 1, "new": 0}

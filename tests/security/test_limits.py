@@ -109,12 +109,37 @@ def sized(expression: str) -> Callable[[Any], None]:
     return change
 
 
-def masked(shape: list[int]) -> Callable[[Any], None]:
+def masked(shape: list[int], count: int) -> Callable[[Any], None]:
     def change(plan: Any) -> None:
         mask = {"module": "relu", "target": "_input_0", "shape": shape, "method": "mul"}
-        plan["surgeries"][0]["value_masks"] += [mask] * 100
+        plan["surgeries"][0]["value_masks"] += [mask] * count
 
     return change
+
+
+def named_again(plan: Any) -> None:
+    """Few coordinates, that thousands of cuts name."""
+    plan["keep"] = [list(range(10**5))]
+    bias = {"module": "conv", "target": "_output_0", "dim": 1, "size": 10**5, "keep": 0}
+    plan["surgeries"][0].update(cuts=[], activations=[bias] * 5000)
+    plan["surgeries"][0]["cuts"] = [{"tensor": "gone", "dim": 0, "size": 10**5, "keep": 0}]
+
+
+def grouped_again(plan: Any) -> None:
+    plan["keep"] = [list(range(10**5))]
+    cut = {"tensor": "conv.weight", "shape": [10**5, 10**5], "blocks": [[0, 0]] * 10**4}
+    plan["surgeries"][0]["block_cuts"] = [cut]
+
+
+MANY = 10**6
+
+
+def hollow(found: Any) -> None:
+    found["graph_module"]["metadata"] = [[]] * MANY
+
+
+def arguments(found: Any) -> None:
+    found["graph_module"]["graph"]["nodes"][0]["inputs"] += [{"name": "a", "arg": {"as_none": True}}] * MANY
 
 
 BRACKETS = b"[" * 5000 + b"]" * 5000
@@ -132,9 +157,28 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "brackets in a summary": lambda real: {"summary.json": BRACKETS},
     "weights of 16 GB": lambda real: {"model.safetensors": hollow_tensors("conv.weight")},
     "masks of 16 GB": lambda real: {"masks.safetensors": hollow_tensors("conv.weight")},
-    "masks of a plan": lambda real: {"plan.json": masked([10**4, 10**4])},
+    "masks of a plan": lambda real: {"plan.json": masked([10**4, 10**4], 100)},
+    "a mask of more than all weights": lambda real: {"plan.json": masked([10**4, 10**4], 1)},
+    "a million arguments": lambda real: program(real, arguments),
+    "a million lists in a program": lambda real: program(
+        real, lambda p: p["graph_module"].update(metadata=[[]] * MANY)
+    ),
+    "a million lists in a plan": lambda real: {"plan.json": lambda p: p.update(keep=[["x"]] * MANY)},
+    "a million wrong ranges": lambda real: {"calibration.json": lambda c: c["targets"].update(fc=[{}] * MANY)},
+    "a million wrong numbers": lambda real: {"plan.json": lambda p: p.update(keep=[["x"] * MANY])},
+    "coordinates named by thousands of cuts": lambda real: {"plan.json": named_again},
+    "coordinates named by thousands of groups": lambda real: {"plan.json": grouped_again},
     "an ONNX constant of 16 GB": lambda real: {"int8.onnx": hollow_onnx(real)},
 }
+
+
+def test_a_manifest_of_a_hundred_thousand_files_is_one_short_error(real: Path, tmp_path: Path) -> None:
+    def change(manifest: Any) -> None:
+        record = manifest["files"]["model.pt2"]
+        manifest["files"].update({f"../{number}": record for number in range(10**5)})
+
+    with pytest.raises(RaycompError, match="names 100,011 files"):
+        raycomp.load(crafted(real, tmp_path / "bad", {"manifest.json": change}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux")

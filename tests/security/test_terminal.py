@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner
 
+import raycomp
 from raycomp.cli import main
+from raycomp.errors import RaycompError, visible
+from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.report import render_report
-from raycomp.report.text import visible
 from raycomp.results.summary import RunSummary
+from raycomp.storage import open_artifact
+from raycomp.storage.artifact import understood
 from tests.report.summaries import summary
-from tests.security.crafted import crafted
+from tests.security.crafted import crafted, fresh
 
 STEERING = (
     *("\x1b]52;c;eA==\a", "\x1b[2J", "\x9b31m", "\x90q\x9c", "\u202etxt.exe", "\u2066x"),
@@ -106,3 +113,70 @@ def test_what_is_read_as_text_stays() -> None:
     for text in ("a b", "Größe é", "中文", "👩\u200d💻", "می\u200cخواهم", "שלום"):
         assert visible(text) == text
     assert visible("a\nb\tc") == "a b c" and visible("a\nb\tc", lines=True) == "a\nb\tc"
+
+
+ODD = "\x1b]52;c;eA==\a\u202e\x9b"
+
+
+def renamed(model: onnx.ModelProto) -> None:
+    old = model.graph.node[0].output[0]
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [f"{name}{ODD}" if name == old else name for name in names]
+
+
+def mistyped(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type += ODD
+
+
+def named(model: onnx.ModelProto) -> None:
+    model.graph.node[0].name = f"n{ODD}"
+    del model.graph.node[0].input[1:]
+
+
+def onnx_with(real: Path, change: Any) -> dict[str, Any]:
+    model = onnx.load(real / "int8.onnx")
+    change(model)
+    return {"int8.onnx": model.SerializeToString()}
+
+
+def tensors(name: str) -> bytes:
+    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, ensure_ascii=False).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+CRAFTED: dict[str, Any] = {
+    "a manifest's key": lambda real: {"manifest.json": lambda m: m.update({f"zz{ODD}": 1})},
+    "a file's name": lambda real: {"manifest.json": lambda m: m["files"].update({f"zz{ODD}": 1})},
+    "a plan's key": lambda real: {"plan.json": lambda p: p.update({f"zz{ODD}": 1})},
+    "a plan's tensor": lambda real: {"plan.json": lambda p: p["surgeries"][0]["cuts"][0].update(tensor=f"zz{ODD}")},
+    "a weight": lambda real: {"model.safetensors": tensors(f"zz{ODD}")},
+    "an ONNX value": lambda real: onnx_with(real, renamed),
+    "an ONNX operator": lambda real: onnx_with(real, mistyped),
+    "an ONNX node": lambda real: onnx_with(real, named),
+    "a calibration": lambda real: {"calibration.json": lambda c: c.update({f"zz{ODD}": 1})},
+    "a summary": lambda real: {"summary.json": lambda s: s.update({f"zz{ODD}": 1})},
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_a_traceback_prints_no_control_characters(real: Path, tmp_path: Path, name: str) -> None:
+    uri = crafted(real, tmp_path / "bad", CRAFTED[name](real))
+    told = []
+    for use in (
+        lambda: raycomp.load(uri, fresh()),
+        lambda: raycomp.load(uri, int8=True),
+        lambda: stored_conclusion(open_artifact(uri)),
+    ):
+        try:
+            use()
+        except RaycompError as error:
+            told.append("".join(traceback.format_exception(error)))
+    assert told and steers("".join(told)) == []
+
+
+def test_the_errors_of_others_are_told_below_one_of_ours_where_they_are_plain() -> None:
+    for text, shown in (("plain", True), (ODD, False)):
+        with pytest.raises(RaycompError) as caught, understood("here"):
+            raise KeyError(text) if shown else ValueError(text)
+        assert (caught.value.__cause__ is not None) is shown

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.interpreted import GraphError, Interpreted, interpreted
@@ -126,3 +127,84 @@ def test_arithmetic_takes_numbers_and_stays_in_64_bits() -> None:
 def test_identifiers() -> None:
     assert all(map(is_identifier, ("x", "input_0", "_a", "p_conv_weight")))
     assert not any(map(is_identifier, ("", "x=1", "1x", "lambda", "__class__", "a b", "a.b", "é", "x\n")))
+
+
+def test_tables_are_not_looked_up_by_numbers() -> None:
+    check_call(torch.ops.aten.arange.default, (3,), {"dtype": torch.int64, "layout": None})
+    for function, args, kwargs in (
+        (torch.ops.aten.arange.default, (3,), {"dtype": -2}),
+        (torch.ops.aten.sum.default, (X,), {"dtype": 2**31}),
+        (torch.ops.aten.clone.default, (X,), {"memory_format": 4}),
+        (torch.ops.aten.to.dtype, (X, 6), {}),
+    ):
+        with pytest.raises(SpeedupError, match=r"is no (dtype|memory_format)"):
+            check_call(function, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    "name", ["aten._reshape_alias.default", "aten.to.prim_dtype", "aten.to.prim_Device", "aten.lstm.data"]
+)
+def test_operators_that_reach_beyond_their_tensors_are_not_known(name: str) -> None:
+    with pytest.raises(SpeedupError, match="none of the operators"):
+        pure_operator(name)
+
+
+def called(function: Any, *args: Any) -> Interpreted:
+    graph = fx.Graph()
+    root, given = nn.Module(), []
+    for index, argument in enumerate(args):
+        parts = argument if isinstance(argument, list) else [argument]
+        nodes = []
+        for number, part in enumerate(parts):
+            if isinstance(part, Tensor):
+                root.register_buffer(f"t{index}_{number}", part)
+                part = graph.get_attr(f"t{index}_{number}")
+            nodes.append(part)
+        given.append(nodes if isinstance(argument, list) else nodes[0])
+    graph.output(graph.call_function(function, tuple(given)))
+    return interpreted(root, graph)
+
+
+def test_weights_are_normed_by_lengths_of_their_own_number() -> None:
+    v, g = torch.randn(3, 4), torch.rand(3, 1)
+    found = called(torch.ops.aten._weight_norm.default, v, g, 0)()
+    assert torch.allclose(found, v * g / v.norm(dim=1, keepdim=True))
+    for odd, dim in ((torch.rand(1, 1), 0), (torch.rand(()), 0), (torch.rand(3), 0), (g, 1), (g, 7), (g.double(), 0)):
+        with pytest.raises(GraphError, match="lengths of shape"):
+            called(torch.ops.aten._weight_norm.default, v, odd, dim)()
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "num_layers": 2, "batch_first": True}]
+)
+def test_recurrent_layers_run_with_weights_of_their_own_sizes_alone(kind: type[nn.RNNBase], settings: Any) -> None:
+    layer, x = kind(3, 4, **settings).eval(), torch.randn(5, 2, 3)
+    check_recurrent(layer, x, 4)
+
+
+def test_a_projected_lstm_runs_with_weights_of_its_own_sizes_alone() -> None:
+    check_recurrent(nn.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2).eval(), torch.randn(5, 2, 3), 2)
+
+
+def check_recurrent(layer: nn.RNNBase, x: Tensor, out: int) -> None:
+    function = getattr(torch.ops.aten, "rnn_tanh" if isinstance(layer, nn.RNN) else layer.mode.lower()).input
+    batch = x.shape[0] if layer.batch_first else x.shape[1]
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    states = [torch.zeros(count, batch, out)]
+    if isinstance(layer, nn.LSTM):
+        states.append(torch.zeros(count, batch, layer.hidden_size))
+    weights = [weight.detach() for weight in layer._flat_weights]
+
+    def run(*params: Tensor) -> Any:
+        hx = states if len(states) > 1 else states[0]
+        rest = (layer.bias, layer.num_layers, 0.0, False, layer.bidirectional, layer.batch_first)
+        return called(function, x, hx, list(params), *rest)()
+
+    assert torch.allclose(run(*weights)[0], layer(x)[0])
+    for index in range(len(weights)):
+        for odd in (weights[index][:1], weights[index].double()):
+            with pytest.raises(GraphError, match="weights of"):
+                run(*weights[:index], odd, *weights[index + 1 :])
+    with pytest.raises(GraphError, match="weights of a recurrent layer"):
+        run(*weights[:-1])

@@ -180,6 +180,21 @@ def test_a_publisher_that_comes_when_the_winner_just_tidied_up_loses(store: Stor
     assert not store.exists("run-1/.publishing")
 
 
+def test_a_publisher_whose_claim_the_winner_tidies_up_as_it_is_written_loses(
+    store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create_bytes
+
+    def lost(self: Store, name: str, data: bytes) -> bool:
+        monkeypatch.setattr(Store, "create_bytes", create)
+        publish(store, "run-1", folder, FIELDS)
+        raise StorageError("there is no such file or folder", where=name)
+
+    monkeypatch.setattr(Store, "create_bytes", lost)
+    with pytest.raises(ArtifactError, match="already there"):
+        publish(store, "run-1", folder, FIELDS)
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [(b"weightS" * 1000, "its sha256 differs"), (b"short", "it has 5 bytes instead of 7000"), (None, "it is missing")],

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
 from raycomp.errors import StorageError
 from raycomp.storage import Store, open_store
+from raycomp.storage.explain import explained
 from tests.conftest import ObjectStore
 
 
@@ -163,3 +165,16 @@ def test_amazon_is_asked_for_the_region_once(monkeypatch: pytest.MonkeyPatch) ->
     assert open_store(store.uri) == store
     monkeypatch.setenv("AWS_REGION", "eu-south-2")
     assert open_store("s3://bucket/x").uri == "s3://bucket/x?region=eu-south-2"
+
+
+def test_an_endpoint_with_credentials_is_refused_wherever_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:VERYSECRET@host")
+    with pytest.raises(StorageError, match="holds credentials") as caught:
+        open_store("s3://bucket/x")
+    assert "VERYSECRET" not in str(caught.value)
+
+
+def test_what_arrow_does_not_take_as_a_name_is_one_error() -> None:
+    with pytest.raises(StorageError, match="the URI is not right") as caught, explained("here"):
+        raise pa.ArrowInvalid("no path")
+    assert caught.value.where == "here" and not caught.value.passing

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ray.tune.execution import class_cache
 
 from raycomp.config import JobConfig
 from raycomp.distributed.cluster import Cluster
 from raycomp.results.summary import TrialFigures
 from raycomp.tune import sweep
-from raycomp.tune.driver import _Sweep
+from raycomp.tune.driver import _keys_kept, _Sweep
 from raycomp.tune.trial import TrialOrder
 from tests.tune.jobs import RATIO, tiny_job
 
@@ -107,3 +108,19 @@ def test_a_sweep_of_failures_still_ends_with_its_table(tmp_path: Path, trials: C
     result = sweep({**settings(tmp_path), "metric": None}, tmp_path)
     assert result.front == ()
     assert "no luck" in Path(result.report_path).read_text()
+
+
+def test_trials_are_sent_no_keys_in_an_environment_that_ray_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainable:
+        pass
+
+    def sent() -> str:
+        return str(class_cache._ActorClassCache().get(Trainable)._default_options["runtime_env"])
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    assert "hidden" in sent()
+    with _keys_kept():
+        assert "hidden" not in sent() and "RAY_CHDIR_TO_TRIAL_DIR" in sent()
+    assert "hidden" in sent()

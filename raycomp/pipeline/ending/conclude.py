@@ -104,14 +104,17 @@ def conclude(
         result = finish_stage(job, len(job.stages) - 1, task, start, resolved, state)
     outcomes = [*(outcome for outcome, _, _ in earlier), StageOutcome.of(result, state)]
     notes = Notes(*(note for outcome in outcomes for note in outcome.notes))
-    masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
+    masks = result.masks
+    with notes.instead_of("masks.safetensors holds the masks of the last stage alone"):
+        masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
     example, *others = _inputs(task, notes)
     with watch.part("lower to int8"):
         int8 = _lowered(job, result, example, others, notes)
     with watch.part("write the artifact"):
         artifact.write_models(folder, result, int8, example, others, notes)
-        artifact.write_statistics(folder, masks, result)
+        with notes.instead_of("masks or calibration are not written"):
+            artifact.write_statistics(folder, masks, result)
     with watch.part("measure"):
         forms = _forms(dense, result, int8, notes)
         rows, timed_how = figures.model_figures(job, task, forms, example, folder / artifact.ONNX, notes)
@@ -125,7 +128,11 @@ def conclude(
     with notes.instead_of("the layers are not listed"):
         layers = figures.layer_figures(dense, masks, result)
     unpruned = _last_of_each(outcomes)
-    notes.say(*_left_in_place(result.model, unpruned))
+    with notes.instead_of("what is masked and was not cut is not listed"):
+        notes.say(*_left_in_place(result.model, unpruned))
+    environment = dict(facts.environment)
+    with notes.instead_of("the environment is not told"):
+        environment = {**figures.environment(), **environment}
     summary = RunSummary(
         job=job.name,
         run=facts.run,
@@ -138,7 +145,7 @@ def conclude(
         unpruned=unpruned,
         history=tuple(event for outcome in outcomes for event in outcome.history),
         timings=watch.timings,
-        environment={**figures.environment(), **facts.environment, "latencies": timed_how},
+        environment={**environment, "latencies": timed_how},
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,
         runs_alone=(folder / artifact.PROGRAM).exists(),

@@ -12,6 +12,7 @@ from torch import fx, nn
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.operators import name_of_function, named_function
 from raycomp.speedup.graph.result_bytes import Allowance, is_traced
+from raycomp.speedup.graph.shapes import Check, check_of
 
 _READ_FROM_GRAPH = ("_graph", "_steps", "_inputs", "_output", "_allowance")
 
@@ -41,6 +42,7 @@ class _Step:
         args, kwargs: with slots for values.
         result: the slot for the result.
         over: slots that no later step reads.
+        check: what an operator that trusts sizes is given goes through first.
     """
 
     name: str
@@ -50,6 +52,7 @@ class _Step:
     kwargs: dict[str, Any]
     result: int
     over: tuple[int, ...]
+    check: Check | None
 
 
 class GraphError(SpeedupError, RuntimeError):
@@ -86,9 +89,11 @@ class Interpreted(fx.GraphModule):
             given = [_filled(argument, values) for argument in step.args]
             named = {name: _filled(argument, values) for name, argument in step.kwargs.items()} if step.kwargs else {}
             if step.kind == "call_function":
-                if measure is not None:
-                    measure.step(step.function, given, named, step.name)
                 try:
+                    if step.check is not None:
+                        step.check(given, named)
+                    if measure is not None:
+                        measure.step(step.function, given, named, step.name)
                     values[step.result] = step.function(*given, **named)
                 except Exception as error:
                     if _is_of_others(error):
@@ -167,6 +172,7 @@ def _steps(graph: fx.Graph) -> tuple[tuple[_Step, ...], tuple[str, ...], Any]:
             {key: _template(argument, slots) for key, argument in node.kwargs.items()},
             slots[node].index,
             tuple(last.get(node, ())),
+            check_of(node.target),
         )
         for node in calls
     )

@@ -56,7 +56,7 @@ _PURE = frozenset(
     pairwise_distance permute pixel_shuffle pixel_unshuffle polar positive pow prelu _prelu_kernel prod quantile
     rad2deg rand rand_like randint randint_like randn randn_like randperm ravel real reciprocal reflection_pad1d
     reflection_pad2d reflection_pad3d relu relu6 remainder repeat repeat_interleave replication_pad1d
-    replication_pad2d replication_pad3d reshape _reshape_alias reshape_as resolve_conj resolve_neg rms_norm
+    replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg rms_norm
     rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu __rshift__ rsqrt rsub scalar_tensor
     scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter selu sgn
     _shape_as_tensor sigmoid sign signbit silu sin sinc sinh slice slice_scatter smooth_l1_loss soft_margin_loss
@@ -77,6 +77,7 @@ _PURE = frozenset(
     """.split()  # noqa: SIM905
 )
 """Names in `aten`; their in-place forms (`relu_`) are meant, too, and forms that write to a given `out` are not."""
+_CONSTANTS = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}
 _BIGGEST = 2**63
 _MOST_POWER = 64
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
@@ -187,15 +188,27 @@ def pure_operator(name: str) -> torch._ops.OpOverload:
 
 
 def _is_of_tensors(operator_: torch._ops.OpOverload) -> bool:
-    """Whether it takes or gives tensors and writes to none that is given as `out`; others work on texts and lists."""
+    """Whether it takes or gives tensors and writes to none that is given as `out`; others work on texts and lists.
+
+    Packed sequences are read by lengths that are trusted, and a data type that is any number points anywhere.
+    """
     schema = operator_._schema
     kinds = [str(value.type) for value in (*schema.arguments, *schema.returns)]
     on_tensors = any("Tensor" in kind for kind in kinds) or schema.name == "aten::_assert_scalar"
-    return on_tensors and not any(argument.is_out for argument in schema.arguments)
+    odd = any(
+        argument.is_out or argument.name == "batch_sizes" or (argument.name == "dtype" and not _constants(argument))
+        for argument in schema.arguments
+    )
+    return on_tensors and not odd
+
+
+def _constants(argument: torch.Argument) -> type | None:
+    """Of which constants an argument is; torch takes numbers for them, with which it looks up a table unchecked."""
+    return _CONSTANTS.get(str(argument.real_type).removeprefix("Optional[").removesuffix("]"))
 
 
 def check_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Whether an operator can be called with so many arguments of these names.
+    """Whether an operator can be called with so many arguments of these names; data types and layouts are such.
 
     Raises:
         SpeedupError: it can't.
@@ -209,6 +222,11 @@ def check_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     odd = [name for name in kwargs if name not in (a.name for a in arguments)]
     if missing or odd or len(args) > len(positional) or len(set(given)) != len(given):
         raise SpeedupError(f"{function} is called with {len(args)} arguments and {', '.join(kwargs) or 'no names'}")
+    named = {**dict(zip(positional, args, strict=False)), **kwargs}
+    for argument in arguments:
+        kind, value = _constants(argument), named.get(argument.name)
+        if kind is not None and value is not None and not isinstance(value, kind):
+            raise SpeedupError(f"{function} is called with a {argument.name} that is no {kind.__name__}")
 
 
 def named_function(name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from torch import fx, nn
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.interpreted import Interpreted, interpreted
 from raycomp.speedup.graph.operators import check_call, is_identifier, name_of_function, named_function
-from raycomp.storage.documents import Document, not_a_document
+from raycomp.storage.documents import Document, Many, not_a_document
 
 CONSTANT = "raycomp_constant"
 _WHERE = "plan.json"
@@ -32,7 +32,7 @@ class CannotRewriteError(Exception):
 
 
 class _Constant(Document):
-    shape: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    shape: Many[Annotated[int, Field(ge=0, lt=2**31)]]
     dtype: str
 
 
@@ -40,12 +40,12 @@ class _Node(Document):
     op: Literal["placeholder", "get_attr", "call_function", "call_module", "output"]
     name: str
     target: str
-    args: list[JsonValue]
+    args: Many[JsonValue]
     kwargs: dict[str, JsonValue]
 
 
 class _Graph(Document):
-    nodes: list[_Node]
+    nodes: Many[_Node]
     constants: dict[Annotated[str, Field(pattern=rf"^{CONSTANT}_\d+$")], _Constant]
 
 

@@ -130,13 +130,17 @@ class Plan:
         return json.dumps({"format": FORMAT, "keep": table, "surgeries": stages}, separators=(",", ":"))
 
     @staticmethod
-    def from_json(text: str | bytes) -> Plan:
+    def from_json(text: str | bytes, most_added: int | None = None) -> Plan:
         """The plan that `to_json` wrote.
+
+        Args:
+            text: JSON.
+            most_added: how many elements it may add to a model, where the state that fills them tells.
 
         Raises:
             SpeedupError: the text isn't a plan.
         """
-        read = read_plan(text)
+        read = read_plan(text) if most_added is None else read_plan(text, most_added)
         return Plan(tuple(_surgery(stage, read) for stage in read.surgeries))
 
 
