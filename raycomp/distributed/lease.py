@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, TypeAdapter
 
-from raycomp.distributed.records import read_record, write_record
+from raycomp.distributed.records import read_record, record_bytes, write_record
 from raycomp.errors import ArtifactError, ClusterError, StorageError
 from raycomp.storage import Store, open_store
 
@@ -150,7 +150,7 @@ def _take(store: Store, tell: Callable[[str], None]) -> Lease:
         if last is not None:
             _await_end(store, last, tell)
         name = "000000.json" if last is None else f"{int(last.removesuffix('.json')) + 1:06}.json"
-        if store.create_bytes(name, _HOLDER.dump_json(mine)):
+        if store.create_bytes(name, record_bytes(_HOLDER, mine)):
             return Lease(store, name, mine)
 
 

@@ -228,7 +228,7 @@ class _Run:
             sink: the actor that hears of progress.
         """
         last = len(self.work.config.stages) - 1
-        for index in range(self.record.stages_done, last + 1):
+        for index in range(self._first_to_do(), last + 1):
             if index:
                 resolved = on_head(resolve_next, self.work.config, self.work.recipe, self.run_store, index)
             self._train(index, resolved, sink)
@@ -244,6 +244,13 @@ class _Run:
         if saved is None:
             return f"run {self.run_store.run} has no checkpoint yet"
         return f"run {self.run_store.run} is saved up to epoch {saved.epoch} of stage {saved.stage}"
+
+    def _first_to_do(self) -> int:
+        whole, damage = self.run_store.whole_stages(self.record.stages_done)
+        if damage:
+            name = self.work.config.stages[whole].name
+            self.work.listener.message(f"stage {name} is finished anew from its last checkpoint: {damage}")
+        return whole
 
     def _record(self, record: RunRecord) -> None:
         self.lease.check()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,13 +121,9 @@ class _Trainer(TorchTrainer):
         """None: an interrupt of the driver is the job's affair."""
 
 
-def _forget_damaged_list(stage: Store) -> None:
-    """Ray would not begin with a list of checkpoints that it can't read; they are found without it."""
-    if not stage.exists(_CHECKPOINT_LIST):
-        return
-    try:
-        json.loads(stage.read_bytes(_CHECKPOINT_LIST))
-    except ValueError:
+def _forget_list(stage: Store) -> None:
+    """Ray would not begin with a list of checkpoints that is damaged, or another Ray's; none is needed."""
+    if stage.exists(_CHECKPOINT_LIST):
         stage.delete(_CHECKPOINT_LIST)
 
 
@@ -173,7 +168,7 @@ def train_stage(
         dataset_config=_Shards(),
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
-    _forget_damaged_list(train.join(order.job.stages[order.index].name))
+    _forget_list(train.join(order.job.stages[order.index].name))
     try:
         with translated(train.uri):
             trainer.fit()

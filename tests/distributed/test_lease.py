@@ -16,6 +16,7 @@ import pytest
 
 from raycomp.distributed import lease as module
 from raycomp.distributed.lease import Holder, lease
+from raycomp.distributed.records import record_bytes
 from raycomp.errors import ClusterError
 from raycomp.storage import Store, open_store
 
@@ -34,7 +35,7 @@ def place(tmp_path: Path) -> Store:
 
 def _left_by(place: Store, host: str, process: int, **more: Any) -> None:
     left = replace(Holder.this_process(), host=host, process=process, **more)
-    place.join("lease").write_bytes("000000.json", module._HOLDER.dump_json(left))
+    place.join("lease").write_bytes("000000.json", record_bytes(module._HOLDER, left))
 
 
 def test_the_second_is_told_host_process_and_age(place: Store) -> None:
