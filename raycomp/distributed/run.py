@@ -12,7 +12,6 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-import ray.data
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
@@ -20,12 +19,13 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.distributed.cluster import Cluster, connect, on_demand
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
-from raycomp.distributed.interrupt import interruptible
+from raycomp.distributed.interrupt import interruptible, told
 from raycomp.distributed.lease import Lease, lease
 from raycomp.distributed.progress import Progress
+from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
 from raycomp.distributed.task_recipe import TaskRecipe
-from raycomp.distributed.trainer import progress_sink, ray_datasets, train_stage
+from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
@@ -139,42 +139,41 @@ class Driver:
             resume_with: what to tell who interrupts it.
         """
         self._stack.enter_context(interruptible())
-        try:
+        with told(self._progress.message, self._state, resume_with):
             return self._fit(check, resume)
-        except KeyboardInterrupt:
-            state = "before a run began" if self._run is None else self._run.state()
-            self._progress.message(f"interrupted: {state}; to go on: {resume_with}")
-            raise
+
+    def _state(self) -> str:
+        return "before a run began" if self._run is None else self._run.state()
 
     def _fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool) -> JobResult:
         prepared = self._stack.enter_context(scratch())
-        with self._work.watch.part("validate and prepare"), on_demand(self._connected):
+        with self._work.watch.part("validate and prepare"), on_demand(lambda: self._connected(for_data=True)):
             self._progress.message(f"job {self._config.name}: checking the job, its task and its storage")
             task, checked = check(prepared)
             for warning in checked.warnings:
                 self._progress.message(warning)
-            datasets = ray_datasets(task)
+            datasets = ray_datasets(task, self._config.training_for(self._config.stages[0]).seed)
         with self._work.watch.part("start Ray"):
             cluster = self._connected()
-        if datasets:
-            cluster.require_data_cpu(self._config.scaling)
-        self._run = self._begun(resume, prepared, cluster, datasets)
+        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()))
+        self._run = self._begun(resume, prepared, cluster, task)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
         return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
 
-    def _connected(self) -> Cluster:
+    def _connected(self, *, for_data: bool = False) -> Cluster:
         if self._cluster is None:
-            self._cluster = self._stack.enter_context(connect(self._config, self._progress.message))
+            connected = connect(self._config, self._progress.message, for_data=for_data)
+            self._cluster = self._stack.enter_context(connected)
         return self._cluster
 
-    def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
+    def _begun(self, resume: bool, prepared: Path, cluster: Cluster, task: Task) -> _Run:
         now = datetime.now(UTC)
         name = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
         run_store = self._found(resume) or RunStore(job_uri(self._config), name)
         held = self._stack.enter_context(lease(run_store.files, self._progress.message))
         # Who held it until now may have gone on.
         record = run_store.read_record() or _stored(self._config, run_store, prepared, now)
-        return _Run(self._work, cluster, datasets, run_store, record, held)
+        return _Run(self._work, cluster, task, run_store, record, held)
 
     def _found(self, resume: bool) -> RunStore | None:
         found = unfinished_run(self._config, self._progress.message)
@@ -206,7 +205,7 @@ class _Run:
     Args:
         work: what is to be done.
         cluster: where it runs.
-        datasets: what Ray Train shards.
+        task: the user's, on the driver.
         run_store: where the run's files are.
         record: what is known of it.
         lease: holds it against others.
@@ -214,7 +213,7 @@ class _Run:
 
     work: _Work
     cluster: Cluster
-    datasets: dict[str, ray.data.Dataset]
+    task: Task
     run_store: RunStore
     record: RunRecord
     lease: Lease
@@ -268,7 +267,8 @@ class _Run:
             self.work.listener.saved(Saved(stage.name, state.epoch))
         order = WorkerOrder(self.work.config, index, self.run_store, resolved, self.work.recipe, sink, self.started)
         with self.work.watch.part("train"):
-            train_stage(order, self.cluster, self.datasets, self.work.callbacks)
+            datasets = ray_datasets(self.task, self.work.config.training_for(stage).seed)
+            train_stage(order, self.cluster, datasets, self.work.callbacks)
 
     def _end_stage(self, order: HeadOrder) -> None:
         name = self.work.config.stages[order.index].name

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import ray.data
+import torch
 import yaml
 
 from raycomp.config import ScalingConfig
 from raycomp.distributed.cluster import Cluster, on_demand
+from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.errors import ClusterError
+from raycomp.pipeline.task import given
+from tests.contracts.tiny import Tiny
 from tests.distributed.conftest import ROOT
 
 # The function of a data task is the file's own, which no other process can import by its name.
@@ -95,10 +103,70 @@ def test_a_task_that_touches_ray_gets_the_job_s(monkeypatch: pytest.MonkeyPatch)
         ray.put(1)
 
 
-def test_workers_that_leave_no_cpu_to_the_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("local", [True, False])
+def test_workers_that_leave_too_few_cpus_to_the_data_are_refused(monkeypatch: pytest.MonkeyPatch, local: bool) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    cluster = Cluster(False, False, "4 CPUs")
-    cluster.require_data_cpu(ScalingConfig(num_workers=3))
-    cluster.require_data_cpu(ScalingConfig(num_workers=4, resources_per_worker={"CPU": 0.75}))
-    with pytest.raises(ClusterError, match=r"need a CPU, and the workers leave 0 of them \(fewer num_workers"):
-        cluster.require_data_cpu(ScalingConfig(num_workers=4))
+    cluster = Cluster(local, 2 if local else 0, False, "4 CPUs")
+    cluster.require_data_cpus(ScalingConfig(num_workers=4), 0)
+    cluster.require_data_cpus(ScalingConfig(num_workers=3), 1)
+    cluster.require_data_cpus(ScalingConfig(num_workers=4, resources_per_worker={"CPU": 0.75}), 1)
+    with pytest.raises(ClusterError, match=r"need 3 CPUs at the same time, and the workers leave 2 \(") as caught:
+        cluster.require_data_cpus(ScalingConfig(num_workers=2), 3)
+    # 2 for workers and 3 for data, of which such a Ray has 2 by itself.
+    assert ("set cluster.num_cpus to 3" in str(caught.value)) is local
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+class _Same:
+    def __call__(self, batch: Any) -> Any:
+        return batch
+
+
+def _actors(data: ray.data.Dataset, count: int, **more: Any) -> ray.data.Dataset:
+    return data.map_batches(_Same, compute=ray.data.ActorPoolStrategy(size=count), **more)
+
+
+@pytest.mark.cluster
+def test_what_data_needs_is_its_actors_and_its_largest_task(local_ray: str) -> None:
+    rows = ray.data.range(8)
+    expected = {
+        "read": (rows, 1),
+        "tasks": (rows.map_batches(_same).map_batches(_same, batch_size=2), 1),
+        "a large task": (rows.map_batches(_same, num_cpus=3), 3),
+        "half a task": (ray.data.from_items([1]).map_batches(_same, num_cpus=0.5), 0.5),
+        "actors that read": (_actors(rows, 2), 2),
+        "actors with tasks": (_actors(rows.map_batches(_same), 2, num_cpus=2), 5),
+        "two pools": (_actors(_actors(rows, 1), 2), 3),
+        "shuffled": (rows.random_shuffle(), 1),
+        "sorted": (rows.sort("id"), 1),
+    }
+    assert {name: data_cpus([data]) for name, (data, _) in expected.items()} == {
+        name: cpus for name, (_, cpus) in expected.items()
+    }
+    assert data_cpus([rows, _actors(rows, 2)]) == 3
+    assert data_cpus([]) == 0
+
+
+class _Drawing(Tiny):
+    """Draws the rows of its evaluation; training would leave them out."""
+
+    def eval_data(self) -> ray.data.Dataset:
+        rows = [torch.randperm(1000)[0].item(), np.random.randint(1000), random.randrange(1000)]
+        return ray.data.from_items([{"id": row} for row in rows])
+
+
+@pytest.mark.cluster
+def test_what_a_task_draws_for_ray_data_is_what_each_worker_draws(local_ray: str) -> None:
+    """Else training data that leaves out the rows of evaluation, drawn on a worker, would hold some of them."""
+
+    def drawn(data: Any) -> list[int]:
+        return [row["id"] for row in data.take_all()]
+
+    task = _Drawing()
+    found = ray_datasets(task, seed=5)
+    assert list(found) == ["eval"]
+    assert drawn(found["eval"]) == drawn(given(task, "eval_data", 5)) == drawn(ray_datasets(task, seed=5)["eval"])
+    assert drawn(ray_datasets(task, seed=6)["eval"]) != drawn(found["eval"])
