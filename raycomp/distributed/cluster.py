@@ -13,6 +13,7 @@ import ray
 import ray.data
 from ray._private import auto_init_hook
 from ray._private import utils as ray_utils
+from ray._private import worker as ray_worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
@@ -114,9 +115,14 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
+    printed = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda data, *args, **more: (
+        None if data.get("pid") == "raylet" else printed(data, *args, **more)
+    )
     try:
         yield
     finally:
+        ray_worker.print_to_stdstream = printed
         context.enable_progress_bars = bars
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

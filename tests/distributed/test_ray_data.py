@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ import ray.data
 import torch
 import yaml
 
-from raycomp.config import ScalingConfig
-from raycomp.distributed.cluster import Cluster, on_demand
+from raycomp.config import ScalingConfig, parse_job
+from raycomp.distributed.cluster import Cluster, connect, on_demand
 from raycomp.distributed.ray_data import data_cpus, ray_datasets
-from raycomp.errors import ClusterError
+from raycomp.errors import ClusterError, TaskError
 from raycomp.pipeline.task import given
+from tests.contracts import tiny
 from tests.contracts.tiny import Tiny
 from tests.distributed.conftest import ROOT
 
@@ -170,3 +173,36 @@ def test_what_a_task_draws_for_ray_data_is_what_each_worker_draws(local_ray: str
     assert list(found) == ["eval"]
     assert drawn(found["eval"]) == drawn(given(task, "eval_data", 5)) == drawn(ray_datasets(task, seed=5)["eval"])
     assert drawn(ray_datasets(task, seed=6)["eval"]) != drawn(found["eval"])
+
+
+def _unreadable(batch: Any) -> Any:
+    raise ValueError(f"row {batch['id'][0]} can't be read\nat all")
+
+
+class _Unreadable(Tiny):
+    def train_data(self) -> ray.data.Dataset:
+        return ray.data.range(3).map_batches(_unreadable)
+
+
+@pytest.mark.cluster
+def test_an_error_in_a_data_task_is_one_error_with_its_place(local_ray: str) -> None:
+    """Of which Ray tells a traceback in colours, and what followed from it."""
+    with pytest.raises(TaskError) as caught:
+        given(_Unreadable(), "example_input")
+    assert caught.value.message == "_Unreadable.example_input() raised ValueError: row 0 can't be read\nat all"
+    assert caught.value.where is not None
+    file, _, line = caught.value.where.rpartition(":")
+    assert file == __file__ and "raise ValueError" in Path(__file__).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.cluster
+def test_a_lost_process_of_ray_s_is_told_by_raycomp_alone(local_ray: str, capfd: pytest.CaptureFixture[str]) -> None:
+    @ray.remote(max_retries=0)
+    def lost() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with connect(parse_job(tiny.job(steps=1) | {"scaling": {"num_workers": 1}})):
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(lost.remote())
+        time.sleep(2)
+    assert "raylet" not in "".join(capfd.readouterr())
