@@ -1,4 +1,4 @@
-"""Data that is Ray Data's: of which seed, how it is shared out, and what it needs of the cluster beside the workers."""
+"""Data that is Ray Data's: how it is shared out, and what it needs of the cluster beside the workers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from ray.actor import ActorHandle
 from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
 from ray.data._internal.logical.optimizers import get_execution_plan
 
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 
 
-def ray_datasets(task: Task, seed: int) -> dict[str, ray.data.Dataset]:
-    """Those of the task's data sets, "train" and "eval", that are Ray Data's.
-
-    Args:
-        task: the user's, prepared.
-        seed: of the stage that trains with them: what the task draws for them is what it draws on every worker.
-    """
-    found = {name: given(task, f"{name}_data", seed) for name in ("train", "eval")}
+def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
+    """Those of the task's data sets, "train" and "eval", that are Ray Data's."""
+    found = {name: given_data(task, name) for name in ("train", "eval")}
     return {name: data for name, data in found.items() if isinstance(data, ray.data.Dataset)}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import ray
+import ray.data
 from ray.actor import ActorHandle
 
 from raycomp.config import JobConfig
@@ -31,7 +32,7 @@ from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.preflight import Checked
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
@@ -147,16 +148,17 @@ class Driver:
 
     def _fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool) -> JobResult:
         prepared = self._stack.enter_context(scratch())
-        with self._work.watch.part("validate and prepare"), on_demand(lambda: self._connected(for_data=True)):
+        for_data = on_demand(lambda: self._connected(for_data=True))
+        with self._work.watch.part("validate and prepare"), for_data, data_made_once():
             self._progress.message(f"job {self._config.name}: checking the job, its task and its storage")
             task, checked = check(prepared)
             for warning in checked.warnings:
                 self._progress.message(warning)
-            datasets = ray_datasets(task, self._config.training_for(self._config.stages[0]).seed)
+            datasets = ray_datasets(task)
         with self._work.watch.part("start Ray"):
             cluster = self._connected()
         cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()))
-        self._run = self._begun(resume, prepared, cluster, task)
+        self._run = self._begun(resume, prepared, cluster, datasets)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
         return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
 
@@ -166,14 +168,14 @@ class Driver:
             self._cluster = self._stack.enter_context(connected)
         return self._cluster
 
-    def _begun(self, resume: bool, prepared: Path, cluster: Cluster, task: Task) -> _Run:
+    def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
         now = datetime.now(UTC)
         name = f"{now:%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
         run_store = self._found(resume) or RunStore(job_uri(self._config), name)
         held = self._stack.enter_context(lease(run_store.files, self._progress.message))
         # Who held it until now may have gone on.
         record = run_store.read_record() or _stored(self._config, run_store, prepared, now)
-        return _Run(self._work, cluster, task, run_store, record, held)
+        return _Run(self._work, cluster, datasets, run_store, record, held)
 
     def _found(self, resume: bool) -> RunStore | None:
         found = unfinished_run(self._config, self._progress.message)
@@ -205,7 +207,7 @@ class _Run:
     Args:
         work: what is to be done.
         cluster: where it runs.
-        task: the user's, on the driver.
+        datasets: what Ray Train shards.
         run_store: where the run's files are.
         record: what is known of it.
         lease: holds it against others.
@@ -213,7 +215,7 @@ class _Run:
 
     work: _Work
     cluster: Cluster
-    task: Task
+    datasets: dict[str, ray.data.Dataset]
     run_store: RunStore
     record: RunRecord
     lease: Lease
@@ -267,8 +269,7 @@ class _Run:
             self.work.listener.saved(Saved(stage.name, state.epoch))
         order = WorkerOrder(self.work.config, index, self.run_store, resolved, self.work.recipe, sink, self.started)
         with self.work.watch.part("train"):
-            datasets = ray_datasets(self.task, self.work.config.training_for(stage).seed)
-            train_stage(order, self.cluster, datasets, self.work.callbacks)
+            train_stage(order, self.cluster, self.datasets, self.work.callbacks)
 
     def _end_stage(self, order: HeadOrder) -> None:
         name = self.work.config.stages[order.index].name

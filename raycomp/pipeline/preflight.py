@@ -27,7 +27,7 @@ from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.stage import stage_context
-from raycomp.pipeline.task import Task, given, prepare_task
+from raycomp.pipeline.task import Task, data_made_once, given_data, prepare_task
 from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
 from raycomp.quantization.quantizer import Quantizer
@@ -59,6 +59,11 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
         ConfigError: everything that is wrong, each with its key's path.
         TaskError: the task's own code raised.
     """
+    with data_made_once():
+        return _check_stages(job, task)
+
+
+def _check_stages(job: JobConfig, task: Task) -> Checked:
     problems = list(_order_problems(job.stages))
     resolved, warnings, earlier, trains = [], list[str](), Masks(), False
     for index, stage in enumerate(job.stages):
@@ -188,7 +193,7 @@ def _steps(task: Task, training: TrainingConfig) -> int | None:
     """The optimizer steps of a training, where they can be told without reading the data."""
     if training.steps is not None:
         return training.steps
-    data = given(task, "train_data", training.seed)
+    data = given_data(task, "train")
     with user_code(f"{type(task).__name__}.train_data()"):
         if not is_map_style(data):
             return None

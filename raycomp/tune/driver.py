@@ -27,7 +27,7 @@ from raycomp.distributed.progress import Progress, shown
 from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ClusterError, ConfigError, Problem
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import render_sweep, sweep_table
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary, TrialFigures
@@ -161,9 +161,9 @@ class _Sweep:
         """The first trial's job is one that can run, and its task gives the metric that is compared."""
         self.progress.message(f"sweep of {self.plan.job.name}: checking the first trial's job and its task")
         job = CompressionJob(self.plan.trials[0].job, self.plan.base_dir, task=self.recipe.given())
-        with scratch() as folder, on_demand(lambda: self._connected(for_data=True)):
+        with scratch() as folder, on_demand(lambda: self._connected(for_data=True)), data_made_once():
             task, checked = job.checked(folder)
-            self._data_cpus = data_cpus(ray_datasets(task, self.plan.job.training.seed).values())
+            self._data_cpus = data_cpus(ray_datasets(task).values())
         wanted = self.plan.config.metric
         if wanted is not None and checked.metrics and wanted not in checked.metrics:
             raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])

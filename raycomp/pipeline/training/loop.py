@@ -28,7 +28,7 @@ from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.parallel import data_parallel, take_buffers_of_rank_0_
@@ -353,7 +353,7 @@ class StageTraining:
     def _data(self, split: str) -> Any:
         if split in self.data:
             return self.data[split]
-        return given(self.task, f"{split}_data", self.training.seed)
+        return given_data(self.task, split)
 
     def _call(self, method: str) -> str:
         return f"{type(self.task).__name__}.{method}()"
