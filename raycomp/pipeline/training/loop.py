@@ -40,6 +40,16 @@ from raycomp.results.progress import ProgressEvent
 _EVENT_EVERY_S = 0.5
 
 
+def endless(where: str) -> Problem:
+    """What is wrong with a training of epochs over data that doesn't know its length.
+
+    Args:
+        where: the training's key.
+    """
+    message = "the train data can't tell its length, so a number of epochs has no number of steps"
+    return Problem(f"{where}.epochs", message, "set training.steps instead")
+
+
 class Listener(Protocol):
     """Who follows a training."""
 
@@ -184,7 +194,7 @@ class StageTraining:
             raise TaskError(
                 f"the train data gave no batch in epoch {self.epoch + 1}",
                 where=self._call("train_data"),
-                remedy="a loader must begin anew in each epoch",
+                remedy="a loader must begin anew in each epoch" if self.epoch else "give each worker a sample at least",
             )
 
     def _step(self, micro_batches: list[MicroBatch]) -> Tensor:
@@ -346,8 +356,7 @@ class StageTraining:
         if self.training.steps is not None:
             return self.training.steps
         if self.batches.steps_per_epoch is None:
-            message = "the train data can't tell its length, so a number of epochs has no number of steps"
-            raise ConfigError([Problem("training.epochs", message, "set training.steps instead")])
+            raise ConfigError([endless("training")])
         return (self.training.epochs or 1) * self.batches.steps_per_epoch
 
     def _data(self, split: str) -> Any:
