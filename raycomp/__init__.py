@@ -18,6 +18,7 @@ _PUBLIC = {
     "auto_set_dependency_group_ids": "raycomp.speedup",
     "load": "raycomp.pipeline.ending.load",
     "register_template": "raycomp.core.selection",
+    "trace": "raycomp.config.nni",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -25,5 +26,5 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that `import raycomp` brings neither torch nor Ray."""
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'raycomp' has no attribute {name!r}")
+        raise import_module("raycomp.config.registry").absent(__name__, name, __all__)
     return getattr(import_module(_PUBLIC[name]), name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from raycomp.config import nni
 from raycomp.config.values import KeyPath, closest, format_path, nearest, shown
 from raycomp.errors import ConfigError, Problem
 
@@ -77,6 +78,8 @@ class Settings(BaseModel):
         serialize_by_alias=True,
         use_attribute_docstrings=True,
     )
+    older_keys: ClassVar[Mapping[str, str]] = {}
+    """What to write instead of keys that NNI had once."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -86,6 +89,14 @@ class Settings(BaseModel):
 
     # Otherwise pydantic would call this method for nested settings too, and stop at the first that is wrong.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def may_mean(cls, given: Given, keys: Collection[str]) -> bool:
+        """Whether an unknown key probably stands for one of `keys`: what is missing isn't told beside it."""
+        known = cls.key_names()
+        unknown = [str(key) for key in given.values if key not in known]
+        meant = [cls.older_keys.get(key) or closest(key, known) or "" for key in unknown]
+        return any(name.startswith(key) for name in meant for key in keys)
 
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
@@ -171,7 +182,9 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
     if "message" in context:
         return _line(loc, kind, context["message"], context["remedy"], value)
     if kind == "extra_forbidden":
-        return _line(loc, UNKNOWN_KEY, f"unknown key '{loc[-1]}'", nearest(str(loc[-1]), cls.key_names()), value)
+        key = str(loc[-1])
+        remedy = f"write {cls.older_keys[key]}" if key in cls.older_keys else nearest(key, cls.key_names())
+        return _line(loc, UNKNOWN_KEY, f"unknown key '{key}'", remedy, value)
     if kind == "missing":
         field = next(f for n, f in cls.model_fields.items() if loc[-1] in (n, f.alias))
         return _line(loc, kind, f"the key '{loc[-1]}' is missing", (field.description or "").partition("\n")[0], value)
@@ -180,6 +193,7 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
         message = "the key 'type' is missing" if name is None else f"there is no {shown(str(name))}"
         meant, names = closest(str(name or ""), choices), ", ".join(choices)
         remedy = f"did you mean '{meant}'? There are {names}" if meant else f"choose from {names}"
+        remedy = nni.instead_of(str(name), choices) if str(name) in nni.NAMES else remedy
         return _line((*loc, "type"), kind, message, remedy, value)
     if kind == "too_short":
         return _line(loc, kind, "it is empty", f"at least {context['min_length']} needed", value)

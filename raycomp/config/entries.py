@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_serializer
 
+from raycomp.config import nni
 from raycomp.config.base import Conflict, Given, Settings
 from raycomp.config.values import CountOrZero, Items, KeyPath, NonNegative, Number, SomeItems, Text, expects, refuse
 
@@ -101,6 +102,7 @@ class Align(Settings):
 class PruneTarget(_SaysWhatWasGiven):
     """How a pruner treats one target."""
 
+    older_keys: ClassVar[Mapping[str, str]] = nni.PRUNING_KEYS
     sparse_ratio: _Ratio | None = None
     """The fraction to prune: the blocks with the smallest metrics."""
     sparse_threshold: Number | None = None
@@ -139,6 +141,7 @@ class PruneTarget(_SaysWhatWasGiven):
 class QuantizeTarget(_SaysWhatWasGiven):
     """How a quantizer treats one target."""
 
+    older_keys: ClassVar[Mapping[str, str]] = nni.QUANTIZING_KEYS
     quant_dtype: _Dtype = "int8"
     """The integer type."""
     quant_scheme: Annotated[Literal["symmetric", "affine"], expects("'symmetric' or 'affine'")] = "symmetric"
@@ -166,6 +169,7 @@ class SelectionEntry(_SaysWhatWasGiven):
     """The keys that select modules: ((op_names or op_names_re) and op_types) without what is excluded."""
 
     target_class: ClassVar[type[Settings]]
+    older_keys: ClassVar[Mapping[str, str]] = nni.SELECTING_KEYS
 
     op_types: Items[_Name] = ()
     """Class names of modules, exact."""
@@ -194,7 +198,8 @@ class SelectionEntry(_SaysWhatWasGiven):
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
-        if not any(given.values.get(key) for key in ("op_types", "op_names", "op_names_re")):
+        keys = ("op_types", "op_names", "op_names_re")
+        if not any(given.values.get(key) for key in keys) and not cls.may_mean(given, keys):
             yield Conflict((), "it selects no module", "add op_types, op_names or op_names_re")
         yield from _target_conflicts(cls.target_class, given)
 
@@ -223,6 +228,7 @@ class PruneEntry(PruneTarget, SelectionEntry):
     """One entry of a pruner's config list."""
 
     target_class: ClassVar[type[Settings]] = PruneTarget
+    older_keys: ClassVar[Mapping[str, str]] = {**nni.SELECTING_KEYS, **nni.PRUNING_KEYS}
     target_settings: dict[_TargetName, PruneTarget] = Field(default_factory=dict)
     """Settings for single targets, over those of the entry."""
 
@@ -239,7 +245,9 @@ class PruneEntry(PruneTarget, SelectionEntry):
         levels = [given, *map(Given, given.child("target_settings").values.values())]
         goals = ("sparse_ratio", "sparse_threshold", "align", "min_sparse_ratio")
         bypassed = all(level.text("apply_method") == "bypass" for level in levels)
-        if not bypassed and not any(level.has(goal) for level in levels for goal in goals):
+        # NNI once had entries that only exclude: they need no goal to be told what they should be.
+        said = "exclude" in given.values or any(level.has(goal) for level in levels for goal in goals)
+        if not bypassed and not said and not any(cls.may_mean(level, goals) for level in levels):
             yield Conflict((), "it does not say how much to prune", "add sparse_ratio, sparse_threshold or align")
 
 
@@ -247,6 +255,7 @@ class QuantizeEntry(QuantizeTarget, SelectionEntry):
     """One entry of a quantizer's config list."""
 
     target_class: ClassVar[type[Settings]] = QuantizeTarget
+    older_keys: ClassVar[Mapping[str, str]] = {**nni.SELECTING_KEYS, **nni.QUANTIZING_KEYS}
     target_settings: dict[_TargetName, QuantizeTarget] = Field(default_factory=dict)
     """Settings for single targets, over those of the entry."""
     fuse_names: Items[_Fused] = ()

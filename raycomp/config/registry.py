@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod, update_abstractmethods
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from importlib import import_module
+from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from raycomp.config.base import UNKNOWN_TYPE, Settings
+from raycomp.config import nni
+from raycomp.config.base import UNKNOWN_TYPE, Settings, problems_of
 from raycomp.config.values import nearest
+from raycomp.errors import Problem
 
 Kind = Literal["pruner", "quantizer", "distiller"]
 
@@ -88,6 +92,26 @@ class Registration:
         """The class itself; its module is imported when this is first asked for."""
         return getattr(import_module(self.implementation.rpartition(":")[0]), self.name)
 
+    def problems(self, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        """What is wrong with those arguments of the class that are settings, each by itself."""
+        for name, field in self.settings.model_fields.items():
+            if name in arguments and name not in ("type", "config_list", "pruner"):
+                kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+                try:
+                    TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(_plain(arguments[name]))
+                except ValidationError as error:
+                    yield from problems_of(error, arguments, partial(self._argument, name))[:1]
+
+    def _argument(self, name: str, _: object) -> str:
+        return f"{self.name}.{name}"
+
+
+def _plain(value: object) -> object:
+    """NumPy's numbers as Python's, which settings are made of."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
 
 _REGISTERED: dict[str, Registration] = {}
 COMPRESSORS: Mapping[str, Registration] = MappingProxyType(_REGISTERED)
@@ -157,7 +181,26 @@ def export_algorithms(
 
     def load(name: str) -> Any:
         if name not in names:
-            raise AttributeError(f"module '{package}' has no attribute '{name}' ({nearest(name, names)})")
+            raise absent(package, name, names)
         return COMPRESSORS[name].load()
 
     return names, load, names.copy
+
+
+def absent(package: str, name: str, names: Iterable[str]) -> ImportError | AttributeError:
+    """The error for a name that a package lacks.
+
+    It is an ImportError, whose text `from package import name` hands on, where it has more to say than which names
+    there are: the name is an algorithm's, or one of NNI's.
+
+    Args:
+        package: which.
+        name: what it lacks.
+        names: what it has.
+    """
+    if name in COMPRESSORS:
+        home = COMPRESSORS[name].implementation.rpartition(".")[0]
+        return ImportError(f"{package} has no {name} (write from {home} import {name})", name=package)
+    if name in nni.NAMES:
+        return ImportError(f"{package} has no {name} ({nni.instead_of(name, COMPRESSORS)})", name=package)
+    return AttributeError(f"module '{package}' has no attribute '{name}' ({nearest(name, names)})")

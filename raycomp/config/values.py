@@ -39,7 +39,9 @@ def shown(value: object) -> str:
     """A value as an error quotes it, in one line."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    text = f"a {type(value).__name__}" if isinstance(value, BaseModel) else repr(value)
+    text = repr(value)
+    if isinstance(value, BaseModel) or "\n" in text:
+        return f"a {type(value).__name__}"
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 

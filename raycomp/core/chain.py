@@ -272,7 +272,7 @@ class Chain:
             deciding = [member for member in due if member.turn == turn]
             merged = [statistic for member in deciding for statistic in member.statistics()]
             reduce_(merged)
-            check_statistics(merged, moment.step)
+            check_statistics(merged, moment)
             for member in deciding:
                 member.decide(moment)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from raycomp.config import SelectionEntry, parse_config_list
+from raycomp.config import COMPRESSORS, SelectionEntry, parse_config_list
+from raycomp.config.values import shown
 from raycomp.core.chain import Chain
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.model import evaluation_mode
 from raycomp.core.moments import Moments
+from raycomp.core.public import Public
 from raycomp.core.rounds import conduct
 from raycomp.core.selection import Kind, Selected, Selection, resolve
 from raycomp.errors import CompressionError, ConfigError, Problem
@@ -23,7 +25,7 @@ from raycomp.errors import CompressionError, ConfigError, Problem
 ConfigList = Sequence[Mapping[str, Any] | SelectionEntry] | Selection
 
 
-class Compressor(Moments, ABC):
+class Compressor(Public, Moments, ABC):
     """Compresses a model while the user's training runs.
 
     Constructing one attaches its targets to the model. A subclass says at which moments it acts by overriding them;
@@ -37,7 +39,7 @@ class Compressor(Moments, ABC):
         evaluator: how to train; needed by `compress` where the algorithm needs training.
 
     Raises:
-        ConfigError: with everything that is wrong in the config list.
+        ConfigError: with everything that is wrong in the arguments or the config list.
     """
 
     kind: ClassVar[Kind]
@@ -46,12 +48,20 @@ class Compressor(Moments, ABC):
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.chain = model if isinstance(model, Chain) else Chain(model)
-        self.chain.evaluator = self.chain.evaluator or evaluator
+        keep_evaluator(self.chain, evaluator)
         self.selection = self._resolved(config_list)
         self.selected = dict(self.selection.selected)
         self.layouts = self.selection.layouts
         self.check()
         self.chain.register(self)
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        model = arguments.get("model")
+        if "model" in arguments and not isinstance(model, nn.Module | Chain):
+            yield Problem(f"{cls.__name__}.model", f"got {shown(model)}", "should be a torch.nn.Module")
+        yield from evaluator_problems(cls, arguments)
+        yield from setting_problems(cls, arguments)
 
     def _resolved(self, config_list: ConfigList) -> Selection:
         if isinstance(config_list, Selection):
@@ -62,11 +72,11 @@ class Compressor(Moments, ABC):
         return resolve(self.chain.model, self.kind, entries, where="config_list", example=example)
 
     @classmethod
-    def from_compressor(cls, compressor: Compressor, config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
+    def from_compressor(cls, compressor: Compressor, new_config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:
         """A compressor fused with `compressor` and all that is fused with it already.
 
         Its other arguments are those of the class, by name or in NNI's order. The evaluator of the earlier compressors
-        is kept; one given here is used only where they have none.
+        is kept; one given here is used only where they have none, else a warning says that it isn't.
 
         Raises:
             TypeError: more positional arguments than there are.
@@ -77,7 +87,7 @@ class Compressor(Moments, ABC):
         if args and hasattr(args[0], "calibrate"):
             # The evaluator comes first in the constructors.
             order = ("evaluator", *(name for name in order if name != "evaluator"))
-        return cls(compressor.chain, config_list, **dict(zip(order, args, strict=False)), **kwargs)
+        return cls(compressor.chain, new_config_list, **dict(zip(order, args, strict=False)), **kwargs)
 
     @property
     def model(self) -> nn.Module:
@@ -159,12 +169,24 @@ class Compressor(Moments, ABC):
         return ConfigError([Problem(selected.where, f"{selected.target_id}: {message}", remedy)])
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuses counts below 1, by their names; None stands for a count that isn't given.
+def evaluator_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """An evaluator that is none."""
+    evaluator = arguments.get("evaluator")
+    if evaluator is not None and not isinstance(evaluator, Evaluator):
+        remedy = "write TorchEvaluator(training_func, optimizer, training_step)"
+        yield Problem(f"{cls.__name__}.evaluator", f"got {shown(evaluator)}", remedy)
 
-    Raises:
-        ConfigError: with all that are wrong.
-    """
-    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
-    if wrong:
-        raise ConfigError(Problem(name, f"got {count}", "at least 1") for name, count in wrong.items())
+
+def keep_evaluator(chain: Chain, evaluator: Evaluator | None) -> None:
+    """One evaluator trains all that is fused: the first."""
+    if chain.evaluator is None:
+        chain.evaluator = evaluator
+    elif evaluator is not None and evaluator is not chain.evaluator:
+        message = "the evaluator of the earlier compressors is kept, the one given here is not used: leave it out"
+        warnings.warn(message, stacklevel=3)
+
+
+def setting_problems(cls: type, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """Arguments that a job file's keys of the same names could not be, either."""
+    registered = next((COMPRESSORS[each.__name__] for each in cls.__mro__ if each.__name__ in COMPRESSORS), None)
+    return registered.problems(arguments) if registered is not None else iter(())

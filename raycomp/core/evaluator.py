@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,6 +42,7 @@ class Trainee(Protocol):
         """The names of trainable parameters that no optimizer holds."""
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Trains, calibrates and judges a model."""
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from raycomp.core.attach import TargetSpace
 from raycomp.core.first_place import first_place
 from raycomp.core.learned import LearnedTensors
+from raycomp.core.moments import Moment
 from raycomp.core.reduction import Statistic
 from raycomp.errors import NotFiniteError
 
@@ -48,8 +49,8 @@ def spreading(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
-def check_statistics(statistics: Iterable[Statistic], step: int) -> None:
-    """Refuses merged statistics that rest on values that are not finite: the same on every rank.
+def check_statistics(statistics: Iterable[Statistic], moment: Moment) -> None:
+    """Refuses statistics, merged for a moment, that rest on values that are not finite: the same on every rank.
 
     Raises:
         NotFiniteError: with the statistics' names.
@@ -60,7 +61,11 @@ def check_statistics(statistics: Iterable[Statistic], step: int) -> None:
     if not sense or bool(torch.stack(sense).all()):
         return
     bad = [each.name or "a statistic" for each, has_sense in zip(every, sense, strict=True) if not has_sense]
-    raise NotFiniteError(f"in step {step} {_listed(dict.fromkeys(bad))} is not finite")
+    names = _listed(dict.fromkeys(bad))
+    if moment.event == "calibrated":
+        remedy = "look at the batches that it calibrates on, and at the model's output for them"
+        raise NotFiniteError(f"in the calibration {names} is not finite", remedy=remedy)
+    raise NotFiniteError(f"in step {moment.step} {names} is not finite")
 
 
 def _has_sense(statistic: Statistic) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raycomp.core.masks import ApplyMethod, apply_mask
+from raycomp.core.masks import ApplyMethod, apply_mask, fits
 from raycomp.core.target import AdoptsShapes, set_buffer_
+from raycomp.errors import CompressionError
 
 
 class Mask(AdoptsShapes):
@@ -35,8 +36,15 @@ class Mask(AdoptsShapes):
         return made
 
     def forward(self, value: Tensor) -> Tensor:
-        """The masked value."""
+        """The masked value.
+
+        Raises:
+            CompressionError: the mask doesn't broadcast to it.
+        """
         mask = self._in_rank(self.mask, value.dim())
+        if not fits(mask, value.shape):
+            message = f"the mask's shape is {tuple(self.mask.shape)}, and the value's {tuple(value.shape)}"
+            raise CompressionError(message, remedy="give it a mask that broadcasts to the value, one for all samples")
         if mask is not self.mask:
             self.mask = mask
         return apply_mask(value, mask, self.method)

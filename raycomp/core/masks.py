@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from raycomp.config import canonical_target
+from raycomp.config.values import shown
 from raycomp.core.target import TargetId
+from raycomp.errors import CompressionError
 
 ApplyMethod = Literal["mul", "add", "bypass"]
 
@@ -27,6 +31,12 @@ def apply_mask(value: Tensor, mask: Tensor, method: ApplyMethod) -> Tensor:
         return value
     mask = mask.to(value.dtype)
     return value * mask if method == "mul" else value + (1 - mask) * SOFTMAX_ZERO
+
+
+def fits(mask: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a mask broadcasts to a value of this shape."""
+    behind = zip(reversed(mask.shape), reversed(shape), strict=False)
+    return mask.dim() <= len(shape) and all(size in (1, whole) for size, whole in behind)
 
 
 class Masks(dict[str, dict[str, Tensor]]):
@@ -59,6 +69,21 @@ class Masks(dict[str, dict[str, Tensor]]):
         if method != "mul":
             self.methods[target_id] = method
 
+    @classmethod
+    def canonical(cls, masks: Mapping[str, Mapping[str, Tensor]]) -> Masks:
+        """The masks with how each is applied, and every target by its full name (`_input_` is short for `_input_0`).
+
+        Raises:
+            CompressionError: they are no tensors by module and target.
+        """
+        for module, targets in masks.items():
+            if not isinstance(targets, Mapping) or not all(isinstance(mask, Tensor) for mask in targets.values()):
+                raise CompressionError(f"got {shown(targets)}", where=f"masks[{module!r}]", remedy="{target: tensor}")
+        given, result = cls(masks), cls()
+        for target_id, mask in given.by_target():
+            result.put(TargetId(target_id.module, canonical_target(target_id.target)), mask, given.method(*target_id))
+        return result
+
     def by_target(self) -> Iterator[tuple[TargetId, Tensor]]:
         """Each target and its mask."""
         for module, targets in self.items():
@@ -67,3 +92,7 @@ class Masks(dict[str, dict[str, Tensor]]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.methods)
+
+
+# So that `torch.load` reads, as weights alone, the masks that `torch.save` wrote.
+torch.serialization.add_safe_globals([Masks, TargetId])

@@ -110,9 +110,9 @@ class Target(nn.Module):
 
     def masked(self, value: Tensor) -> Tensor:
         """The value under all factors and masks, unquantized."""
-        for transform in (*self.factors, *self.masks):
-            value = transform(value)
-        return value
+        for factor in self.factors:
+            value = factor(value)
+        return self._under_masks(value)
 
     def forward(self, value: Any) -> Any:
         """The target's value as the compressed model sees it; what isn't a floating-point tensor passes through."""
@@ -124,8 +124,15 @@ class Target(nn.Module):
             watcher(value)
         if self.quantizer is not None and not self.defer_quantizer:
             value = self.quantizer(value)
-        for mask in self.masks:
-            value = mask(value)
+        value = self._under_masks(value)
         for recorder in self.recorders:
             recorder(value)
+        return value
+
+    def _under_masks(self, value: Tensor) -> Tensor:
+        try:
+            for mask in self.masks:
+                value = mask(value)
+        except CompressionError as error:
+            raise CompressionError(error.message, where=str(self.target_id), remedy=error.remedy) from None
         return value

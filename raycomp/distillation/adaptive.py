@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from math import sqrt
 from typing import Any
 
@@ -44,11 +45,10 @@ class Adaptive1dLayerwiseDistiller(LayerwiseDistiller):
     student, begin with the same values on every worker, and are thrown away (Romero et al., FitNets, arXiv:1412.6550).
     """
 
-    translators: dict[tuple[TargetId, TargetId], Translator]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.translators = {}
-        super().__init__(*args, **kwargs)
+    @cached_property
+    def translators(self) -> dict[tuple[TargetId, TargetId], Translator]:
+        """The maps, by target and link."""
+        return {}
 
     def translated(self, target_id: TargetId, link: TargetId, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's output in the teacher's features."""

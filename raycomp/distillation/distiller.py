@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from raycomp.config import DistillTarget, nearest
+from raycomp.config.values import shown
 from raycomp.core.batch_share import counted_positions, weighted_by_positions, weighted_by_samples
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
@@ -60,6 +62,19 @@ class LayerwiseDistiller(Compressor):
         self.origin_loss_lambda = origin_loss_lambda
         self.recorders: dict[TargetId, Recorder] = {}
         super().__init__(chain, config_list, evaluator)
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        yield from super().argument_problems(arguments)
+        student, teacher = arguments.get("model"), arguments.get("teacher_model")
+        if not isinstance(teacher, nn.Module | None):
+            yield Problem(f"{cls.__name__}.teacher_model", f"got {shown(teacher)}", "should be a torch.nn.Module")
+        if teacher is not None and teacher in (student, getattr(student, "model", None)):
+            remedy = "write teacher_model=copy.deepcopy(model) before compressors stand on it"
+            yield Problem(f"{cls.__name__}.teacher_model", "it is the student itself", remedy)
+        predict = arguments.get("teacher_predict")
+        if predict is not None and not callable(predict):
+            yield Problem(f"{cls.__name__}.teacher_predict", f"got {shown(predict)}", "should be a function")
 
     def unwrap_teacher_model(self) -> None:
         """Nothing: between trainings no compressor stands on the teacher; scripts of NNI's call it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from raycomp.config.values import shown
 from raycomp.core.evaluator import Trainee
 from raycomp.core.loss import with_loss
 from raycomp.core.moments import RunContext
-from raycomp.errors import CompressionError
+from raycomp.core.public import Public
+from raycomp.errors import CompressionError, Problem
 
 TrainingStep = Callable[..., Any]
 
 
-class TorchEvaluator:
+class TorchEvaluator(Public):
     """The user's training and evaluation, in NNI's form.
 
     The training function may wrap the model in DDP: hooks and parametrizations stand on the inner modules, and where a
@@ -54,6 +56,18 @@ class TorchEvaluator:
         self.evaluating_func = evaluating_func
         self._fresh = self._states()
 
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        for name in ("training_func", "training_step", "evaluating_func"):
+            value = arguments.get(name)
+            if name in arguments and not callable(value) and (value, name) != (None, "evaluating_func"):
+                yield Problem(f"TorchEvaluator.{name}", f"got {shown(value)}", "should be a function")
+        given = arguments.get("optimizers", ())
+        optimizers = given if isinstance(given, list | tuple) else [given]
+        if not all(isinstance(each, Optimizer) for each in optimizers):
+            remedy = "should be an optimizer of torch.optim, or a list of them"
+            yield Problem("TorchEvaluator.optimizers", f"got {shown(given)}", remedy)
+
     @property
     def example(self) -> Any:
         """The dummy input."""
@@ -67,6 +81,7 @@ class TorchEvaluator:
         self._warn_of_unheld(trainee)
 
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            _refuse_criterion(batch, *args, **kwargs)
             return trainee.training_step(lambda: self.training_step(batch, *args, **kwargs), batch)
 
         evaluate = None if self.evaluating_func is None else lambda: self.evaluate(trainee.model)
@@ -84,6 +99,7 @@ class TorchEvaluator:
         with trainee.calibrating():
 
             def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+                _refuse_criterion(batch, *args, **kwargs)
                 output = trainee.calibration_step(lambda: self.training_step(batch, *args, **kwargs))
                 return with_loss(output, _without_gradient)
 
@@ -144,6 +160,15 @@ def _no_updates(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refuse_criterion(batch: Any, *args: Any, **kwargs: Any) -> None:
+    """An output with its target is no batch with its model: the forward pass was none of the step."""
+    given = (*args, *kwargs.values())
+    if isinstance(batch, Tensor) and batch.grad_fn is not None and not any(isinstance(x, nn.Module) for x in given):
+        message = "training_step is given the model's output, as NNI 2's criterion was"
+        remedy = "write training_step(batch, model), which runs the model and gives the loss"
+        raise CompressionError(message, remedy=remedy)
 
 
 def _without_gradient(loss: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup import (
     ModelSpeedup,
     Plan,
+    UnprunedWarning,
     apply_plan,
     cut_calibration,
     draws,
@@ -197,7 +199,10 @@ def _cut(job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResul
     context = stage_context(job, index, task)
     others = differing_inputs(task, context.dtype)
     speedup = ModelSpeedup(uncut.masked, context.example, uncut.masks, exact=job.speedup.exact, others=others)
-    smaller = speedup.speedup_model().eval()
+    with warnings.catch_warnings():
+        # The report names what stays.
+        warnings.simplefilter("ignore", UnprunedWarning)
+        smaller = speedup.speedup_model().eval()
     inputs = [real_inputs(task, context.dtype), *others]
     verification = verify(uncut.under_masks, smaller, inputs, job.speedup.tolerance)
     tried = replace(uncut, verification=verification, unpruned=speedup.unpruned)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from raycomp.core.compressor import check_counts
 from raycomp.core.evaluator import Evaluator
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import RoundEnds, same_part_each_time
@@ -26,5 +25,4 @@ class LotteryTicketPruner(ScheduledPruner):
     def __init__(
         self, pruner: Pruner, total_iteration: int, reset_weight: bool = True, evaluator: Evaluator | None = None
     ) -> None:
-        check_counts(total_iteration=total_iteration)
         super().__init__(pruner, RoundEnds(total_iteration, same_part_each_time, reset_weight), evaluator)

@@ -16,7 +16,7 @@ from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.layout import Layout, layout_of
 from raycomp.core.mask import Mask
-from raycomp.core.masks import Masks
+from raycomp.core.masks import Masks, fits
 from raycomp.core.model import device_of
 from raycomp.core.moments import Moment
 from raycomp.core.selection import Kind, Selected
@@ -190,22 +190,35 @@ class Pruner(Compressor):
         """Sets masks that were stored before.
 
         Raises:
-            CompressionError: a target that this pruner doesn't have, or a mask that doesn't fit its parameter.
+            CompressionError: a target that this pruner doesn't have, or a mask that doesn't fit it.
         """
-        given = dict(Masks(masks).by_target())
+        given = dict(Masks.canonical(masks).by_target())
         for target_id, mask in given.items():
             if target_id not in self.masks:
                 remedy = nearest(str(target_id), map(str, self.masks))
                 raise CompressionError(f"{type(self).__name__} has no such target", where=str(target_id), remedy=remedy)
-            shape = self.layouts[target_id].shape
-            if target_kind(target_id.target) != "parameter" and mask.dim() and mask.shape[0] != 1:
-                message = f"the mask's shape is {tuple(mask.shape)}: it has a batch dimension"
-                raise CompressionError(message, where=str(target_id), remedy="one mask for all samples: mask[:1]")
-            if target_kind(target_id.target) == "parameter" and tuple(mask.shape) != shape:
-                message = f"the mask's shape is {tuple(mask.shape)}, the parameter's {shape}"
-                raise CompressionError(message, where=str(target_id))
+            self._check_fit(target_id, mask)
         for target_id, mask in given.items():
             self.masks[target_id].set_(mask)
+
+    def _check_fit(self, target_id: TargetId, mask: Tensor) -> None:
+        layout, has_rank = self.layouts[target_id], self.masks[target_id].has_rank
+        given = f"the mask's shape is {tuple(mask.shape)}"
+        if layout.is_parameter:
+            if tuple(mask.shape) != layout.shape:
+                raise CompressionError(f"{given}, the parameter's {layout.shape}", where=str(target_id))
+            return
+        if mask.dim() and mask.shape[0] != 1:
+            remedy = "one mask for all samples: a first dimension of 1"
+            raise CompressionError(
+                f"{given}: its first dimension is not the batch's", where=str(target_id), remedy=remedy
+            )
+        is_short = mask.dim() == 2 and not has_rank
+        if layout.rank is not None and mask.dim() not in (0, layout.rank) and not is_short:
+            remedy = f"should have {layout.rank}" + ("" if has_rank else ", or be [1, channels]")
+            raise CompressionError(f"{given}: it has {mask.dim()} dimensions", where=str(target_id), remedy=remedy)
+        if layout.shape is not None and not fits(mask, layout.shape[: 2 if is_short else None]):
+            raise CompressionError(f"{given}, the value's {(1, *layout.shape[1:])}", where=str(target_id))
 
     def result(self) -> tuple[nn.Module, Masks]:
         """The model and its masks."""

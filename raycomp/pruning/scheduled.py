@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import check_counts
+from raycomp.core.compressor import evaluator_problems, keep_evaluator, setting_problems
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.masks import Masks
+from raycomp.core.public import Public
 from raycomp.errors import CompressionError, ConfigError, Problem
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import Every, Once, Schedule
 
 
-class ScheduledPruner(ABC):
+class ScheduledPruner(Public, ABC):
     """Drives a basic pruner through a schedule: it stays the one in the chain, and what is fused sees its masks grow.
 
     Args:
@@ -26,20 +28,29 @@ class ScheduledPruner(ABC):
         evaluator: how to train, where the pruner has no evaluator yet.
 
     Raises:
-        CompressionError: `pruner` is no basic pruner, or has a schedule.
+        ConfigError: with everything that is wrong in the arguments: `pruner` is no basic pruner, say.
+        CompressionError: `pruner` has a schedule.
     """
+
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        pruner = arguments.get("pruner")
+        if "pruner" in arguments and not isinstance(pruner, Pruner):
+            message = f"it goes around a pruner, not a {type(pruner).__name__}"
+            remedy = "write L1NormPruner(model, config_list, evaluator) or another basic pruner first"
+            yield Problem(cls.__name__, message, remedy)
+            return
+        yield from evaluator_problems(cls, arguments)
+        yield from setting_problems(cls, arguments)
 
     @abstractmethod
     def __init__(self, pruner: Pruner, schedule: Schedule, evaluator: Evaluator | None = None) -> None:
-        if not isinstance(pruner, Pruner):
-            message = f"{type(self).__name__} schedules a pruner, not a {type(pruner).__name__}"
-            raise CompressionError(message, remedy="give it an L1NormPruner or another basic pruner")
         if not isinstance(pruner.schedule, Once):
             message = f"this {type(pruner).__name__} has a schedule already"
             raise CompressionError(message, remedy="put one schedule around a pruner")
         self.pruner = pruner
         pruner.schedule = schedule
-        pruner.chain.evaluator = pruner.chain.evaluator or evaluator
+        keep_evaluator(pruner.chain, evaluator)
 
     @classmethod
     def from_compressor(cls, compressor: Pruner, *args: Any, **kwargs: Any) -> ScheduledPruner:
@@ -64,6 +75,10 @@ class ScheduledPruner(ABC):
     def model(self) -> nn.Module:
         """The model under compression."""
         return self.pruner.model
+
+    def as_written(self) -> AbstractContextManager[None]:
+        """As `Compressor.as_written`."""
+        return self.pruner.as_written()
 
     def track_forward(self, *args: Any, **kwargs: Any) -> None:
         """As `Compressor.track_forward`."""
@@ -96,8 +111,7 @@ class StepwisePruner(ScheduledPruner):
         evaluator: how to train, where the pruner has no evaluator yet.
 
     Raises:
-        ConfigError: a decision would rest on more steps than lie before it.
-        CompressionError: `pruner` is no basic pruner.
+        ConfigError: a decision would rest on more steps than lie before it; or as in `ScheduledPruner`.
     """
 
     @staticmethod
@@ -108,8 +122,7 @@ class StepwisePruner(ScheduledPruner):
     def __init__(
         self, pruner: Pruner, interval_steps: int, total_times: int, evaluator: Evaluator | None = None
     ) -> None:
-        check_counts(interval_steps=interval_steps, total_times=total_times)
-        if isinstance(pruner, Pruner) and pruner.window > interval_steps:
+        if pruner.window > interval_steps:
             message = f"interval_steps {interval_steps} is below the pruner's training_steps {pruner.window}"
             raise ConfigError([Problem("interval_steps", message, f"at least {pruner.window}")])
         super().__init__(pruner, Every(interval_steps, total_times, self.curve), evaluator)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raycomp.core.batch_share import weighted_by_samples
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import ConfigList, check_counts
+from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.learned import Learns
 from raycomp.core.model import device_of
@@ -66,7 +66,6 @@ class SlimPruner(Pruner):
         training_steps: int = 100,
         regular_scale: float = 1.0,
     ) -> None:
-        check_counts(training_steps=training_steps)
         self.training_steps = training_steps
         self.regular_scale = regular_scale
         self.factors: dict[TargetId, Factor] = {}

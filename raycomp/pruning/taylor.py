@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import ConfigList, check_counts
+from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.model import device_of
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
@@ -41,7 +41,6 @@ class TaylorPruner(Pruner):
         evaluator: Evaluator | None = None,
         training_steps: int = 100,
     ) -> None:
-        check_counts(training_steps=training_steps)
         self.training_steps = training_steps
         self.sums: dict[TargetId, Statistic] = {}
         super().__init__(model, config_list, evaluator)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import ConfigList, check_counts
+from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
 from raycomp.core.moments import Moment
 from raycomp.core.target import TargetId
@@ -37,7 +37,6 @@ class PtqQuantizer(Quantizer):
         evaluator: Evaluator | None = None,
         calibration_steps: int | None = None,
     ) -> None:
-        check_counts(calibration_steps=calibration_steps)
         self._calibration_steps = calibration_steps
         super().__init__(model, config_list, evaluator)
 

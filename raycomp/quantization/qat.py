@@ -67,10 +67,10 @@ class QATQuantizer(Quantizer):
             quantizer.active = started and bool(torch.isfinite(quantizer.tracked_min).all())
         self.set_parameter_ranges(active=started)
 
-    def update_calibration_config(self, calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    def update_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Takes over ranges that were stored before; averages go on from them. Errors as in `Quantizer`."""
-        super().update_calibration_config(calibration)
-        given = {TargetId(module, target) for module, targets in calibration.items() for target in targets}
+        super().update_calibration_config(calibration_config)
+        given = {TargetId(module, target) for module, targets in calibration_config.items() for target in targets}
         self._averaged |= given & self.watchers.keys()
 
     def rewind(self) -> None:

@@ -178,13 +178,13 @@ class Quantizer(Compressor):
         """The calibration's form, as it is before there are ranges: every target, with scales of 1."""
         return _calibration(self.quantizers)
 
-    def update_calibration_config(self, calibration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    def update_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Takes over ranges that were stored before.
 
         Raises:
             CompressionError: a target that this quantizer doesn't have, or a value that is missing.
         """
-        for module, targets in calibration.items():
+        for module, targets in calibration_config.items():
             for target, values in targets.items():
                 target_id = TargetId(module, target)
                 if target_id not in self.quantizers:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from raycomp.config.registry import absent
 from raycomp.results.summary import Unpruned, Verification
 from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
 from raycomp.speedup.config_list import (
@@ -12,7 +15,7 @@ from raycomp.speedup.config_list import (
     obstacles,
 )
 from raycomp.speedup.rules import RULES, Registry, Rule
-from raycomp.speedup.speedup import ModelSpeedup
+from raycomp.speedup.speedup import ModelSpeedup, UnprunedWarning
 from raycomp.speedup.surgery.apply import apply_plan
 from raycomp.speedup.surgery.follow_calibration import cut_calibration
 from raycomp.speedup.surgery.follow_masks import remaining_masks, restored_mask, with_value_masks
@@ -29,6 +32,7 @@ __all__ = [
     "Rule",
     "TracedModel",
     "Unpruned",
+    "UnprunedWarning",
     "Verification",
     "align_followers",
     "apply_plan",
@@ -44,3 +48,8 @@ __all__ = [
     "verify",
     "with_value_masks",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        raise absent(__name__, name, __all__)

@@ -204,13 +204,13 @@ def _with_followers(traced: TracedModel, config_list: Sequence[Mapping[str, Any]
     model = traced.model
     entries, selected = _selected(model, config_list)
     result = [dict(entry) for entry in config_list]
-    taken: set[tuple[str, str]] = set()
+    taken = set[int]()  # by identity: a tied parameter has several names
     names = []
     for entry, own in zip(entries, selected, strict=True):
         for name in own:
-            kind = type_name(model.get_submodule(name))
-            targets = tuple(entry.target_names or default_targets("pruner", kind))
-            taken.update((name, target) for target in targets)
+            module = model.get_submodule(name)
+            targets = tuple(entry.target_names or default_targets("pruner", type_name(module)))
+            taken.update(id(getattr(module, target, None)) for target in targets)
             if "weight" in targets and _has_channels(model, name):
                 names.append(name)
     if not names:
@@ -224,12 +224,12 @@ def _with_followers(traced: TracedModel, config_list: Sequence[Mapping[str, Any]
     for name, parameters in found.followers.items():
         by_module: dict[str, list[str]] = {}
         for parameter in parameters:
-            module, _, target = parameter.rpartition(".")
-            if (module, target) not in taken:
-                by_module.setdefault(module, []).append(target)
-        for module, own_targets in by_module.items():
+            owner, _, target = parameter.rpartition(".")
+            if id(getattr(model.get_submodule(owner), target)) not in taken:
+                by_module.setdefault(owner, []).append(target)
+        for owner, own_targets in by_module.items():
             align: dict[str, Any] = {"module_name": name, "target_name": "weight"}
-            result.append({"op_names": [module], "target_names": own_targets, "align": align})
+            result.append({"op_names": [owner], "target_names": own_targets, "align": align})
     return result
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
-import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from raycomp.config import nearest
+from raycomp.config.values import shown
 from raycomp.core.masks import Masks
 from raycomp.core.parts import as_call
-from raycomp.errors import SpeedupError
+from raycomp.core.public import Public
+from raycomp.errors import Problem, SpeedupError
 from raycomp.results.summary import Unpruned
 from raycomp.speedup.analysis.analyse import Analysis, analyse, masked_elements
 from raycomp.speedup.analysis.propagate import run
@@ -30,7 +30,7 @@ from raycomp.speedup.graph.example import Example, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
 from raycomp.speedup.graph.value_masks import (
     buffer_name,
-    canonical_masks,
+    check_value_masks,
     full_name,
     masked_copy,
     new_value_masks,
@@ -49,22 +49,15 @@ from raycomp.speedup.verify import compare, draws, outputs, summarise, verify
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
-_NNIS = {
-    "customized_replacers": "attention and modules of your own are cut through the graph: leave it out",
-    "customized_mask_updaters": "write customized_rules={operator: rule} for an operator that has no rule",
-    "masks_file": "write masks=torch.load(path, weights_only=True)",
-    "map_location": "load the masks yourself: masks=torch.load(path, map_location=..., weights_only=True)",
-    "batch_dim": "the batch is dimension 0: leave it out",
-    "batch_size": "it is read from dummy_input: leave it out",
-    "confidence": "outputs are compared at several batch sizes: leave it out",
-    "garbage_collect_values": "leave it out",
-    "logger": "leave it out; warnings and the attribute unpruned say what there is to know",
-}
 _WORTH_A_CLASS = 0.1
 """The part of all parameters that must go beyond what the user's own forward allows, to replace one that takes more."""
 
 
-class ModelSpeedup:
+class UnprunedWarning(UserWarning):
+    """What is masked, and could not be cut without changing the outputs."""
+
+
+class ModelSpeedup(Public):
     """Cuts what masks made removable out of a model.
 
     The result gives the masked model's outputs: the next bias absorbs what is constant where that is exact,
@@ -88,6 +81,8 @@ class ModelSpeedup:
     masked model).
 
     Raises:
+        ConfigError: with everything that is wrong in the arguments.
+        CompressionError: the masks are no tensors by module and target.
         SpeedupError: masks don't fit the model, or the model can't be traced.
     """
 
@@ -101,13 +96,12 @@ class ModelSpeedup:
         customized_rules: Mapping[str, Rule] | None = None,
         graph_module: fx.GraphModule | None = None,
         others: Sequence[Example] = (),
-        **unknown: Any,
     ) -> None:
-        _refuse_nnis(masks, unknown)
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
-        trained = canonical_masks(masks)
+        trained = Masks.canonical(masks)
+        check_value_masks(model, trained, dummy_input)
         self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input
@@ -120,15 +114,28 @@ class ModelSpeedup:
         self._old_value_masks = set(value_masks(model))
         self._new_value_masks = new_value_masks(self._masked, model)
 
+    @classmethod
+    def argument_problems(cls, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+        model, masks = arguments.get("model"), arguments.get("masks")
+        if "model" in arguments and not isinstance(model, nn.Module):
+            yield Problem("ModelSpeedup.model", f"got {shown(model)}", "should be a torch.nn.Module")
+        if "masks" in arguments and not isinstance(masks, Mapping):
+            remedy = "should be {module: {target: mask}}; of a file, torch.load(path, weights_only=True)"
+            yield Problem("ModelSpeedup.masks", f"got {shown(masks)}", remedy)
+
     def speedup_model(self) -> nn.Module:
         """The smaller model, each module in the training or eval mode that it had in the given model.
 
-        A warning tells a caller who drops it: the given model is not changed in place, as NNI's was.
+        A warning tells a caller who drops it: the given model is not changed in place, as NNI's was. Another one tells
+        what is masked and stays.
         """
         if _is_dropped(sys._getframe(1)):
             message = "the model was not changed in place: write model = ModelSpeedup(...).speedup_model()"
             warnings.warn(message, stacklevel=2)
-        return tolerating(self._rules, self._speedup)
+        model = tolerating(self._rules, self._speedup)
+        if self.unpruned:
+            warnings.warn(_what_stays(self.unpruned), UnprunedWarning, stacklevel=2)
+        return model
 
     def _speedup(self, rules: Registry) -> nn.Module:
         graph = trace(self._traced, self._example)
@@ -230,17 +237,12 @@ class ModelSpeedup:
         return bool(pairs) and summarise(pairs, tolerance, sizes).passed
 
 
-def _refuse_nnis(masks: object, unknown: Mapping[str, Any]) -> None:
-    """What NNI's ModelSpeedup takes and this one doesn't, each with what to write instead."""
-    if isinstance(masks, str | os.PathLike):
-        remedy = "write masks=torch.load(path, weights_only=True)"
-        raise SpeedupError(f"masks are taken as {{module: {{target: mask}}}}, not as the path {masks}", remedy=remedy)
-    for name in unknown:
-        if name not in _NNIS:
-            raise TypeError(
-                f"ModelSpeedup has no argument {name!r} ({nearest(name, inspect.signature(ModelSpeedup).parameters)})"
-            )
-        raise SpeedupError(f"ModelSpeedup takes no {name}", remedy=_NNIS[name])
+def _what_stays(unpruned: Sequence[Unpruned]) -> str:
+    most = max(unpruned, key=lambda item: item.count)
+    others = len({item.module for item in unpruned}) - 1
+    more = f" and {others} more modules" if others > 1 else " and another module" if others else ""
+    reason = f"{most.reason} (the attribute unpruned names all)"
+    return f"masked channels of {most.module}{more} stay in the model: {reason}"
 
 
 def _is_dropped(caller: FrameType) -> bool:

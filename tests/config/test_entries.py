@@ -228,3 +228,42 @@ def test_entries_may_be_objects() -> None:
 def test_entries_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         PruneEntry(op_types=("Conv2d",), sparse_ratio=0.5).sparse_ratio = 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "remedies"),
+    [
+        ("pruner", {"op_types": ["A"], "sparsity": 0.5}, ["write sparse_ratio"]),
+        ("pruner", {"op_types": ["A"], "sparsity_per_layer": 0.5}, ["write sparse_ratio"]),
+        ("pruner", {"op_types": ["A"], "total_sparsity": 0.5}, ["write sparse_ratio with a global_group_id"]),
+        (
+            "pruner",
+            {"op_types": ["A"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0.8},
+            ["write sparse_ratio with a global_group_id", "write max_sparse_ratio"],
+        ),
+        ("pruner", {"op_partial_names": ["a"], "sparse_ratio": 0.5}, ["write op_names_re: ['.*part of a name.*']"]),
+        ("pruner", {"op_types": ["A"], "target_settings": {"weight": {"sparsity": 0.5}}}, ["write sparse_ratio"]),
+        (
+            "quantizer",
+            {"op_types": ["A"], "quant_types": ["input"]},
+            ["write target_names: ['_input_', 'weight', '_output_']"],
+        ),
+        ("pruner", {"op_types": ["A"], "sparse_rato": 0.5}, ["did you mean 'sparse_ratio'?"]),
+        ("distiller", {"op_type": ["A"], "lambda": 0.5}, ["did you mean 'op_types'?"]),
+    ],
+)
+def test_an_older_or_misspelt_key_is_told_alone(kind: Any, entry: dict[str, Any], remedies: list[str]) -> None:
+    found = problems(kind, entry)
+    assert [problem.remedy for problem in found] == remedies
+    assert all(problem.message.startswith("unknown key") for problem in found)
+
+
+def test_an_entry_that_only_excludes_is_told_alone() -> None:
+    first, second = problems("pruner", {"exclude": True, "op_names": ["a"]}, {"op_names": ["b"], "granularty": [1]})[:2]
+    assert first.message == "unknown key 'exclude'" and "exclude_op_names" in first.remedy
+    assert second.where == "config_list[1].granularty"
+
+
+def test_a_missing_goal_is_told_beside_a_key_that_means_something_else() -> None:
+    told = [problem.message for problem in problems("pruner", {"op_names": ["b"], "granularty": [1]})]
+    assert told == ["unknown key 'granularty'", "it does not say how much to prune"]

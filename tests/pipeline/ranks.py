@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# Forking this process would take along the threads of Ray, autograd and others, as they are at that moment.
+# A fork of this process would take along the threads of Ray, autograd and others as they are at that moment.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "tests.contracts.training"])
+_SLOW_TO_IMPORT = ["pytest", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch.export._trace"]
+_CONTEXT.set_forkserver_preload([*_SLOW_TO_IMPORT, "tests.contracts.training"])
 
 
 def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -30,6 +31,7 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _work(rank: int, world: int, store: str, function: Callable[..., Any], args: Any) -> Any:
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of data workers, as in workers of Ray's
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -168,7 +169,7 @@ def test_a_window_longer_than_the_interval_is_refused() -> None:
 
 def test_a_schedule_takes_a_basic_pruner_alone() -> None:
     inner = AGPPruner(L1NormPruner(Net(), [fc1(sparse_ratio=0.5)]), 2, 2)
-    with pytest.raises(CompressionError, match="LinearPruner schedules a pruner, not a AGPPruner"):
+    with pytest.raises(ConfigError, match="LinearPruner: it goes around a pruner, not a AGPPruner"):
         LinearPruner(inner, 2, 2)  # type: ignore[arg-type]
 
 
@@ -317,14 +318,41 @@ def test_compressing_again_trains_what_is_left_until_the_last_decision() -> None
     assert int((pruner.get_masks()["fc1"]["bias"] == 0).sum()) == 2
 
 
-def test_a_mask_with_a_batch_dimension_names_itself() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((32, 6, 1, 1), r"its first dimension is not the batch's"),
+        ((6,), r"its first dimension is not the batch's"),
+        ((1, 6, 1), r"it has 3 dimensions \(should have 4, or be \[1, channels\]\)"),
+        ((1, 6, 1, 1, 1), r"it has 5 dimensions"),
+    ],
+)
+def test_a_mask_of_an_output_that_doesn_t_fit_names_itself(shape: tuple[int, ...], told: str) -> None:
+    with pytest.raises(CompressionError, match=rf"0\._output_0: the mask's shape is {re.escape(str(shape))}: {told}"):
+        _aligned().update_masks({"0": {"_output_": torch.ones(shape)}})
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (1, 6, 1, 9)])
+def test_a_mask_that_a_forward_pass_finds_not_to_fit_names_itself(shape: tuple[int, ...]) -> None:
+    pruner = _aligned()
+    pruner.update_masks({"0": {"_output_0": torch.ones(shape)}})
+    with pytest.raises(CompressionError, match=r"0\._output_0: .* and the value's \(2, 6, 5, 5\)"):
+        pruner.model(torch.ones(2, 3, 5, 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (1, 6, 1, 1), (1, 6, 5, 5), ()])
+def test_a_mask_of_an_output_may_have_any_form_that_broadcasts(shape: tuple[int, ...]) -> None:
+    pruner = _aligned()
+    whole = pruner.model(torch.ones(2, 3, 5, 5))
+    pruner.update_masks({"0": {"_output_": torch.zeros(shape)}})
+    assert bool(whole.any()) and not pruner.model(torch.ones(2, 3, 5, 5)).any()
+
+
+def _aligned() -> L1NormPruner:
+    """A pruner whose masks of outputs follow those of the weight."""
     align = {"module_name": "0", "target_name": "weight"}
     entries = [
         {"op_names": ["0"], "sparse_ratio": 0.5},
-        {"op_names": ["1"], "target_names": ["_output_0"], "align": align},
+        {"op_names": ["0"], "target_names": ["_output_0"], "align": align},
     ]
-    pruner = L1NormPruner(model, entries)
-    with pytest.raises(CompressionError, match=r"1\._output_0: .*\(32, 6\).*batch dimension .*mask\[:1\]"):
-        pruner.update_masks({"1": {"_output_0": torch.ones(32, 6)}})
-    pruner.update_masks({"1": {"_output_0": torch.ones(1, 6)}})
+    return L1NormPruner(nn.Sequential(nn.Conv2d(3, 6, 1)), entries)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from raycomp.core.batch_share import BatchShare, use_share
 from raycomp.core.moments import RunContext
+from raycomp.errors import NotFiniteError
 from raycomp.evaluators import TorchEvaluator
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import PtqQuantizer, QATQuantizer
@@ -242,3 +243,13 @@ def test_nnis_order_of_arguments() -> None:
     evaluator = Script(model, [1]).evaluator
     pruner = L1NormPruner(model, [{"op_names": ["fc"], "sparse_ratio": 0.1}])
     assert PtqQuantizer.from_compressor(pruner, [{"op_names": ["fc"]}], evaluator).evaluator is evaluator
+
+
+def test_a_calibration_that_is_not_finite_says_that_it_was_one() -> None:
+    model = Net()
+    entry = {"op_names": ["fc"], "target_names": ["weight", "_input_"]}
+    quantizer = PtqQuantizer(model, [entry], Script(model, [1.0, float("inf")]).evaluator)
+    with pytest.raises(
+        NotFiniteError, match=r"in the calibration .*fc\._input_0.* is not finite \(look at"
+    ):
+        quantizer.compress()

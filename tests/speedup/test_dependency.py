@@ -216,6 +216,59 @@ def test_followers_in_the_config_list() -> None:
     ]
 
 
+class TiedHead(nn.Module):
+    """A language model's head, as BERT has it: its weight is the embedding's, its bias stands in two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.body = nn.Linear(6, 6)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 11))
+        self.head = nn.Linear(6, 11)
+        self.head.weight, self.head.bias = self.embed.weight, self.bias
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(tokens)))
+
+
+def test_a_tied_head_is_known_by_the_name_of_its_first_owner() -> None:
+    tokens = torch.tensor([[1, 2, 10], [0, 4, 4]])
+    config = align_followers(TiedHead(), [{"op_types": ["Linear"], "sparse_ratio": 0.5}], tokens)
+    assert config == [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    only_weights = [{"op_types": ["Linear"], "sparse_ratio": 0.5, "target_names": ["weight"]}]
+    follow = {"module_name": "head", "target_name": "weight"}
+    assert align_followers(TiedHead(), only_weights, tokens)[-1] == {
+        "op_names": [""],
+        "target_names": ["bias"],
+        "align": follow,
+    }
+    model = TiedHead().eval()
+    pruner = L1NormPruner(model, config)
+    masks = pruner.compress()[1]
+    pruner.unwrap_model()
+    speedup = ModelSpeedup(model, tokens, masks)
+    torch.testing.assert_close(speedup.speedup_model()(tokens), speedup.simulated(tokens))
+    reasons = {item.module: item.reason for item in speedup.unpruned}
+    assert reasons["head"] == "'embed' (aten.embedding) looks its rows up"
+
+
+class Cached(nn.Module):
+    """Returns something of a class of its own beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x), MobileBlocks()
+
+
+def test_what_a_model_returns_and_no_export_knows_is_told() -> None:
+    entry = [{"op_names": ["fc"], "sparse_ratio": 0.5}]
+    with pytest.raises(SpeedupError, match=r"returns a MobileBlocks .*use_cache=False"):
+        align_followers(Cached(), entry, torch.randn(2, 3))
+
+
 def test_groups_and_followers_make_everything_go() -> None:
     """What DESIGN promises: half of the channels pruned, at most 30% of the multiplications left."""
     with warnings.catch_warnings():

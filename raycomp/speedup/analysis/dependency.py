@@ -134,8 +134,10 @@ class _Study:
         self.by_name = {value.tensor: value for value in graph.state()}
         self.weights: dict[str, Value] = {}
         self.layouts: dict[str, Layout] = {}
+        first = {id(tensor): name for name, tensor in model.named_parameters()}
         for name in self.names:
-            weight = self.by_name.get(f"{name}.weight")
+            own = getattr(model.get_submodule(name), "weight", None)
+            weight = self.by_name.get(first.get(id(own), ""))  # a tied one is known by its first name
             if weight is None or weight.ndim < 2:
                 raise SpeedupError("it has no weight with channels to prune", where=name)
             self.weights[name] = weight
@@ -256,8 +258,7 @@ class _Study:
                 continue
             gone = torch.from_numpy(np.isin(outputs, outputs[chosen]))
             for name in group.modules:
-                for tensor in (f"{name}.weight", *following[name]):
-                    value = self.by_name[tensor]
+                for value in (self.weights[name], *(self.by_name[tensor] for tensor in following[name])):
                     layout = self.layouts[name] if value is self.weights[name] else Layout(value.shape, 0)
                     elements = layout.channels(torch.arange(math.prod(value.shape)).reshape(value.shape))
                     masked.setdefault(value, torch.zeros(value.shape, dtype=torch.bool)).view(-1)[elements[gone]] = True

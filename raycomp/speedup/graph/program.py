@@ -22,6 +22,7 @@ from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import (
     Example,
     batch_size,
+    describe,
     is_batched,
     plain,
     with_batch_size,
@@ -44,12 +45,20 @@ def export(model: nn.Module, example: Example, dynamic_shapes: Any = None) -> Ex
     """
     args, kwargs = as_call(example)
     module = _without_graph(model)
+    given = list[Any]()
+
+    def in_known_classes(module: nn.Module, args: Any, output: Any) -> Any:
+        given.append(plain(output))
+        return given[-1]
+
     # torch.export knows no classes but its own; a hook leaves the names of parameters and arguments as they are.
-    hook = module.register_forward_hook(lambda _module, _args, output: plain(output))
+    hook = module.register_forward_hook(in_known_classes)
     try:
         with quiet(), torch.no_grad(), any_length():
             return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     except Exception as error:
+        for output in given:
+            describe(output)  # knows better what is in the way
         raise SpeedupError(
             f"{type(model).__name__} cannot be exported: {cause_of(error)}",
             remedy="its forward must not branch on tensor values, must take the example input, and return tensors",

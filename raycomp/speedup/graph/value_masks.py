@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -11,12 +11,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from raycomp.config import canonical_target
 from raycomp.core.attach import forward_arguments
-from raycomp.core.masks import ApplyMethod, Masks, apply_mask
+from raycomp.core.layout import traced_shapes
+from raycomp.core.masks import ApplyMethod, Masks, apply_mask, fits
 from raycomp.core.parts import replace_input, replace_output
 from raycomp.core.target import TargetId, target_kind
-from raycomp.errors import SpeedupError
+from raycomp.errors import CompressionError, SpeedupError
+from raycomp.speedup.graph.example import Example
 
 _PREFIX = "raycomp_mask"
 
@@ -39,12 +40,31 @@ class ValueMask:
             raise ValueError(f"a mask can't be applied by {self.method!r}")
 
 
-def canonical_masks(masks: Mapping[str, Mapping[str, Tensor]]) -> Masks:
-    """The masks with how each is applied, and every target by its full name (`_input_` is short for `_input_0`)."""
-    given, result = Masks(masks), Masks()
-    for target_id, mask in given.by_target():
-        result.put(TargetId(target_id.module, canonical_target(target_id.target)), mask, given.method(*target_id))
-    return result
+def check_value_masks(model: nn.Module, masks: Masks, example: Example) -> None:
+    """Holds the masks of inputs and outputs against what the modules of the model take and give on the example.
+
+    Raises:
+        SpeedupError: a mask doesn't fit, or masks what isn't there.
+    """
+    given = {key: mask for key, mask in masks.by_target() if target_kind(key.target) != "parameter"}
+    if not given:
+        return
+    known = dict(model.named_modules(remove_duplicate=False))
+    some = {TargetId(key.module, end) for key in given for end in ("_input_0", "_output_0")}
+    try:
+        shapes = traced_shapes(model, {key for key in some | given.keys() if key.module in known}, example)
+    except CompressionError as error:
+        raise SpeedupError(error.message, where=error.where, remedy=error.remedy) from error
+    ran = {key.module for key in shapes}
+    for key, mask in given.items():
+        shape = shapes.get(key)
+        if shape is None and key.module in ran:
+            raise SpeedupError("masks name what the module neither takes nor gives", where=str(key))
+        if shape is not None and not fits(mask, (1, *shape[1:])):
+            message = f"the mask's shape is {tuple(mask.shape)}, and the value's {shape}"
+            raise SpeedupError(
+                message, where=str(key), remedy="one mask for all samples, which broadcasts to the value"
+            )
 
 
 def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from raycomp.core.masks import Masks
 from raycomp.core.target import TargetId, target_kind
 from raycomp.speedup.graph.value_masks import (
-    canonical_masks,
     full_name,
     masked_copy,
     new_value_masks,
@@ -37,7 +36,7 @@ def with_value_masks(model: nn.Module, masks: Mapping[str, Mapping[str, Tensor]]
     Raises:
         SpeedupError: masks don't fit the model.
     """
-    masked = masked_copy(model, canonical_masks(masks))
+    masked = masked_copy(model, Masks.canonical(masks))
     stay = settle_value_masks(masked, new_value_masks(masked, model), value_masks(model))
     return masked, Plan((Surgery(value_masks=stay),) if stay else ())
 
@@ -55,7 +54,7 @@ def remaining_masks(masks: Mapping[str, Mapping[str, Tensor]], plan: Plan) -> Ma
     Raises:
         SpeedupError: a mask has another shape than the plan expects.
     """
-    given, remaining = canonical_masks(masks), Masks()
+    given, remaining = Masks.canonical(masks), Masks()
     held = {TargetId(each.module, each.target) for surgery in plan.surgeries for each in surgery.value_masks}
     for target_id, mask in given.by_target():
         method = given.method(*target_id)
