@@ -19,6 +19,7 @@ from raycomp.distributed.lease import Holder, lease
 from raycomp.distributed.records import record_bytes
 from raycomp.errors import ClusterError
 from raycomp.storage import Store, open_store
+from tests.conftest import ObjectStore
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +171,14 @@ def test_a_clock_that_is_behind_the_holder_s_tells_no_negative_age(place: Store)
     with lease(place, told.append):
         pass
     assert told[0].startswith("this run is in the hands of process 100000000000000000000 on elsewhere, for 0 s")
+
+
+def test_a_check_waits_for_a_store_that_is_away_as_the_run_does(
+    object_store_keys: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run was lost to a store that was away when it was about to publish. A late sign of life would be no sign."""
+    monkeypatch.setattr(module, "_BEAT_S", 60)
+    place = open_store(object_store_keys.uri(), object_store_keys.endpoint).patient()
+    with lease(place, print) as held:
+        patience = [each.filesystem.attempts for each in (held._store, held._signs)]  # type: ignore[attr-defined]
+    assert patience == [9, 3]
