@@ -16,6 +16,7 @@ from rich.text import Text
 
 import raycomp
 from raycomp.config import JobConfig, SourceMap, job_schema, parse_job, read_job, read_value, set_key, sweep_schema
+from raycomp.distributed.interrupt import interruptible, told
 from raycomp.errors import ConfigError, Problem, RaycompError, visible
 
 _PIPE_WIDTH = 120
@@ -37,7 +38,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
         except RaycompError as error:
             if ctx.params.get("debug"):
                 raise
@@ -78,13 +80,14 @@ def run(job: Path, resume: bool, settings: tuple[str, ...]) -> None:
     """
     from raycomp.report import ProgressPrinter, print_result
 
-    config, source = _job(job, settings)
-    with ProgressPrinter() as progress:
+    how = _resuming("run", job, settings)
+    with ProgressPrinter() as progress, told(progress.message, lambda: "before a run began", how):
+        config, source = _job(job, settings)
         progress.message(f"job {config.name}: starting raycomp {raycomp.__version__}")
         from raycomp.distributed.job import CompressionJob
 
         result = CompressionJob(config, job.resolve().parent, source).fit(
-            resume=resume, progress=progress, resume_with=_resuming("run", job, settings)
+            resume=resume, progress=progress, resume_with=how
         )
     print_result(_console(), result.summary, result.artifact_uri, result.report_path)
 
@@ -97,9 +100,10 @@ def validate(job: Path, settings: tuple[str, ...]) -> None:
 
     Its keys, its task, its model's module names and its storage.
     """
+    config, source = _job(job, settings)
+    click.echo(f"job {config.name}: checking it with raycomp {raycomp.__version__}", err=True)
     from raycomp.distributed.job import CompressionJob
 
-    config, source = _job(job, settings)
     for warning in CompressionJob(config, job.resolve().parent, source).validate():
         click.echo(warning)
     compressors = [f"{stage.name}: {' + '.join(item.type for item in stage.compressors)}" for stage in config.stages]
@@ -151,10 +155,10 @@ def submit(
             return
         try:
             ended = jobs.follow(client, submission, _write)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             hint = f"ray job logs --follow --address {address} {submission}"
             click.echo(f"\nthe job goes on; to see its log: {hint}; to end it: ray job stop instead of logs", err=True)
-            sys.exit(_INTERRUPTED)
+            sys.exit(getattr(error, "exit_code", _INTERRUPTED))
     if ended.reason:
         click.echo(f"error {submission}: {ended.reason}", err=True)
     sys.exit(ended.exit_code)
@@ -243,10 +247,13 @@ def sweep(sweep: Path, resume: bool) -> None:
     """
     from raycomp.report import ProgressPrinter
     from raycomp.report.table import Visible, print_line
-    from raycomp.tune import sweep as run_sweep
 
-    with ProgressPrinter() as progress:
-        result = run_sweep(sweep, resume=resume, progress=progress, resume_with=_resuming("sweep", sweep))
+    how = _resuming("sweep", sweep)
+    with ProgressPrinter() as progress, told(progress.message, lambda: "before a sweep began", how):
+        progress.message(f"sweep {sweep}: starting raycomp {raycomp.__version__}")
+        from raycomp.tune import sweep as run_sweep
+
+        result = run_sweep(sweep, resume=resume, progress=progress, resume_with=how)
     console = _console()
     console.print(Visible(result.table()))
     for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import ray
 import ray.data
 from ray._private import auto_init_hook
+from ray._private import utils as ray_utils
+from ray._private import worker as ray_worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
 from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of
-from raycomp.distributed.interrupt import same_signals
+from raycomp.distributed.interrupt import raise_if_interrupted, same_signals
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError
 from raycomp.storage import s3
@@ -28,8 +30,8 @@ _TRAIN_SETTINGS = {
 }
 _MOST_WORKERS_PER_CORE = 4
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # is set for the driver of a submitted job
-SPARE_CPUS = 1
-"""CPUs of a local Ray beyond what workers may take, for the processes that drive them."""
+# CPUs of a local Ray beyond what workers may take: for what user code asks of Ray, or a task each of two data sets.
+_SPARE_CPUS, _DATA_CPUS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,30 @@ class Cluster:
 
     Args:
         local: whether a job started it.
+        spare_cpus: those of a local one that are beyond what workers may take.
         use_gpu: whether the job's workers get GPUs.
         description: one line for the report.
     """
 
     local: bool
+    spare_cpus: int
     use_gpu: bool
     description: str
 
-    def require_data_cpu(self, scaling: ScalingConfig) -> None:
-        """Raises ClusterError if the workers leave no CPU to the tasks of Ray Data, which would wait for ever."""
-        free = ray.cluster_resources().get("CPU", 0.0) - demand(scaling, use_gpu=False).get("CPU", 0.0)
-        if free < 1:
-            raise ClusterError(
-                f"the data is Ray Data's, whose tasks need a CPU, and the workers leave {free:g} of them",
-                where="scaling",
-                remedy="fewer num_workers, or less CPU in resources_per_worker",
-            )
+    def require_data_cpus(self, scaling: ScalingConfig, needed: float) -> None:
+        """Raises ClusterError if the workers leave too few CPUs to Ray Data's tasks, which would wait for ever."""
+        there, workers = ray.cluster_resources().get("CPU", 0.0), demand(scaling, use_gpu=False).get("CPU", 0.0)
+        if there - workers >= needed:
+            return
+        remedy = "fewer num_workers, or less CPU in resources_per_worker"
+        if self.local:
+            remedy = f"set cluster.num_cpus to {math.ceil(workers + needed - self.spare_cpus)}, or {remedy}"
+        raise ClusterError(
+            f"the data is Ray Data's, whose actors and tasks need {needed:g} CPU{'s' * (needed != 1)} at the same "
+            f"time, and the workers leave {there - workers:g}",
+            where="scaling",
+            remedy=remedy,
+        )
 
 
 def _silent(line: str) -> None:
@@ -62,24 +71,38 @@ def _silent(line: str) -> None:
 
 
 @contextmanager
-def connect(job: JobConfig, tell: Tell = _silent) -> Iterator[Cluster]:
+def connect(job: JobConfig, tell: Tell = _silent, *, for_data: bool = False) -> Iterator[Cluster]:
     """Within the block, this process is connected to Ray; what it started is stopped afterwards.
 
     Args:
         job: says where Ray is, and what the workers need.
         tell: hears what the job's user should know.
+        for_data: whether data are Ray Data's, whose tasks need CPUs, too.
 
     Raises:
         ClusterError: the cluster can't be reached, or has not what the workers need.
     """
     for name, value in _TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
+    spare = _DATA_CPUS if for_data else _SPARE_CPUS
     with ExitStack() as stack:
         if not ray.is_initialized():
-            with same_signals():
-                _start(stack, job, tell)
+            with same_signals(), _deaf():
+                _start(stack, job, tell, spare)
+            raise_if_interrupted()
         stack.enter_context(_quiet())
-        yield _checked(job, tell)
+        yield _checked(job, tell, spare)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Within the block, Ray takes no signal for itself: its way out is `sys.exit`, with a code and not a word."""
+    before = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = before
 
 
 @contextmanager
@@ -92,9 +115,14 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
+    printed = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = lambda data, *args, **more: (
+        None if data.get("pid") == "raylet" else printed(data, *args, **more)
+    )
     try:
         yield
     finally:
+        ray_worker.print_to_stdstream = printed
         context.enable_progress_bars = bars
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -153,11 +181,11 @@ def _address(config: ClusterConfig) -> str | None:
     return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
-def _start(stack: ExitStack, job: JobConfig, tell: Tell) -> None:
+def _start(stack: ExitStack, job: JobConfig, tell: Tell, spare: int) -> None:
     address = _address(job.cluster)
     try:
         if address is None:
-            stack.enter_context(local_ray(_local_cpus(job, tell)))
+            stack.enter_context(local_ray(_local_cpus(job, tell) + spare))
         else:
             stack.callback(ray.shutdown)
             ray.init(address=address, runtime_env=_runtime_env(job, tell), **QUIET)
@@ -176,7 +204,7 @@ def _local_cpus(job: JobConfig, tell: Tell) -> int:
     """CPUs of a local Ray: what the job says, else the machine's, or more where the workers need them."""
     workers, cores = job.scaling.num_workers, os.cpu_count() or 1
     if job.cluster.num_cpus is not None:
-        return job.cluster.num_cpus + SPARE_CPUS
+        return job.cluster.num_cpus
     if workers > _MOST_WORKERS_PER_CORE * cores:
         raise ClusterError(
             f"{workers} workers on {cores} cores of this machine would hardly come to a first step",
@@ -185,7 +213,7 @@ def _local_cpus(job: JobConfig, tell: Tell) -> int:
         )
     if workers > cores:
         tell(f"{workers} workers share {cores} cores of this machine: {cores} workers would be faster")
-    return max(cores, math.ceil(demand(job.scaling, use_gpu=False).get("CPU", 0.0))) + SPARE_CPUS
+    return max(cores, math.ceil(demand(job.scaling, use_gpu=False).get("CPU", 0.0)))
 
 
 def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None:
@@ -201,7 +229,7 @@ def _runtime_env(job: JobConfig, tell: Tell) -> dict[str, dict[str, str]] | None
     return {"env_vars": passed}
 
 
-def _checked(job: JobConfig, tell: Tell) -> Cluster:
+def _checked(job: JobConfig, tell: Tell, spare: int) -> Cluster:
     scaling, local = job.scaling, local_folder() is not None
     resources = ray.cluster_resources()
     gpus = scaling.resources_per_worker.get("GPU", 1.0) * scaling.num_workers
@@ -220,4 +248,5 @@ def _checked(job: JobConfig, tell: Tell) -> Cluster:
     nodes = sum(node["Alive"] for node in ray.nodes())
     kind = "local Ray" if local else "Ray cluster"
     cpus = ray.cluster_resources().get("CPU", 0)
-    return Cluster(local, use_gpu, f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {cpus:g} CPUs")
+    described = f"{kind} {ray.__version__}, {nodes} node{'s' * (nodes != 1)}, {cpus:g} CPUs"
+    return Cluster(local, spare if local else 0, use_gpu, described)

@@ -90,7 +90,10 @@ def translated(where: str) -> Iterator[None]:
 
 def _of_ray(error: BaseException, where: str) -> RaycompError:
     """Ray's controller keeps the list of checkpoints in storage itself."""
-    return explain(error, where) if isinstance(error, OSError) else ClusterError(_first_line(error), where=where)
+    if isinstance(error, OSError):
+        return explain(error, where)
+    remedy = "run again with --resume to go on from the last checkpoint"
+    return ClusterError(_first_line(error), where=where, remedy=remedy)
 
 
 def _lost(error: WorkerGroupError, where: str) -> RaycompError:

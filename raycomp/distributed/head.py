@@ -20,7 +20,7 @@ from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.stage import finish_stage, resolve_start
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, data_made_once
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.speedup import Plan
 from raycomp.storage import MANIFEST, open_artifact, publish, scratch
@@ -96,7 +96,7 @@ def end_stage(order: HeadOrder) -> None:
     """Finishes a stage that isn't the last, and stores where the next one starts."""
     state, index = order.state(), order.index
     start = order.run_store.fetch_start(index)
-    with scratch() as folder:
+    with scratch() as folder, data_made_once():
         result = finish_stage(order.job, index, order.task(folder / "task"), start, order.resolved, state)
         save_outcome(folder / "outcome", StageOutcome.of(result, state), result)
         order.run_store.upload(f"stages/{index}", folder / "outcome")
@@ -110,7 +110,7 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
     job, run_store = order.job, order.run_store
     if run_store.artifacts.join(facts.run).exists(MANIFEST):
         return stored_conclusion(open_artifact(run_store.artifact_uri))
-    with scratch() as folder:
+    with scratch() as folder, data_made_once():
         files = folder / "artifact"
         files.mkdir()
         conclusion = conclude(

@@ -70,7 +70,7 @@ class CompressionJob:
         Raises:
             ConfigError, TaskError, StorageError: before anything has been started.
         """
-        with ExitStack() as stack, on_demand(lambda: stack.enter_context(connect(self.config))):
+        with ExitStack() as stack, on_demand(lambda: stack.enter_context(connect(self.config, for_data=True))):
             return self.checked(stack.enter_context(scratch()))[1].warnings
 
     def checked(self, folder: Path) -> tuple[Task, Checked]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -10,16 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import AwareDatetime, TypeAdapter
 
-from raycomp.distributed.records import read_record, write_record
+from raycomp.distributed.records import read_record, record_bytes, write_record
 from raycomp.errors import ArtifactError, ClusterError, StorageError
 from raycomp.storage import Store, open_store
 
 _BEAT_S = 5.0
 _SILENCE_S = 30.0
 _LOOK_S = 1.0
+_FILE = re.compile(r"\d{6,}\.json")
+
+
+def _numbering() -> str:
+    """What a process's number means something in: one start of one kernel, and of it the container's part."""
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip()} {space.stat().st_ino}" if boot.exists() and space.exists() else ""
 
 
 @dataclass(frozen=True)
@@ -29,33 +38,40 @@ class Holder:
     Args:
         host: its machine.
         process: its id there.
-        since: UTC time, ISO 8601.
+        since: when it began, by its own clock.
+        numbering: where the id means this process; containers of one host number theirs anew.
         beats: grows while it is alive, so that nobody has to compare clocks.
         released: whether it has let go.
     """
 
     host: str
     process: int
-    since: str
+    since: AwareDatetime
+    numbering: str = ""
     beats: int = 0
     released: bool = False
 
+    @classmethod
+    def this_process(cls) -> Holder:
+        """Who begins to hold one here and now."""
+        return cls(socket.gethostname(), os.getpid(), datetime.now(UTC).replace(microsecond=0), _numbering())
+
     @property
-    def is_dead(self) -> bool:
-        """Whether it is known to be gone: it ran on this machine, and doesn't any more."""
-        if self.host != socket.gethostname():
-            return False
+    def has_ended(self) -> bool:
+        """Whether it has let go, or is known to be gone: it ran where this process runs, and doesn't any more."""
+        if self.released or self.host != socket.gethostname() or self.numbering != _numbering():
+            return self.released
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             return False
         return False
 
     def __str__(self) -> str:
-        age = datetime.now(UTC) - datetime.fromisoformat(self.since)
-        return f"process {self.process} on {self.host}, for {int(age.total_seconds())} s"
+        age = int((datetime.now(UTC) - self.since).total_seconds())
+        return f"process {self.process} on {self.host}, for {max(age, 0)} s"
 
 
 _HOLDER = TypeAdapter(Holder)
@@ -74,6 +90,8 @@ class Lease:
 
     def __init__(self, store: Store, name: str, holder: Holder) -> None:
         self._store, self._name, self._holder = store, name, holder
+        # A patient store would keep a sign of life back for longer than others wait for it.
+        self._signs = open_store(store.uri)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="raycomp-lease", daemon=True)
         self._thread.start()
@@ -84,10 +102,10 @@ class Lease:
         Raises:
             ClusterError: this process was silent for so long that another took the lease.
         """
-        last = self._store.files()[-1]
-        if last != self._name:
+        last = _last(self._store)
+        if last is not None and last > self._name:
             raise ClusterError(
-                f"{_holder(self._store, last)} has taken this run over, as this process gave no sign of life",
+                f"{_named(_holder(self._store, last))} has taken this run over, as this process gave no sign of life",
                 where=self._store.uri,
             )
 
@@ -95,14 +113,16 @@ class Lease:
         """Lets the next one begin at once."""
         self._ended.set()
         self._thread.join()
-        with suppress(StorageError):
-            write_record(self._store, self._name, _HOLDER, replace(self._holder, released=True))
+        self._say(replace(self._holder, released=True))
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT_S):
             self._holder = replace(self._holder, beats=self._holder.beats + 1)
-            with suppress(StorageError):
-                write_record(self._store, self._name, _HOLDER, self._holder)
+            self._say(self._holder)
+
+    def _say(self, holder: Holder) -> None:
+        with suppress(StorageError):
+            write_record(self._signs, self._name, _HOLDER, holder)
 
 
 @contextmanager
@@ -116,8 +136,7 @@ def lease(place: Store, tell: Callable[[str], None]) -> Iterator[Lease]:
     Raises:
         ClusterError: another process holds it, and is alive.
     """
-    # A patient store would keep a sign of life back for longer than others wait for it.
-    held = _take(open_store(place.join("lease").uri), tell)
+    held = _take(place.join("lease"), tell)
     try:
         yield held
     finally:
@@ -125,39 +144,48 @@ def lease(place: Store, tell: Callable[[str], None]) -> Iterator[Lease]:
 
 
 def _take(store: Store, tell: Callable[[str], None]) -> Lease:
-    mine = Holder(socket.gethostname(), os.getpid(), datetime.now(UTC).isoformat(timespec="seconds"))
+    mine = Holder.this_process()
     while True:
-        names = store.files()
-        if names:
-            _await_end(store, names[-1], tell)
-        name = f"{len(names):06}.json"
-        if store.create_bytes(name, _HOLDER.dump_json(mine)):
+        last = _last(store)
+        if last is not None:
+            _await_end(store, last, tell)
+        name = "000000.json" if last is None else f"{int(last.removesuffix('.json')) + 1:06}.json"
+        if store.create_bytes(name, record_bytes(_HOLDER, mine)):
             return Lease(store, name, mine)
+
+
+def _last(store: Store) -> str | None:
+    """The newest holder's file; what else lies in the folder (a file half written, an editor's) says nothing."""
+    return max((name for name in store.files() if _FILE.fullmatch(name)), default=None)
 
 
 def _await_end(store: Store, name: str, tell: Callable[[str], None]) -> None:
     """Returns once the holder has let go or is dead, which its silence shows where nothing else does."""
     first = _holder(store, name)
-    if first is None or first.released or first.is_dead:
+    if first is not None and first.has_ended:
         return
-    tell(f"this run is in the hands of {first}: waiting for a sign of life")
+    tell(f"this run is in the hands of {_named(first)}: waiting for a sign of life")
     for _ in range(round(_SILENCE_S / _LOOK_S)):
         time.sleep(_LOOK_S)
         now = _holder(store, name)
-        if now is None or now.released:
+        if now is not None and now.has_ended:
             return
-        if now != first:
+        if now not in (None, first):
             raise ClusterError(
-                f"{first} works on this run",
+                f"{now} works on this run",
                 where=store.uri,
                 remedy="wait for it or end it; without --resume another run begins",
             )
-    tell(f"{first} gives no sign of life: its run is taken over")
+    tell(f"{_named(first)} gives no sign of life: its run is taken over")
 
 
 def _holder(store: Store, name: str) -> Holder | None:
-    """A holder; None where its file is damaged, so that nobody can claim to be it."""
+    """A holder; None where its file is gone or damaged: one that is alive soon writes it anew."""
     try:
         return read_record(store, name, _HOLDER)
     except ArtifactError:
         return None
+
+
+def _named(holder: Holder | None) -> str:
+    return "a process whose file is damaged" if holder is None else str(holder)

@@ -1,8 +1,10 @@
-"""Small JSON files about runs and sweeps."""
+"""Small JSON files about runs and sweeps, each with its own digest, so that damage is seen."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import hashlib
+import json
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,14 +24,29 @@ def read_record(store: Store, name: str, adapter: TypeAdapter[Record]) -> Record
     if not store.exists(name):
         return None
     try:
-        return adapter.validate_json(store.read_bytes(name))
+        stored = json.loads(store.read_bytes(name))
+        if stored["sha256"] != _digest(stored["record"]):
+            raise ValueError("its content has another digest than it says")
+        return adapter.validate_python(stored["record"])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         reason = f"{place}: {first['msg']}" if place else first["msg"]
-        raise ArtifactError(f"it is damaged, or another raycomp's ({reason})", where=store.join(name).uri) from None
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    raise ArtifactError(f"it is damaged, or another raycomp's ({reason})", where=store.join(name).uri)
 
 
 def write_record(store: Store, name: str, adapter: TypeAdapter[Record], record: Record) -> None:
     """Stores a record: afterwards the file holds all of it, or what it held before."""
-    store.write_bytes(name, adapter.dump_json(record, indent=1))
+    store.write_bytes(name, record_bytes(adapter, record))
+
+
+def record_bytes(adapter: TypeAdapter[Record], record: Record) -> bytes:
+    """What a record's file holds."""
+    value = adapter.dump_python(record, mode="json")
+    return json.dumps({"sha256": _digest(value), "record": value}, indent=1).encode()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -20,18 +20,19 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.distributed.cluster import Cluster, connect, on_demand
 from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
-from raycomp.distributed.interrupt import interruptible
+from raycomp.distributed.interrupt import interruptible, told
 from raycomp.distributed.lease import Lease, lease
 from raycomp.distributed.progress import Progress
+from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
 from raycomp.distributed.task_recipe import TaskRecipe
-from raycomp.distributed.trainer import progress_sink, ray_datasets, train_stage
+from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.preflight import Checked
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary
@@ -139,16 +140,16 @@ class Driver:
             resume_with: what to tell who interrupts it.
         """
         self._stack.enter_context(interruptible())
-        try:
+        with told(self._progress.message, self._state, resume_with):
             return self._fit(check, resume)
-        except KeyboardInterrupt:
-            state = "before a run began" if self._run is None else self._run.state()
-            self._progress.message(f"interrupted: {state}; to go on: {resume_with}")
-            raise
+
+    def _state(self) -> str:
+        return "before a run began" if self._run is None else self._run.state()
 
     def _fit(self, check: Callable[[Path], tuple[Task, Checked]], resume: bool) -> JobResult:
         prepared = self._stack.enter_context(scratch())
-        with self._work.watch.part("validate and prepare"), on_demand(self._connected):
+        for_data = on_demand(lambda: self._connected(for_data=True))
+        with self._work.watch.part("validate and prepare"), for_data, data_made_once():
             self._progress.message(f"job {self._config.name}: checking the job, its task and its storage")
             task, checked = check(prepared)
             for warning in checked.warnings:
@@ -156,15 +157,15 @@ class Driver:
             datasets = ray_datasets(task)
         with self._work.watch.part("start Ray"):
             cluster = self._connected()
-        if datasets:
-            cluster.require_data_cpu(self._config.scaling)
+        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()))
         self._run = self._begun(resume, prepared, cluster, datasets)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
         return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
 
-    def _connected(self) -> Cluster:
+    def _connected(self, *, for_data: bool = False) -> Cluster:
         if self._cluster is None:
-            self._cluster = self._stack.enter_context(connect(self._config, self._progress.message))
+            connected = connect(self._config, self._progress.message, for_data=for_data)
+            self._cluster = self._stack.enter_context(connected)
         return self._cluster
 
     def _begun(self, resume: bool, prepared: Path, cluster: Cluster, datasets: dict[str, ray.data.Dataset]) -> _Run:
@@ -228,7 +229,7 @@ class _Run:
             sink: the actor that hears of progress.
         """
         last = len(self.work.config.stages) - 1
-        for index in range(self.record.stages_done, last + 1):
+        for index in range(self._first_to_do(), last + 1):
             if index:
                 resolved = on_head(resolve_next, self.work.config, self.work.recipe, self.run_store, index)
             self._train(index, resolved, sink)
@@ -244,6 +245,13 @@ class _Run:
         if saved is None:
             return f"run {self.run_store.run} has no checkpoint yet"
         return f"run {self.run_store.run} is saved up to epoch {saved.epoch} of stage {saved.stage}"
+
+    def _first_to_do(self) -> int:
+        whole, damage = self.run_store.whole_stages(self.record.stages_done)
+        if damage:
+            name = self.work.config.stages[whole].name
+            self.work.listener.message(f"stage {name} is finished anew from its last checkpoint: {damage}")
+        return whole
 
     def _record(self, record: RunRecord) -> None:
         self.lease.check()

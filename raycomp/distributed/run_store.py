@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,12 +15,14 @@ from raycomp.config import JobConfig
 from raycomp.distributed.records import read_record, write_record
 from raycomp.errors import ArtifactError
 from raycomp.pipeline.stage import StageStart
-from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.checkpoint import StageState, epochs_done
 from raycomp.storage import Store, open_store, scratch
 from raycomp.storage.explain import explained
 
 _RECORD = "run.json"
 _CHECKPOINT = "checkpoint_"  # as Ray Train names them, with the time behind it
+_DIGESTS = ".sha256.json"
+_DIGESTS_ADAPTER = TypeAdapter(dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -93,18 +97,53 @@ class RunStore:
         write_record(self.files, _RECORD, _ADAPTER, record)
 
     def upload(self, name: str, folder: Path) -> None:
-        """Stores a folder's files below the run's."""
+        """Stores a folder's files below the run's, and behind them their digests."""
+        digests = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            self.files.write_bytes(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+            content, file = path.read_bytes(), path.relative_to(folder).as_posix()
+            self.files.write_bytes(f"{name}/{file}", content)
+            digests[file] = hashlib.sha256(content).hexdigest()
+        write_record(self.files, f"{name}{_DIGESTS}", _DIGESTS_ADAPTER, digests)
 
     def fetch(self, name: str, folder: Path) -> Path:
-        """A folder that was uploaded, on this machine: itself, or a copy below `folder`."""
-        return _local(self.files.join(name), folder)
+        """A folder that was uploaded, on this machine: itself, or a copy below `folder`.
+
+        Raises:
+            ArtifactError: it is not what was uploaded.
+        """
+        digests = read_record(self.files, f"{name}{_DIGESTS}", _DIGESTS_ADAPTER)
+        if digests is None:
+            raise ArtifactError("it was not stored whole", where=self.files.join(name).uri)
+        found = _local(self.files.join(name), folder)
+        for file, digest in digests.items():
+            path = found / file
+            with explained(str(path)):
+                actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            if actual != digest:
+                fault = "is missing" if actual is None else "has another digest than when it was stored"
+                raise ArtifactError(f"it is damaged: {file} {fault}", where=self.files.join(name).uri)
+        return found
 
     def fetch_prepared(self, folder: Path) -> Path | None:
         """What the task's `prepare` wrote, as `fetch` gives it; None where it wrote nothing."""
         record = self.read_record()
-        return self.fetch("prepared", folder) if record is not None and record.prepared else None
+        if record is None or not record.prepared:
+            return None
+        try:
+            return self.fetch("prepared", folder)
+        except ArtifactError as error:
+            error.remedy = "put the file back, or begin a new run: without --resume"
+            raise
+
+    def whole_stages(self, count: int) -> tuple[int, str]:
+        """How many of the first `count` stages have a stored result that is whole, and what is wrong with the next."""
+        for index in range(count):
+            try:
+                with scratch() as folder:
+                    self.fetch(f"stages/{index}", folder)
+            except ArtifactError as error:
+                return index, str(error)
+        return count, ""
 
     def fetch_start(self, index: int) -> StageStart:
         """Where stage `index` starts: the result of the one before it."""
@@ -114,14 +153,14 @@ class RunStore:
             return StageStart.load(self.fetch(f"stages/{index - 1}", folder))
 
     def last_state(self, stage: str) -> tuple[StageState | None, tuple[str, ...]]:
-        """Where a stage's training stands: its newest checkpoint that is whole, and what to say of newer ones.
+        """Where a stage's training stands: its furthest checkpoint that is whole, and what to say of damaged ones.
 
         Checkpoints are looked for in storage, not in Ray's list of them, so that every process finds the same, whatever
-        Ray got to know of it.
+        Ray got to know of it. How far they are is what they say: the time in their names is that of any machine.
         """
         place, damaged = self.train.join(stage), list[str]()
         names = [name for name in place.folders() if name.startswith(_CHECKPOINT)]
-        for name in sorted(names, reverse=True):
+        for name in sorted(names, key=lambda each: (_epochs_done(place.join(each)), each), reverse=True):
             with scratch() as folder:
                 try:
                     state = StageState.load(_local(place.join(name), folder))
@@ -158,6 +197,14 @@ def unfinished_run(job: JobConfig, tell: Callable[[str], None]) -> RunStore | No
         if record is not None and not record.finished and record.digest == job.result_digest():
             return found
     return None
+
+
+def _epochs_done(checkpoint: Store) -> float:
+    """Of one that can't say it, infinitely many: it is looked at first, and found damaged."""
+    try:
+        return epochs_done(checkpoint)
+    except ArtifactError:
+        return math.inf
 
 
 def _local(source: Store, folder: Path) -> Path:

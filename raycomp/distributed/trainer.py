@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,10 @@ from ray.train.torch import TorchTrainer
 from raycomp.distributed.cluster import Cluster
 from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.progress import Progress
+from raycomp.distributed.ray_data import Shards
 from raycomp.distributed.rendezvous import torch_config
 from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
 from raycomp.errors import NotFiniteError
-from raycomp.pipeline.task import Task
-from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import Store
 
@@ -88,47 +86,14 @@ def _hand_on(sink: Any, listener: Listener) -> None:
                 listener.event(news)
 
 
-def ray_datasets(task: Task) -> dict[str, ray.data.Dataset]:
-    """Those of the task's data sets that are Ray Data's; Ray Train streams a shard of each to every worker."""
-    with user_code(f"{type(task).__name__}.train_data() or eval_data()"):
-        found = {"train": task.train_data(), "eval": task.eval_data()}
-    return {name: data for name, data in found.items() if isinstance(data, ray.data.Dataset)}
-
-
-class _Shards(ray.train.DataConfig):
-    """Each worker's shard of the data; every row of evaluation is in one of them, where Ray would drop a rest."""
-
-    def configure(
-        self,
-        datasets: dict[str, ray.data.Dataset],
-        world_size: int,
-        worker_handles: list[ActorHandle] | None,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        training = {name: data for name, data in datasets.items() if name != "eval"}
-        shards = super().configure(training, world_size, worker_handles, worker_node_ids, **kwargs)
-        if "eval" in datasets:
-            data = datasets["eval"].copy(datasets["eval"])
-            data.context.execution_options = self._resolve_execution_options("eval")
-            parts = data.streaming_split(world_size, equal=False, locality_hints=worker_node_ids)
-            for shard, part in zip(shards, parts, strict=True):
-                shard["eval"] = part
-        return shards
-
-
 class _Trainer(TorchTrainer):
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """None: an interrupt of the driver is the job's affair."""
 
 
-def _forget_damaged_list(stage: Store) -> None:
-    """Ray would not begin with a list of checkpoints that it can't read; they are found without it."""
-    if not stage.exists(_CHECKPOINT_LIST):
-        return
-    try:
-        json.loads(stage.read_bytes(_CHECKPOINT_LIST))
-    except ValueError:
+def _forget_list(stage: Store) -> None:
+    """Ray would not begin with a list of checkpoints that is damaged, or another Ray's; none is needed."""
+    if stage.exists(_CHECKPOINT_LIST):
         stage.delete(_CHECKPOINT_LIST)
 
 
@@ -170,10 +135,10 @@ def train_stage(
             callbacks=[StopOnOurErrors(order.sink), *(callbacks or [])],
         ),
         datasets=dict(datasets or {}),
-        dataset_config=_Shards(),
+        dataset_config=Shards(),
         torch_config=torch_config("nccl" if cluster.use_gpu else "gloo"),
     )
-    _forget_damaged_list(train.join(order.job.stages[order.index].name))
+    _forget_list(train.join(order.job.stages[order.index].name))
     try:
         with translated(train.uri):
             trainer.fit()

@@ -17,6 +17,7 @@ from raycomp.distributed.run_store import RunStore
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.stage import stage_chain
+from raycomp.pipeline.task import data_made_once
 from raycomp.pipeline.training.batch_norm import synchronise_batch_norm_
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.loop import StageTraining
@@ -87,7 +88,7 @@ def train_loop(config: Mapping[str, Any]) -> None:
         config: {"order": a WorkerOrder}.
     """
     order: WorkerOrder = config["order"]
-    with scratch() as folder:
+    with scratch() as folder, data_made_once():
         _train(order, folder)
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from raycomp.pipeline.data.batches import batches_of, first_batch, is_map_style
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.user_code import user_code
 
 _PROBES = 16
@@ -20,7 +20,7 @@ _PROBES = 16
 
 def real_inputs(task: Task, dtype: torch.dtype, count: int = 8) -> Any:
     """The model's inputs of the first evaluation samples: a tensor, positional arguments, or arguments by name."""
-    data = given(task, "eval_data")
+    data = given_data(task, "eval")
     with user_code(f"{type(task).__name__}.eval_data()"):
         return _inputs(task, first_batch(task, data, count), dtype)
 
@@ -34,9 +34,9 @@ def differing_inputs(task: Task, dtype: torch.dtype, count: int = 2) -> tuple[An
     it best, since large ones are nearly all as long as the longest sample.
     """
     found: dict[tuple[Any, ...], Any] = {}
-    for name in ("eval_data", "train_data"):
-        data = given(task, name)
-        with user_code(f"{type(task).__name__}.{name}()"):
+    for split in ("eval", "train"):
+        data = given_data(task, split)
+        with user_code(f"{type(task).__name__}.{split}_data()"):
             for batch in _batches(task, data, count, _PROBES):
                 inputs = _inputs(task, batch, dtype)
                 found.setdefault(_sizes(inputs), inputs)

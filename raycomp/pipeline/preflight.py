@@ -22,12 +22,14 @@ from raycomp.core.target import TargetId
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
-from raycomp.pipeline.data.batches import is_map_style
+from raycomp.pipeline.data.batches import open_batches
+from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.stage import stage_context
-from raycomp.pipeline.task import Task, given, prepare_task
+from raycomp.pipeline.task import Task, data_made_once, given_data, prepare_task
+from raycomp.pipeline.training.loop import endless
 from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
 from raycomp.quantization.quantizer import Quantizer
@@ -59,10 +61,16 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
         ConfigError: everything that is wrong, each with its key's path.
         TaskError: the task's own code raised.
     """
+    with data_made_once():
+        return _check_stages(job, task)
+
+
+def _check_stages(job: JobConfig, task: Task) -> Checked:
     problems = list(_order_problems(job.stages))
     resolved, warnings, earlier, trains = [], list[str](), Masks(), False
     for index, stage in enumerate(job.stages):
-        problems += _length_problems(stage, index, _steps(task, job.training_for(stage)))
+        steps = _steps(task, job.training_for(stage))
+        problems += _length_problems(stage, index, steps)
         try:
             context = stage_context(job, index, task)
             model = dense_model(task, context.seed).to(dtype=context.dtype)
@@ -73,6 +81,8 @@ def check_stages(job: JobConfig, task: Task) -> Checked:
                 warnings += _no_channels(stage, chain)
             resolved.append(made)
             trains |= chain.wants_training
+            if steps is None and chain.wants_training and not any(each.where == "training.epochs" for each in problems):
+                problems.append(endless("training"))
             problems += _method_problems(earlier, chain, index)
             with chain.space.as_written(), user_code(f"{type(task).__name__}.optimizer()"):
                 task.optimizer(chain.model)
@@ -188,11 +198,10 @@ def _steps(task: Task, training: TrainingConfig) -> int | None:
     """The optimizer steps of a training, where they can be told without reading the data."""
     if training.steps is not None:
         return training.steps
-    data = given(task, "train_data", training.seed)
+    data = given_data(task, "train")
     with user_code(f"{type(task).__name__}.train_data()"):
-        if not is_map_style(data):
-            return None
-        return (training.epochs or 1) * -(-len(data) // training.global_batch_size)
+        per_epoch = open_batches(task, data, BatchPlan(training.global_batch_size)).steps_per_epoch
+        return None if per_epoch is None else (training.epochs or 1) * per_epoch
 
 
 def _length_problems(stage: StageConfig, index: int, steps: int | None) -> Iterator[Problem]:

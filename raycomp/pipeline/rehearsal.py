@@ -14,7 +14,7 @@ from raycomp.pipeline.build import dense_model, weight_dtype
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan, TorchBatches
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.schedule import step_schedule
 from raycomp.pipeline.training.shares import weighted_shares
@@ -43,7 +43,7 @@ def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool, samples
         TaskError: what the task's code raised, or what it gave that can't serve.
     """
     dtype = weight_dtype(training)
-    train_data = given(task, "train_data", training.seed)
+    train_data = given_data(task, "train")
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training.precision == "bf16"):
         if trains and not isinstance(train_data, TorchBatches):
             try:
@@ -52,7 +52,7 @@ def rehearse_task(task: Task, training: TrainingConfig, *, trains: bool, samples
                 if samples <= _SAMPLES:
                     raise
                 _step(task, train_data, training, samples)
-        eval_data = given(task, "eval_data", training.seed)
+        eval_data = given_data(task, "eval")
         if isinstance(eval_data, TorchBatches):
             return ()
         model = dense_model(task, training.seed).to(dtype=dtype)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch.utils.data import default_collate
 from raycomp.core.seeds import restored_generators, seed_everything
 from raycomp.errors import TaskError
 from raycomp.pipeline.data import structure
-from raycomp.pipeline.data.batches import first_batch
+from raycomp.pipeline.data.batches import first_batch, is_map_style
+from raycomp.pipeline.data.plan import TorchBatches
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
@@ -204,7 +207,7 @@ class Task:
 
         Default: `inputs` of the first two training samples.
         """
-        args, kwargs = self.inputs(first_batch(self, self.train_data(), 2))
+        args, kwargs = self.inputs(first_batch(self, given_data(self, "train"), 2))
         if args and kwargs:
             raise self._undefined("example_input", "can't hold both positional and named inputs")
         if kwargs:
@@ -236,6 +239,9 @@ class Task:
         )
 
 
+_kept: ContextVar[dict[tuple[int, str], Any] | None] = ContextVar("_kept", default=None)
+
+
 def given(task: Task, method: str, seed: int = 0) -> Any:
     """What a method of the task's without arguments gives, the same in every process: what it draws from the global
     generators is seeded.
@@ -246,6 +252,41 @@ def given(task: Task, method: str, seed: int = 0) -> Any:
     with restored_generators(), user_code(f"{type(task).__name__}.{method}()"):
         seed_everything(seed)
         return getattr(task, method)()
+
+
+def given_data(task: Task, split: str) -> Any:
+    """What `train_data` or `eval_data` gives.
+
+    What they draw is the same wherever they are called, for any stage and seed of the job: a sample that is drawn for
+    the evaluation is in it from the first epoch to the report, and in no stage's training data.
+
+    Args:
+        task: the user's, prepared.
+        split: "train" or "eval".
+
+    Raises:
+        TaskError: it raised.
+    """
+    kept, key = _kept.get(), (id(task), split)
+    if kept is not None and key in kept:
+        return kept[key]
+    data = given(task, f"{split}_data")
+    if kept is not None and (is_map_style(data) or isinstance(data, TorchBatches)):
+        kept[key] = data
+    return data
+
+
+@contextmanager
+def data_made_once() -> Iterator[None]:
+    """Within the block, data that can be read any number of times are made once: to make them may take long."""
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def prepare_task(task: Task, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ _LIBRARIES = tuple(
     str(Path(folder).resolve())
     for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), Path(__file__).parents[1])
 )
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+_FRAME = re.compile(r'^  File "(.+)", line (\d+).*$', re.MULTILINE)
+_CONSEQUENCES = "\nThe above exception was the direct cause"
 
 
 @contextmanager
@@ -36,15 +40,34 @@ def user_code(what: str) -> Iterator[None]:
     except Exception as error:
         if is_of_communication(error):
             raise
-        text = str(error)
-        message = f"{what} raised {type(error).__name__}" + (f": {text}" if text else "")
-        raise TaskError(message, where=_place(error)) from error
+        cause, place = _elsewhere(error) or (_told(error), _place(error))
+        raise TaskError(f"{what} raised {cause}", where=place) from error
+
+
+def _told(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_of_communication(error: BaseException) -> bool:
     """Whether an error is that of a broken connection to another worker."""
     # gloo raises plain RuntimeErrors; they begin with the place in its source.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _elsewhere(error: Exception) -> tuple[str, str | None] | None:
+    """Cause and place of an error in another process, of which Ray has no more than the text of its traceback."""
+    text = _COLOURS.sub("", str(error))
+    if not text.startswith("ray::"):
+        return None
+    first = text.partition(_CONSEQUENCES)[0].rstrip()
+    frames = list(_FRAME.finditer(first))
+    if not frames:
+        return first.splitlines()[-1], None
+    behind = first[frames[-1].end() :].splitlines()
+    cause = [line for line in behind if line and not line.startswith(" ")]
+    places = [f"{file}:{line}" for file, line in (frame.groups() for frame in frames) if not _is_library(file)]
+    return "\n".join(cause) or behind[-1], places[-1] if places else None
 
 
 def _place(error: BaseException) -> str | None:

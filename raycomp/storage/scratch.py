@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PREFIX = "raycomp-scratch-"
+_held = set[Path]()
 
 
 @contextmanager
@@ -22,12 +23,20 @@ def scratch() -> Iterator[Path]:
     """
     _remove_abandoned()
     folder, lock = _locked_folder()
+    _held.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _held.discard(folder)
         os.close(lock)
         _remove_abandoned()
+
+
+def remove_held() -> None:
+    """Removes the folders of blocks that this process is in, because it won't come to their ends."""
+    for folder in tuple(_held):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked_folder() -> tuple[Path, int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -21,18 +20,19 @@ from rich.table import Table
 from raycomp.config import nearest
 from raycomp.config.sweep import SweepConfig
 from raycomp.config.sweep_plan import SweepPlan, load_sweep, parse_sweep
-from raycomp.distributed.cluster import SPARE_CPUS, Cluster, connect
-from raycomp.distributed.interrupt import interruptible
+from raycomp.distributed.cluster import Cluster, connect, on_demand
+from raycomp.distributed.interrupt import interruptible, told
 from raycomp.distributed.job import CompressionJob
 from raycomp.distributed.lease import lease
 from raycomp.distributed.progress import Progress, shown
+from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ClusterError, ConfigError, Problem
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import render_sweep, sweep_table
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary, TrialFigures
-from raycomp.storage import open_artifact
+from raycomp.storage import open_artifact, scratch
 from raycomp.tune.events import TrialEvents
 from raycomp.tune.front import with_front
 from raycomp.tune.resources import TRIAL_RESOURCES, largest, trials_at_once
@@ -111,38 +111,35 @@ def sweep(
     else:
         plan = parse_sweep(config, base_dir or ".", entry)
     recipe = TaskRecipe.of(plan.base_dir, task)
-    _check(plan, recipe)
-    with shown(progress) as listener, interruptible():
-        running = _Sweep(plan, recipe, listener)
-        try:
+    with shown(progress) as listener, ExitStack() as stack:
+        stack.enter_context(interruptible())
+        running = _Sweep(plan, recipe, listener, stack)
+        with told(listener.message, running.state, resume_with):
             return running.run(resume)
-        except KeyboardInterrupt:
-            running.progress.message(f"interrupted: {running.state()}; to go on: {resume_with}")
-            raise
-
-
-def _check(plan: SweepPlan, recipe: TaskRecipe) -> None:
-    """The first trial's job is one that can run, and its task gives the metric that is compared."""
-    with TemporaryDirectory() as folder:
-        job = CompressionJob(plan.trials[0].job, plan.base_dir, task=recipe.given())
-        _, checked = job.checked(Path(folder))
-    wanted = plan.config.metric
-    if wanted is not None and checked.metrics and wanted not in checked.metrics:
-        raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])
 
 
 class _Sweep:
-    """One sweep, on the driver."""
+    """One sweep, on the driver.
 
-    def __init__(self, plan: SweepPlan, recipe: TaskRecipe, progress: Progress) -> None:
-        self.plan, self.recipe, self.progress = plan, recipe, progress
+    Args:
+        plan: its trials.
+        recipe: makes the task.
+        progress: hears what happens.
+        stack: ends what the sweep has begun.
+    """
+
+    def __init__(self, plan: SweepPlan, recipe: TaskRecipe, progress: Progress, stack: ExitStack) -> None:
+        self.plan, self.recipe, self.progress, self._stack = plan, recipe, progress, stack
         self.ended = set[str]()
+        self._cluster: Cluster | None = None
+        self._data_cpus = 0.0
 
     def state(self) -> str:
         """What has ended, for who interrupts the sweep."""
         return f"{len(self.ended)} of {len(self.plan.trials)} trials have ended"
 
     def run(self, resume: bool) -> SweepResult:
+        self._check()
         self._begin(resume)
         with lease(self.sweep_store.store, self.progress.message):
             return self._run()
@@ -159,9 +156,25 @@ class _Sweep:
         }
         for name, value in _TUNE_SETTINGS.items():
             os.environ.setdefault(name, value)
-        with connect(largest(jobs.values()), self.progress.message) as cluster:
-            lost = self._tune(orders, cluster)
-        return self._finish(lost)
+        return self._finish(self._tune(orders, self._connected()))
+
+    def _check(self) -> None:
+        """The first trial's job is one that can run, and its task gives the metric that is compared."""
+        self.progress.message(f"sweep of {self.plan.job.name}: checking the first trial's job and its task")
+        job = CompressionJob(self.plan.trials[0].job, self.plan.base_dir, task=self.recipe.given())
+        with scratch() as folder, on_demand(lambda: self._connected(for_data=True)), data_made_once():
+            task, checked = job.checked(folder)
+            self._data_cpus = data_cpus(ray_datasets(task).values())
+        wanted = self.plan.config.metric
+        if wanted is not None and checked.metrics and wanted not in checked.metrics:
+            raise ConfigError([Problem("metric", f"the task gives no {wanted!r}", nearest(wanted, checked.metrics))])
+
+    def _connected(self, *, for_data: bool = False) -> Cluster:
+        if self._cluster is None:
+            needed = largest(trial.job for trial in self.plan.trials)
+            connected = connect(needed, self.progress.message, for_data=for_data)
+            self._cluster = self._stack.enter_context(connected)
+        return self._cluster
 
     def _begin(self, resume: bool) -> None:
         plan = self.plan
@@ -183,10 +196,12 @@ class _Sweep:
         """Runs the trials; the causes of those that Ray Tune lost."""
         jobs = [order.job for order in orders.values()]
         resources = dict(ray.cluster_resources())
-        if cluster.local:
-            resources["CPU"] -= SPARE_CPUS
-        fitting = trials_at_once(jobs, resources, use_gpu=cluster.use_gpu)
-        at_once = min(self.plan.config.max_concurrent_trials or fitting, len(orders))
+        if not self._data_cpus:
+            resources["CPU"] -= cluster.spare_cpus
+        fitting = trials_at_once(jobs, resources, use_gpu=cluster.use_gpu, data_cpus=self._data_cpus)
+        # Workers of more trials than fit would take the CPUs that the data of the others wait for.
+        most = fitting if self._data_cpus else len(orders)
+        at_once = min(self.plan.config.max_concurrent_trials or fitting, most, len(orders))
         count = f"{len(orders)} trial{'s' * (len(orders) != 1)}, {at_once} at once"
         self.progress.message(f"sweep {self.record.sweep} of {self.plan.job.name}: {count}, on {cluster.description}")
         events = TrialEvents(self.progress, self.ended)

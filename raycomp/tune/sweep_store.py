@@ -100,9 +100,15 @@ class SweepStore:
                 self.store.delete(f"rows/{trial}.json")
 
     def done(self, trials: tuple[str, ...]) -> set[str]:
-        """The trials that have ended well."""
-        rows = (self.read_row(trial) for trial in trials)
-        return {row.trial for row in rows if row is not None and not row.error}
+        """The trials that have ended well, and whose rows say so: a damaged one says nothing."""
+        return {trial for trial in trials if self._ended_well(trial)}
+
+    def _ended_well(self, trial: str) -> bool:
+        try:
+            row = self.read_row(trial)
+        except ArtifactError:
+            return False
+        return row is not None and not row.error
 
 
 def sweeps_of(job: JobConfig) -> Store:

@@ -107,6 +107,12 @@ def test_storage_that_fails_under_ray_s_controller_is_told_as_such() -> None:
         raise ControllerError(ConnectionRefusedError("refused"))
 
 
+def test_a_lost_controller_says_how_to_go_on() -> None:
+    text = "The actor died before it finished this task.\nThe actor is dead because its owner has died. And more."
+    with pytest.raises(ClusterError, match=r"its owner has died \(run again with --resume"), translated("/models/run"):
+        raise ray.exceptions.RayActorError(None, text)
+
+
 def test_of_several_errors_the_lowest_rank_s_is_told() -> None:
     with pytest.raises(TaskError, match="first"):
         StopOnOurErrors(_Sink()).after_exception(None, {3: TaskError("second"), 2: TaskError("first")})

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil  # Ray brings it along, once it is imported (by conftest).
 import pytest
 import yaml
 
-from raycomp.distributed.interrupt import Interrupted, interruptible, same_signals
+from raycomp.distributed.interrupt import Interrupted, interruptible, same_signals, told
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
 
@@ -55,6 +56,76 @@ finally:
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (143, "")
+
+
+def test_a_second_signal_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    script = """
+import os, signal
+from raycomp.distributed.interrupt import interruptible
+from raycomp.storage import scratch
+with interruptible(), scratch() as folder:
+    (folder / "weights").write_bytes(b"w" * 1000)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, timeout=60)
+    assert ended.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Finalized:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_a_finalizer_meets_is_not_lost() -> None:
+    """Python drops what is raised there; a job went on to its end, with exit code 0, when it was told to stop."""
+    with pytest.raises(Interrupted) as caught, interruptible():
+        held = _Finalized()
+        del held
+        time.sleep(10)
+        raise AssertionError("it was not heard")
+    assert caught.value.exit_code == 143
+
+
+def test_of_nested_blocks_the_innermost_tells_and_the_code_stays() -> None:
+    lines: list[str] = []
+    with (
+        pytest.raises(Interrupted) as caught,
+        interruptible(),
+        told(lines.append, lambda: "nothing is saved", "outer"),
+        interruptible(),
+        told(lines.append, lambda: "epoch 3 is saved", "run --resume"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it was not heard")
+    assert lines == ["interrupted: epoch 3 is saved; to go on: run --resume"]
+    assert caught.value.exit_code == 143
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_a_command_hears_of_signals_before_it_imports_what_is_slow(tmp_path: Path, command: str) -> None:
+    file = tmp_path / "file.yaml"
+    job = tiny.job(steps=4) | {"storage": {"uri": str(tmp_path / "stored")}}
+    sweep = {"job": job, "search": {"training.seed": {"grid": [1]}}}
+    file.write_text(yaml.safe_dump(job if command == "run" else sweep))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raycomp", command, str(file)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None and "starting raycomp" in process.stdout.readline()
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    (line,) = (line for line in out.splitlines() if line.startswith("interrupted"))
+    assert line == f"interrupted: before a {command} began; to go on: raycomp {command} {file} --resume"
+    assert process.returncode == 143 and "Traceback" not in out
 
 
 def test_in_another_thread_signals_stay_as_they_are() -> None:

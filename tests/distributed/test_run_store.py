@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from raycomp.config import parse_job
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
+from raycomp.errors import ArtifactError
 from raycomp.pipeline.training.checkpoint import StageState
 from tests.contracts import tiny
 
@@ -70,6 +70,49 @@ def test_where_the_newest_checkpoint_is_damaged_the_one_before_it_is_taken_and_t
     assert newest.name in note and file in note and "passed over" in note
 
 
+def test_the_furthest_checkpoint_counts_not_the_one_with_the_latest_time(run_store: RunStore, tmp_path: Path) -> None:
+    """Of a run that goes on where the clock is behind, the end of the training would be lost, and not be missed."""
+    folder = tmp_path / "train" / "run" / "prune" / "checkpoint_2026-11-24_06-39-00.123456"
+    folder.mkdir()
+    _state(3).save(folder)
+    state, damaged = run_store.last_state("prune")
+    assert state is not None and (state.epoch, damaged) == (3, ())
+
+
+@pytest.fixture
+def uploaded(tmp_path: Path) -> RunStore:
+    """A run with two files that the task prepared, and the results of two stages."""
+    store = RunStore(str(tmp_path / "stored"), "run")
+    folder = tmp_path / "made"
+    (folder / "below").mkdir(parents=True)
+    (folder / "below" / "teacher.pt").write_bytes(bytes(range(256)))
+    (folder / "words.txt").write_text("some words, of which one bit may change")
+    for name in ("prepared", "stages/0", "stages/1"):
+        store.upload(name, folder)
+    store.write_record(RunRecord("run", "", "", "2026-11-25T07:00:00+00:00", stages_done=2, prepared=True))
+    return store
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_prepared_files_that_are_damaged_train_nobody(uploaded: RunStore, tmp_path: Path, damage: str) -> None:
+    assert uploaded.fetch_prepared(tmp_path / "copy") is not None
+    DAMAGES[damage](tmp_path / "stored" / "runs" / "run" / "prepared" / "below" / "teacher.pt")
+    with pytest.raises(ArtifactError, match=r"prepared: it is damaged: below/teacher.pt .*begin a new run"):
+        uploaded.fetch_prepared(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["1/words.txt", "1.sha256.json"])
+def test_a_stage_whose_result_is_damaged_counts_as_not_finished(
+    uploaded: RunStore, tmp_path: Path, file: str, damage: str
+) -> None:
+    """A flipped bit of its weights would else go on into the next stage without a word."""
+    assert uploaded.whole_stages(2) == (2, "")
+    DAMAGES[damage](tmp_path / "stored" / "runs" / "run" / "stages" / file)
+    whole, told = uploaded.whole_stages(2)
+    assert whole == 1 and "stages/1" in told
+
+
 def test_a_stage_without_a_whole_checkpoint_begins_anew(run_store: RunStore, tmp_path: Path) -> None:
     for folder in (tmp_path / "train" / "run" / "prune").iterdir():
         _flip(folder / "model.safetensors")
@@ -115,10 +158,26 @@ def test_a_job_of_another_result_finds_no_run(tmp_path: Path, changes: dict[str,
     assert unfinished_run(_job(tmp_path, **changes), print) is None
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"run": "x"}', json.dumps({"run": 1, "digest": "", "created": ""})])
+@pytest.mark.parametrize("bit", range(8))
+def test_no_flipped_bit_of_a_record_is_believed(tmp_path: Path, bit: int) -> None:
+    """`"stages_done": 0` may become 1, and the stage would be taken for trained."""
+    begun = _begun(tmp_path)
+    before, content = begun.read_record(), begun.files.read_bytes("run.json")
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << bit
+        begun.files.write_bytes("run.json", bytes(flipped))
+        try:
+            found = begun.read_record()
+        except ArtifactError:
+            continue
+        assert found == before
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"run": "x"}', "[" * 5000, "\xff", "null", '{"record": 1, "sha256": 1}'])
 def test_a_damaged_record_is_told_and_an_older_run_found(tmp_path: Path, content: str) -> None:
     older, newer = _begun(tmp_path), _begun(tmp_path, "20261125-080000-bbbbbb")
-    newer.files.write_bytes("run.json", content.encode())
+    newer.files.write_bytes("run.json", content.encode("latin-1"))
     told: list[str] = []
     found = unfinished_run(_job(tmp_path), told.append)
     assert found is not None and found.run == older.run

@@ -11,12 +11,18 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import random_split
+from torch.utils.data import TensorDataset, random_split
 
+from raycomp.config import parse_job
 from raycomp.core.reduction import rank
 from raycomp.pipeline.data import global_batches
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan
+from raycomp.pipeline.ending import figures
+from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.notes import Notes
+from raycomp.pipeline.preflight import check_stages
+from raycomp.pipeline.task import given_data
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, differing, train, weights_of
 from tests.pipeline.ranks import on_ranks
@@ -149,3 +155,52 @@ def test_what_is_drawn_for_a_sample_is_the_same_on_any_number_of_workers(monkeyp
     monkeypatch.setattr(Loaded, "collate", tiny.Tiny.collate)
     monkeypatch.setattr(global_batches, "reduce_", lambda statistics: None)
     assert torch.equal(torch.cat([first_batch(2, rank) for rank in range(2)]), first_batch(1, 0))
+
+
+class Drawn(tiny.Tiny):
+    """Draws which of its samples are for training and which for evaluation; an image's first pixel is its number."""
+
+    made = 0
+
+    def train_data(self) -> Any:
+        type(self).made += 1
+        return self._split()[0]
+
+    def eval_data(self) -> Any:
+        return self._split()[1]
+
+    def metrics(self, output: Any, batch: Any) -> dict[str, Tensor]:
+        return {"number": batch[0][:, 0, 0, 0].double()}
+
+    def _split(self) -> Any:
+        images = torch.arange(24.0).view(24, 1, 1, 1).expand(24, 1, 6, 6)
+        return random_split(TensorDataset(images, torch.zeros(24, dtype=torch.int64)), [16, 8])
+
+
+def drawn_job(*seeds: int) -> dict[str, Any]:
+    raw = tiny.job(tiny.pruner("L1NormPruner"), steps=2)
+    raw["task"]["entrypoint"] = f"{__name__}:Drawn"
+    stages = [{**raw["stages"][0], "name": f"s{seed}", "training": {"seed": seed, "steps": 2}} for seed in seeds]
+    return {**raw, "stages": stages}
+
+
+def test_what_is_drawn_for_evaluation_is_the_same_in_training_and_in_the_report() -> None:
+    """Else the report's metrics are of other samples, some of them trained on, for every seed but one."""
+    keeper, raw = Keeper(), drawn_job(5)
+    train(raw, keeper)
+    job = parse_job(raw)
+    task = build_task(job.task)
+    assert keeper.metrics == figures._metrics(job, task, {"dense": task.model()}, Notes())["dense"]
+    held = [given_data(task, split).indices for split in ("train", "eval")]
+    assert sorted(held[0] + held[1]) == list(range(24))
+    other = Keeper()
+    train(drawn_job(6), other)
+    assert other.metrics == keeper.metrics
+
+
+def test_data_are_made_once_before_a_run() -> None:
+    """However many stages ask for their length, an example and a step: to make them may take minutes."""
+    job = parse_job(drawn_job(5, 6, 7))
+    Drawn.made = 0
+    check_stages(job, build_task(job.task))
+    assert Drawn.made == 1

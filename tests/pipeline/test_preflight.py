@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from raycomp import Task
 from raycomp.config import parse_job
@@ -274,3 +275,19 @@ class Recurrent(Small):
 def test_what_is_masked_in_other_pieces_than_channels_is_told(entry: dict[str, Any], told: str) -> None:
     raw = job([{"type": "L1NormPruner", "config_list": [entry]}])
     assert any(told in warning for warning in check_stages(parse_job(raw), Recurrent()).warnings)
+
+
+class _Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.randn(8), torch.tensor(0))] * 64)
+
+
+@pytest.mark.parametrize("data", [_Stream(), lambda context: iter([(torch.randn(2, 8), torch.zeros(2).long())])])
+def test_epochs_of_data_without_a_length_are_refused_before_a_cluster_is_asked(
+    data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Small, "train_data", lambda self: data)
+    assert problems(job([L1], [L1])) == [
+        ("training.epochs", "the train data can't tell its length, so a number of epochs has no number of steps")
+    ]
+    check_stages(parse_job(job([L1], steps=3, epochs=None)), Small())

@@ -249,7 +249,5 @@ def test_a_calibration_that_is_not_finite_says_that_it_was_one() -> None:
     model = Net()
     entry = {"op_names": ["fc"], "target_names": ["weight", "_input_"]}
     quantizer = PtqQuantizer(model, [entry], Script(model, [1.0, float("inf")]).evaluator)
-    with pytest.raises(
-        NotFiniteError, match=r"in the calibration .*fc\._input_0.* is not finite \(look at"
-    ):
+    with pytest.raises(NotFiniteError, match=r"in the calibration .*fc\._input_0.* is not finite \(look at"):
         quantizer.compress()

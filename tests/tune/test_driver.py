@@ -25,8 +25,8 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Callable[[End], list[str]]:
     """Makes trials end as a function says (None: the process is lost); gives the list of those that will have run."""
 
     @contextmanager
-    def connected(job: JobConfig, *_: object) -> Iterator[Cluster]:
-        yield Cluster(True, False, "no cluster")
+    def connected(job: JobConfig, *_: object, **__: object) -> Iterator[Cluster]:
+        yield Cluster(True, 1, False, "no cluster")
 
     def install(end: End) -> list[str]:
         ran: list[str] = []

@@ -101,7 +101,7 @@ def test_table_report_and_rows_are_there(result: SweepResult) -> None:
 
 
 def test_the_driver_hears_of_each_trial(result: SweepResult, heard: Heard) -> None:
-    assert "3 trials" in heard.lines[0]
+    assert "checking the first trial's job" in heard.lines[0] and "3 trials" in heard.lines[1]
     for row in result.rows:
         assert any(line.startswith(f"trial {row.trial} begins: sparse_ratio ") for line in heard.lines)
     assert any("failed: " in line and "the labels are gone" in line for line in heard.lines)

@@ -72,6 +72,15 @@ def test_a_damaged_sweep_is_told_and_passed_over(plan: SweepPlan) -> None:
     assert "sweep 20300102 can't be resumed" in line and "sweep.json" in line
 
 
+def test_a_trial_whose_row_is_damaged_is_run_again(plan: SweepPlan) -> None:
+    sweep_store = begun(plan, "20300101")
+    for trial in ("00", "01"):
+        sweep_store.write_row(TrialFigures(trial, {}, 0.5, 100))
+    sweep_store.store.write_bytes("rows/01.json", b"{")
+    assert sweep_store.done(("00", "01")) == {"00"}
+    assert unfinished_sweep(plan, print) is not None
+
+
 def test_a_sweep_is_found_by_what_decides_its_results(plan: SweepPlan, tmp_path: Path) -> None:
     begun(plan, "20300101")
     job = tiny_job(tmp_path) | {"scaling": {"max_failures": 9}, "cluster": {"num_cpus": 2}}

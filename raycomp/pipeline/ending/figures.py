@@ -32,7 +32,7 @@ from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.inputs import real_inputs
 from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures, Simulation
 from raycomp.speedup import draws
@@ -205,7 +205,7 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
     """Each form's metrics, in one pass over the data: every batch goes through all forms, as many at once as fit."""
     evaluation = job.evaluation
     tallies = {name: Tally(task, module, dtype=_dtype(module)) for name, module in modules.items()}
-    data = given(task, "eval_data")
+    data = given_data(task, "eval")
     with ExitStack() as stack:
         for module in modules.values():
             stack.enter_context(evaluation_mode(module))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
-from raycomp.storage import join_state, load_tensors, save_tensors, split_state
+from raycomp.storage import Store, join_state, load_tensors, open_store, save_tensors, split_state
 from raycomp.storage.explain import explained
 
 _FORMAT = 3
@@ -69,7 +69,7 @@ class StageState:
             ArtifactError: the folder holds something else or another format, or is damaged.
             StorageError: it can't be read.
         """
-        content = _content(folder)
+        content = _whole_content(folder)
         try:
             return cls(
                 stage=content["stage"],
@@ -84,27 +84,43 @@ class StageState:
             raise ArtifactError(f"it is not a stage's checkpoint: {error!r}", where=str(folder)) from None
 
 
-def _content(folder: Path) -> dict[str, Any]:
+def epochs_done(place: Store) -> int:
+    """How far the training was when the checkpoint at a place was saved.
+
+    Raises:
+        ArtifactError: it does not say so, or is damaged.
+        StorageError: it can't be read.
+    """
+    epoch = _content(place)["epoch"]
+    if not isinstance(epoch, int):
+        raise ArtifactError(f"it is not a stage's checkpoint: its epoch is {epoch!r}", where=place.uri)
+    return epoch
+
+
+def _whole_content(folder: Path) -> dict[str, Any]:
     """What is in the checkpoint besides its tensors; all its files are what their digests say."""
-    path = folder / _PROGRESS
-    if not path.is_file():
-        raise ArtifactError(f"it is not a stage's checkpoint: {_PROGRESS} is missing", where=str(folder))
-    try:
-        with explained(str(path)):
-            stored = json.loads(path.read_bytes())
-        found, text, sha256 = stored["format"], stored.get("content"), stored.get("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"it is damaged: {_PROGRESS}: {error}", where=str(folder)) from None
-    if found != _FORMAT:
-        raise ArtifactError(f"its format is {found}, this raycomp reads {_FORMAT}", where=str(folder))
-    if _sha256(str(text)) != sha256:
-        raise ArtifactError(f"it is damaged: {_PROGRESS} has another digest than it says", where=str(folder))
-    content: dict[str, Any] = json.loads(text)
+    content = _content(open_store(folder))
     for name, digest in content["files"].items():
         if not (folder / name).is_file():
             raise ArtifactError(f"it is not whole: {name} is missing", where=str(folder))
         if _digest(folder / name) != digest:
             raise ArtifactError(f"it is damaged: {name} has another digest than {_PROGRESS} says", where=str(folder))
+    return content
+
+
+def _content(place: Store) -> dict[str, Any]:
+    if not place.exists(_PROGRESS):
+        raise ArtifactError(f"it is not a stage's checkpoint: {_PROGRESS} is missing", where=place.uri)
+    try:
+        stored = json.loads(place.read_bytes(_PROGRESS))
+        found, text, sha256 = stored["format"], stored.get("content"), stored.get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"it is damaged: {_PROGRESS}: {error}", where=place.uri) from None
+    if found != _FORMAT:
+        raise ArtifactError(f"its format is {found}, this raycomp reads {_FORMAT}", where=place.uri)
+    if _sha256(str(text)) != sha256:
+        raise ArtifactError(f"it is damaged: {_PROGRESS} has another digest than it says", where=place.uri)
+    content: dict[str, Any] = json.loads(text)
     return content
 
 

@@ -28,7 +28,7 @@ from raycomp.pipeline.build import weight_dtype
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan, MicroBatch
 from raycomp.pipeline.data.structure import move_batch
-from raycomp.pipeline.task import Task, given
+from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.pipeline.training.parallel import data_parallel, take_buffers_of_rank_0_
@@ -38,6 +38,16 @@ from raycomp.pipeline.user_code import user_code
 from raycomp.results.progress import ProgressEvent
 
 _EVENT_EVERY_S = 0.5
+
+
+def endless(where: str) -> Problem:
+    """What is wrong with a training of epochs over data that doesn't know its length.
+
+    Args:
+        where: the training's key.
+    """
+    message = "the train data can't tell its length, so a number of epochs has no number of steps"
+    return Problem(f"{where}.epochs", message, "set training.steps instead")
 
 
 class Listener(Protocol):
@@ -184,7 +194,7 @@ class StageTraining:
             raise TaskError(
                 f"the train data gave no batch in epoch {self.epoch + 1}",
                 where=self._call("train_data"),
-                remedy="a loader must begin anew in each epoch",
+                remedy="a loader must begin anew in each epoch" if self.epoch else "give each worker a sample at least",
             )
 
     def _step(self, micro_batches: list[MicroBatch]) -> Tensor:
@@ -346,14 +356,13 @@ class StageTraining:
         if self.training.steps is not None:
             return self.training.steps
         if self.batches.steps_per_epoch is None:
-            message = "the train data can't tell its length, so a number of epochs has no number of steps"
-            raise ConfigError([Problem("training.epochs", message, "set training.steps instead")])
+            raise ConfigError([endless("training")])
         return (self.training.epochs or 1) * self.batches.steps_per_epoch
 
     def _data(self, split: str) -> Any:
         if split in self.data:
             return self.data[split]
-        return given(self.task, f"{split}_data", self.training.seed)
+        return given_data(self.task, split)
 
     def _call(self, method: str) -> str:
         return f"{type(self.task).__name__}.{method}()"
