@@ -12,9 +12,10 @@ from ray import cloudpickle
 
 from raycomp.config import TaskConfig
 from raycomp.distributed import travel
+from raycomp.distributed.task_digest import digest
 from raycomp.errors import TaskError
 from raycomp.pipeline.entrypoint import build_task, construct
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, let_use
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,21 @@ class TaskRecipe:
             have it, a process's copy of the working directory stands in.
         pickled: the task or its class, where Python gave one, or why it can't travel. It goes through Ray alone: what
             is in storage may come from anyone, and unpickling runs code.
+        search: where the driver finds modules; processes that have these folders do, too.
     """
 
     base_dir: str
     pickled: bytes | TaskError | None = None
+    search: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, base_dir: Path, task: Task | type[Task] | None) -> TaskRecipe:
         """The recipe of what Python gave, or of what the job names."""
         try:
-            return cls(str(base_dir), None if task is None else travel.pickled(task))
+            pickled: bytes | TaskError | None = None if task is None else travel.pickled(task)
         except TaskError as error:
-            return cls(str(base_dir), error)
+            pickled = error
+        return cls(str(base_dir), pickled, tuple(str(Path(folder).absolute()) for folder in sys.path))
 
     def given(self) -> Task | type[Task] | None:
         """What Python gave, as another process gets it; None where the job names its task.
@@ -45,6 +49,7 @@ class TaskRecipe:
         Raises:
             TaskError: it can't travel.
         """
+        sys.path += [folder for folder in self.search if folder not in sys.path and Path(folder).is_dir()]
         if isinstance(self.pickled, TaskError):
             raise self.pickled
         return None if self.pickled is None else travel.unpickled(self.pickled)
@@ -67,7 +72,7 @@ class TaskRecipe:
         if found is None:
             return self._built(config, prepared)
         task = found if isinstance(found, Task) else construct(found, config)
-        task.prepared = prepared
+        let_use(task, prepared)
         return task
 
     def _built(self, config: TaskConfig, prepared: Path | None) -> Task:
@@ -92,5 +97,5 @@ def task_entry(task: Any) -> dict[str, str | None]:
             where="CompressionJob(task=…)",
             remedy="give an instance of a subclass of raycomp.Task, or the class",
         )
-    digest = travel.digest(task) if isinstance(task, Task) else None
-    return {"entrypoint": f"{kind.__module__}:{kind.__name__}", "object_digest": digest}
+    held = digest(task) if isinstance(task, Task) else None
+    return {"entrypoint": f"{kind.__module__}:{kind.__name__}", "object_digest": held}

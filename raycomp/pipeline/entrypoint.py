@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from raycomp.core.seeds import restored_generators, seed_generators
 from raycomp.errors import TaskError
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, let_use
 from raycomp.pipeline.user_code import user_code
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def build_task(config: TaskConfig, base_dir: Path | str = ".", prepared: Path | 
             remedy="give it again, CompressionJob(…, task=…), or put its class into a file and name that",
         )
     task = construct(load_task_class(config.entrypoint, Path(base_dir)), config)
-    task.prepared = prepared
+    let_use(task, prepared)
     return task
 
 

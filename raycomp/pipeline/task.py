@@ -295,7 +295,12 @@ def prepare_task(task: Task, folder: Path) -> None:
     with restored_generators(), user_code(f"{type(task).__name__}.prepare()"):
         seed_everything(0)
         task.prepare(folder)
-    task.prepared = folder
+    let_use(task, folder)
+
+
+def let_use(task: Task, prepared: Path | None) -> None:
+    """Lets a task use the folder that `prepare` filled, where it has run; also one that is a frozen dataclass."""
+    object.__setattr__(task, "prepared", prepared)
 
 
 def _label_key(batch: Mapping[str, Any]) -> str | None:

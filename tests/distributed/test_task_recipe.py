@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import threading
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +18,9 @@ import torch
 from torch import nn
 
 from raycomp import CompressionJob, Task
+from raycomp.config import TaskConfig
 from raycomp.config.sweep_plan import parse_sweep
-from raycomp.distributed import travel
+from raycomp.distributed import task_digest
 from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ConfigError, TaskError
 from raycomp.storage import open_artifact
@@ -43,12 +50,36 @@ print(result.artifact_uri)
 """
 
 
-class Locked(Tiny):
-    """Holds what no process can send, where it is told to."""
-
-    def __init__(self, lock: bool = False) -> None:
+class Holds(Tiny):
+    def __init__(self, kept: object) -> None:
         super().__init__()
-        self.kept = threading.Lock() if lock else None
+        self.kept = kept
+
+
+class Inner:
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+
+class InASlot:
+    __slots__ = ("slot",)
+
+    def __init__(self, slot: object) -> None:
+        self.slot = slot
+
+
+class HoldsItself(Holds):
+    def __init__(self) -> None:
+        super().__init__(self)
+        self.lock = threading.Lock()
+
+
+class OfTheClass(Tiny):
+    LOCK = threading.Lock()
+
+
+class OfTheBase(OfTheClass):
+    pass
 
 
 class UsesLock(Tiny):
@@ -57,9 +88,39 @@ class UsesLock(Tiny):
             return super().loss(output, batch)
 
 
+class UsesItWithin(Tiny):
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        return next(super(UsesItWithin, self).loss(output, batch) for _ in range(1) if not _LOCK.locked())
+
+
+class UsesAHelper(Tiny):
+    def loss(self, output: Any, batch: Any) -> torch.Tensor:
+        return super().loss(output, batch) if _is_free() else output
+
+
+def _is_free() -> bool:
+    return not _LOCK.locked()
+
+
+def _closed_over() -> type[Task]:
+    lock = threading.Lock()
+
+    class Closed(Tiny):
+        def loss(self, output: Any, batch: Any) -> torch.Tensor:
+            with lock:
+                return super().loss(output, batch)
+
+    return Closed
+
+
 class ComesBackBroken(Tiny):
     def __setstate__(self, state: Any) -> None:
         raise RuntimeError("no way back")
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__("only one argument goes along")
 
 
 def _job(folder: Path, **task: Any) -> dict[str, Any]:
@@ -70,19 +131,59 @@ def _job(folder: Path, **task: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("task", "told"),
+    ("task", "named"),
     [
-        (Locked(lock=True), "Locked's 'kept' can't travel to the workers: cannot pickle '_thread.lock' object"),
-        (UsesLock(), "'_LOCK', which UsesLock.loss() uses, can't travel to the workers: cannot pickle '_thread.lock'"),
-        (UsesLock, "'_LOCK', which UsesLock.loss() uses, can't travel to the workers: cannot pickle '_thread.lock'"),
-        (ComesBackBroken(), "it can't be unpickled: RuntimeError: no way back"),
+        (Holds(threading.Lock()), "Holds.kept"),
+        (Holds(Inner({"a": [0, Inner(threading.Lock())]})), "Holds.kept.inner['a'][1].inner"),
+        (Holds(InASlot(threading.Lock())), "Holds.kept.slot"),
+        (Holds(partial(Inner, threading.Lock())), "Holds.kept[1]"),
+        (Holds(lambda: _LOCK), "'_LOCK', which <lambda>() uses,"),
+        (HoldsItself(), "HoldsItself.lock"),
+        (OfTheClass, "OfTheClass.LOCK"),
+        (OfTheBase(), "OfTheClass.LOCK"),
+        (UsesLock(), "'_LOCK', which UsesLock.loss() uses,"),
+        (UsesLock, "'_LOCK', which UsesLock.loss() uses,"),
+        (UsesItWithin, "'_LOCK', which UsesItWithin.loss() uses,"),
+        (UsesAHelper(), "'_LOCK', which _is_free() uses,"),
+        (_closed_over(), "'lock', which _closed_over.<locals>.Closed.loss() uses,"),
     ],
 )
-def test_validate_tells_what_can_t_travel(task: Any, told: str, tmp_path: Path) -> None:
+def test_validate_tells_what_can_t_travel(task: Any, named: str, tmp_path: Path) -> None:
+    job = CompressionJob(_job(tmp_path), task=task)
+    with pytest.raises(TaskError) as caught:
+        job.validate()
+    assert f"CompressionJob(task=…): {named} can't travel to the workers: cannot pickle '_thread.lock'" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (ComesBackBroken(), "the task can't be unpickled: RuntimeError: no way back"),
+        (Holds(Inner([NeedsTwo(1, 2)])), "Holds.kept.inner[0] can't be unpickled: TypeError: NeedsTwo.__init__()"),
+    ],
+)
+def test_validate_tells_what_comes_back_broken(task: Any, told: str, tmp_path: Path) -> None:
     job = CompressionJob(_job(tmp_path), task=task)
     with pytest.raises(TaskError) as caught:
         job.validate()
     assert told in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Frozen(Tiny):
+    dropout: float = 0.3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "network", {})
+        object.__setattr__(self, "samples", Tiny().samples)
+
+
+@pytest.mark.parametrize("task", [Frozen(), Frozen])
+def test_a_frozen_dataclass_is_a_task(task: Any, tmp_path: Path) -> None:
+    made = TaskRecipe.of(tmp_path, task).make(TaskConfig(entrypoint="tests:Frozen"), tmp_path)
+    assert made.prepared == tmp_path
 
 
 @pytest.mark.parametrize("task", [5, int, nn.Linear(1, 1), "tasks.py:Tiny"])
@@ -130,14 +231,58 @@ def test_equal_tasks_are_one_job_and_others_are_not(tmp_path: Path) -> None:
     assert digest(Tiny) != digest(Tiny())
 
 
+def _scaled(factor: float) -> Any:
+    return lambda loss: loss * factor
+
+
+_MADE_UP: list[tuple[object, object]] = [
+    (lambda x: x * 2, lambda x: x * 3),
+    (_scaled(1.0), _scaled(5.0)),
+    (lambda x, y=1: x, lambda x, y=2: x),
+    (torch.eye(3).to_sparse(), torch.zeros(3, 3).to_sparse()),
+    (torch.ones(2, dtype=torch.cfloat).mul(1j), torch.ones(2, dtype=torch.cfloat).mul(1j).conj()),
+    (nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1), requires_grad=False)),
+    ({"a", "b"}, {"a", "c"}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), _MADE_UP)
+def test_what_a_task_holds_tells_it_from_others_whatever_it_is_named(one: object, other: object) -> None:
+    digests = [task_digest.digest(Holds(each)) for each in (one, other, one)]
+    assert digests[0] is not None and digests[0] == digests[2] != digests[1]
+
+
+def test_a_set_of_texts_is_the_same_in_every_process() -> None:
+    code = (
+        "from tests.distributed.test_task_recipe import Holds; from raycomp.distributed.task_digest import digest;"
+        "print(digest(Holds({'a', 'b', 'c', 'd'})))"
+    )
+    found = {
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+        .stdout.decode()
+        .strip()
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1 and found != {""}
+
+
+def test_a_process_finds_modules_where_the_driver_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far_helper.py").write_text("VALUE = 3")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    recipe = TaskRecipe.of(tmp_path, Tiny)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each != str(tmp_path)])
+    recipe.given()
+    assert importlib.util.find_spec("far_helper") is not None
+
+
 @pytest.mark.parametrize("change", [{"numbers": torch.zeros(2, 2)}, {"function": torch.cosh}, {"kind": nn.Conv1d}])
 def test_a_digest_is_of_numbers_functions_and_classes(change: dict[str, Any]) -> None:
     task = Tiny()
     held = {"numbers": torch.zeros(4), "function": torch.sinh, "kind": nn.Linear, "bits": torch.ones(1).bfloat16()}
     vars(task).update(held)
-    before = travel.digest(task)
+    before = task_digest.digest(task)
     vars(task).update(held | change)
-    assert before is not None and before != travel.digest(task)
+    assert before is not None and before != task_digest.digest(task)
 
 
 def test_modules_that_stay_behind_are_named_where_nodes_have_other_files(
