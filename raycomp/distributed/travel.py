@@ -9,9 +9,7 @@ import sys
 from contextlib import ExitStack
 from importlib import import_module
 from importlib.metadata import packages_distributions
-from types import (
-    ModuleType,
-)
+from types import ModuleType
 from typing import Any
 
 from ray import cloudpickle
