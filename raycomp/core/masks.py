@@ -39,6 +39,17 @@ def fits(mask: Tensor, shape: Sequence[int]) -> bool:
     return mask.dim() <= len(shape) and all(size in (1, whole) for size, whole in behind)
 
 
+def _check_tensors(module: str, targets: Any) -> None:
+    for target, mask in targets.items() if isinstance(targets, Mapping) else [("", targets)]:
+        where = f"masks[{module!r}][{target!r}]"
+        if not isinstance(targets, Mapping) or not isinstance(target, str):
+            raise CompressionError(f"got {shown(targets)}", where=f"masks[{module!r}]", remedy="{target: tensor}")
+        if not isinstance(mask, Tensor) or mask.layout != torch.strided or mask.is_meta:
+            raise CompressionError(f"got {shown(mask)}", where=where, remedy="a dense tensor with its values")
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise CompressionError("it has other values than 0 and 1", where=where, remedy="1 = keep, 0 = masked")
+
+
 class Masks(dict[str, dict[str, Tensor]]):
     """{module: {target: mask}}, 1 = keep, in each target's full shape (or one that broadcasts to it).
 
@@ -74,11 +85,12 @@ class Masks(dict[str, dict[str, Tensor]]):
         """The masks with how each is applied, and every target by its full name (`_input_` is short for `_input_0`).
 
         Raises:
-            CompressionError: they are no tensors by module and target.
+            CompressionError: they are no tensors of zeros and ones by module and target.
         """
+        if not isinstance(masks, Mapping):
+            raise CompressionError(f"got {shown(masks)}", where="masks", remedy="{module: {target: tensor}}")
         for module, targets in masks.items():
-            if not isinstance(targets, Mapping) or not all(isinstance(mask, Tensor) for mask in targets.values()):
-                raise CompressionError(f"got {shown(targets)}", where=f"masks[{module!r}]", remedy="{target: tensor}")
+            _check_tensors(module, targets)
         given, result = cls(masks), cls()
         for target_id, mask in given.by_target():
             result.put(TargetId(target_id.module, canonical_target(target_id.target)), mask, given.method(*target_id))

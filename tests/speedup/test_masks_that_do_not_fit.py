@@ -15,7 +15,7 @@ X = torch.ones(2, 3, 8, 8)
 
 
 def _network() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)).eval()
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,12 @@ def _network() -> nn.Sequential:
             r"0\._output_1: masks name what the module neither takes",
         ),
         ("2", {"_input_y": torch.ones(1, 8, 1, 1)}, r"2\._input_y: masks name what"),
-        ("0", {"weight": [1, 2]}, r"masks\['0'\]: got .*\{target: tensor\}"),
+        ("0", {"weight": [1, 2]}, r"masks\['0'\]\['weight'\]: got \[1, 2\] \(a dense tensor"),
+        ("0", {"weight": torch.ones(8, 3, 3, 3).to_sparse()}, r"masks\['0'\]\['weight'\]: got"),
+        ("0", {0: torch.ones(8)}, r"masks\['0'\]: got .*\{target: tensor\}"),
+        ("0", {"weight": torch.full((8, 3, 3, 3), 0.5)}, r"\['weight'\]: it has other values than 0 and 1"),
+        ("0", {"weight": torch.full((8, 3, 3, 3), torch.nan)}, r"\['weight'\]: it has other values than 0 and 1"),
+        ("3", {"running_mean": torch.ones(4)}, "masks name a parameter that the module lacks: 'running_mean'"),
         ("0", torch.ones(8, 3, 3, 3), r"masks\['0'\]: got a Tensor"),
         ("9", {"_output_0": torch.ones(1, 8, 1, 1)}, "masks name a module that the model lacks: '9'"),
     ],
@@ -46,5 +51,5 @@ def test_a_mask_of_positions_is_taken() -> None:
     mask[..., 0] = 0
     model = _network()
     small: Any = ModelSpeedup(model, X, {"0": {"_output_": mask}}).speedup_model()
-    expected: Tensor = model[2](model[1](model[0](X) * mask))
+    expected: Tensor = model[3](model[2](model[1](model[0](X) * mask)))
     torch.testing.assert_close(small(X), expected)

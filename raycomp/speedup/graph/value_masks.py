@@ -92,7 +92,7 @@ def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
 
 def _mask_parameter(module: nn.Module, name: str, target: str, mask: Tensor, method: ApplyMethod) -> None:
     parameter = getattr(module, target, None)
-    if not isinstance(parameter, Tensor):
+    if not isinstance(parameter, nn.Parameter):
         raise SpeedupError(f"masks name a parameter that the module lacks: {target!r}", where=name)
     if parameter.shape != mask.shape:
         shapes = f"{tuple(mask.shape)}, and the parameter {tuple(parameter.shape)}"
