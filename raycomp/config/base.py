@@ -193,7 +193,8 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
         message = "the key 'type' is missing" if name is None else f"there is no {shown(str(name))}"
         meant, names = closest(str(name or ""), choices), ", ".join(choices)
         remedy = f"did you mean '{meant}'? There are {names}" if meant else f"choose from {names}"
-        remedy = nni.instead_of(str(name), choices) if str(name) in nni.NAMES else remedy
+        if str(name) in nni.NAMES:
+            remedy = "; ".join(filter(None, (nni.NAMES[str(name)], f"there are {names}")))
         return _line((*loc, "type"), kind, message, remedy, value)
     if kind == "too_short":
         return _line(loc, kind, "it is empty", f"at least {context['min_length']} needed", value)
