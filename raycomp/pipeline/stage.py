@@ -210,7 +210,11 @@ def _cut(job: JobConfig, index: int, task: Task, before: Plan, uncut: StageResul
         note = (
             f"stage {job.stages[index].name}: the sped-up model differed from the masked one by "
             f"{verification.relative:.2e} of its range (tolerance {verification.tolerance:g}), so nothing was cut"
-            + ("; its forward draws random numbers in evaluation, too" if draws(uncut.under_masks, inputs[0]) else "")
+            + (
+                "; its forward gives other outputs each time, in evaluation, too"
+                if draws(uncut.under_masks, inputs[0])
+                else ""
+            )
         )
         return replace(tried, notes=(*uncut.notes, note))
     return replace(

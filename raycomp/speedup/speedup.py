@@ -151,7 +151,11 @@ class ModelSpeedup(Public):
             if made and not self._loses_arguments(made[0][2]):
                 break
         if not made:
-            why = "; its forward draws random numbers in evaluation, too" if draws(self._masked, self._example) else ""
+            why = (
+                "; its forward gives other outputs each time, in evaluation, too"
+                if draws(self._masked, self._example)
+                else ""
+            )
             analysis.decision.keep_all(
                 f"the cut model's outputs differed from the masked model's, so nothing was cut{why}"
             )

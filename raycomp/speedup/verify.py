@@ -79,12 +79,20 @@ def outputs(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 def draws(model: nn.Module, example: Example) -> bool:
-    """Whether a forward pass in eval mode draws random numbers: a cut model draws others, where their shape is cut."""
+    """Whether two forward passes in eval mode give two outputs, of whatever the model draws or counts.
+
+    A cut model draws other numbers, where their shape is cut.
+    """
     args, kwargs = as_call(example)
     with torch.no_grad(), restored_generators(), evaluation_mode(model):
-        before = torch.get_rng_state()
-        model(*args, **kwargs)
-        return not torch.equal(before, torch.get_rng_state())
+        first, second = ([leaf.clone() for leaf in tensors_of(model(*args, **kwargs))] for _ in range(2))
+    return len(first) != len(second) or not all(map(_same, first, second))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape or not left.is_floating_point():
+        return torch.equal(left, right)
+    return torch.allclose(left, right, equal_nan=True)
 
 
 @dataclass(frozen=True)

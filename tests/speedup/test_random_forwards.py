@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -50,6 +51,37 @@ def test_comparing_leaves_the_generators_alone() -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+class Unseeded(Noisy):
+    """Adds noise of a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = torch.Generator().manual_seed(0)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.second(self.first(value)) + torch.rand(3, generator=self.own)
+
+
+class Counting(Noisy):
+    """Gives more with each call."""
+
+    calls = 0
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.calls += 1
+        return self.second(self.first(value)) + self.calls
+
+
+class OfPython(Noisy):
+    def forward(self, value: Tensor) -> Tensor:
+        return self.second(self.first(value)) + random.random()
+
+
+@pytest.mark.parametrize("kind", [Unseeded, Counting, OfPython])
+def test_a_forward_that_differs_each_time_is_known_by_its_outputs(kind: type[Noisy]) -> None:
+    assert draws(kind(), torch.ones(2, 4))
+
+
 class DropsOut(tiny.TinyNet):
     """Monte Carlo dropout on channels that are pruned: a smaller model draws other numbers."""
 
@@ -72,5 +104,5 @@ def test_where_the_draws_are_cut_too_the_report_says_why_nothing_is(tmp_path) ->
     train(raw, Keeper(tmp_path))
     result = finish(raw, tmp_path)
     reasons = {item.module: item.reason for item in result.unpruned}
-    assert reasons["conv1"].endswith("nothing was cut; its forward draws random numbers in evaluation, too")
+    assert reasons["conv1"].endswith("nothing was cut; its forward gives other outputs each time, in evaluation, too")
     assert result.verification is not None and result.verification.passed
