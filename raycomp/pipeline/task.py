@@ -239,7 +239,7 @@ class Task:
         )
 
 
-_kept: ContextVar[dict[tuple[int, str], Any] | None] = ContextVar("_kept", default=None)
+_kept: ContextVar[dict[tuple[int, str], tuple[Task, Any]] | None] = ContextVar("_kept", default=None)
 
 
 def given(task: Task, method: str, seed: int = 0) -> Any:
@@ -269,10 +269,10 @@ def given_data(task: Task, split: str) -> Any:
     """
     kept, key = _kept.get(), (id(task), split)
     if kept is not None and key in kept:
-        return kept[key]
+        return kept[key][1]
     data = given(task, f"{split}_data")
     if kept is not None and (is_map_style(data) or isinstance(data, TorchBatches)):
-        kept[key] = data
+        kept[key] = task, data  # the task stays alive, so that no other gets its id
     return data
 
 

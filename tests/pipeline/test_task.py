@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from raycomp.errors import TaskError
 from raycomp.pipeline.data.plan import LoaderContext
 from raycomp.pipeline.data.structure import count_samples, move_batch
-from raycomp.pipeline.task import Task, prepare_task
+from raycomp.pipeline.task import Task, data_made_once, given_data, prepare_task
 from tests.pipeline.ranks import on_ranks
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 0.0], [1.0, 0.0, 0.0]])
@@ -181,3 +181,17 @@ def test_batches_of_any_form_are_moved_and_counted() -> None:
     assert count_samples([torch.tensor(1.0), "text", torch.zeros(5)]) == 5
     with pytest.raises(TaskError, match="define count_samples"):
         Task().count_samples(["text", 1])
+
+
+class OfLength(Task):
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def train_data(self) -> TensorDataset:
+        return TensorDataset(torch.zeros(self.length))
+
+
+def test_data_that_are_made_once_are_those_of_their_own_task() -> None:
+    with data_made_once():
+        # Python gives the second task the place, and the id, of the first.
+        assert [len(given_data(OfLength(length), "train")) for length in (1, 2, 3)] == [1, 2, 3]
