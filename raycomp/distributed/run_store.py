@@ -17,6 +17,7 @@ from raycomp.errors import ArtifactError
 from raycomp.pipeline.stage import StageStart
 from raycomp.pipeline.training.checkpoint import StageState, epochs_done
 from raycomp.storage import Store, open_store, scratch
+from raycomp.storage.digest import file_digest
 from raycomp.storage.explain import explained
 
 _RECORD = "run.json"
@@ -117,8 +118,7 @@ class RunStore:
         found = _local(self.files.join(name), folder)
         for file, digest in digests.items():
             path = found / file
-            with explained(str(path)):
-                actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            actual = file_digest(path) if path.is_file() else None
             if actual != digest:
                 fault = "is missing" if actual is None else "has another digest than when it was stored"
                 raise ArtifactError(f"it is damaged: {file} {fault}", where=self.files.join(name).uri)

@@ -14,6 +14,7 @@ from torch import Tensor
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
 from raycomp.storage import Store, join_state, load_tensors, open_store, save_tensors, split_state
+from raycomp.storage.digest import file_digest
 from raycomp.storage.explain import explained
 
 _FORMAT = 3
@@ -55,7 +56,7 @@ class StageState:
             "training": plain,
             "history": _HISTORY.dump_python(self.history, mode="json"),
             "notes": self.notes,
-            "files": {name: _digest(folder / name) for name in (_MODEL, _STATE)},
+            "files": {name: file_digest(folder / name) for name in (_MODEL, _STATE)},
         }
         text = json.dumps(content)
         with explained(str(folder)):
@@ -103,7 +104,7 @@ def _whole_content(folder: Path) -> dict[str, Any]:
     for name, digest in content["files"].items():
         if not (folder / name).is_file():
             raise ArtifactError(f"it is not whole: {name} is missing", where=str(folder))
-        if _digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise ArtifactError(f"it is damaged: {name} has another digest than {_PROGRESS} says", where=str(folder))
     return content
 
@@ -126,8 +127,3 @@ def _content(place: Store) -> dict[str, Any]:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with explained(str(path)), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
