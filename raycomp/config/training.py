@@ -34,6 +34,12 @@ class TrainingConfig(Settings):
     num_data_workers: _LoaderProcesses = 0
     """Processes that load data, per worker."""
 
+    def steps_over(self, steps_per_epoch: int | None) -> int | None:
+        """The optimizer steps of a training; None where it counts epochs of data that can't tell their length."""
+        if self.steps is not None or steps_per_epoch is None:
+            return self.steps
+        return (self.epochs or 1) * steps_per_epoch
+
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from raycomp.pipeline.training.checkpoint import StageState, epochs_done
 from raycomp.storage import Store, open_store, scratch
 from raycomp.storage.digest import file_digest
 from raycomp.storage.explain import explained
+from raycomp.storage.upload import upload_file
 
 _RECORD = "run.json"
 _CHECKPOINT = "checkpoint_"  # as Ray Train names them, with the time behind it
@@ -101,9 +101,8 @@ class RunStore:
         """Stores a folder's files below the run's, and behind them their digests."""
         digests = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            content, file = path.read_bytes(), path.relative_to(folder).as_posix()
-            self.files.write_bytes(f"{name}/{file}", content)
-            digests[file] = hashlib.sha256(content).hexdigest()
+            file = path.relative_to(folder).as_posix()
+            digests[file] = upload_file(path, self.files, f"{name}/{file}").sha256
         write_record(self.files, f"{name}{_DIGESTS}", _DIGESTS_ADAPTER, digests)
 
     def fetch(self, name: str, folder: Path) -> Path:

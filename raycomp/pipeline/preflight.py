@@ -201,7 +201,7 @@ def _steps(task: Task, training: TrainingConfig) -> int | None:
     data = given_data(task, "train")
     with user_code(f"{type(task).__name__}.train_data()"):
         per_epoch = open_batches(task, data, BatchPlan(training.global_batch_size)).steps_per_epoch
-        return None if per_epoch is None else (training.epochs or 1) * per_epoch
+    return training.steps_over(per_epoch)
 
 
 def _length_problems(stage: StageConfig, index: int, steps: int | None) -> Iterator[Problem]:

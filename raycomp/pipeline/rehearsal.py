@@ -86,7 +86,7 @@ def _step(task: Task, data: Any, training: TrainingConfig, samples: int) -> None
 def _length(task: Task, data: Any, training: TrainingConfig) -> int:
     """The optimizer steps that a schedule is told."""
     per_epoch = open_batches(task, data, BatchPlan(training.global_batch_size)).steps_per_epoch
-    return training.steps or (training.epochs or 1) * (per_epoch or _ANY_LENGTH)
+    return training.steps_over(per_epoch or _ANY_LENGTH) or 0
 
 
 def _check_loss(loss: Any, name: str, *, finite: bool) -> None:

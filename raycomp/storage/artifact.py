@@ -16,8 +16,9 @@ from raycomp.config import nearest
 from raycomp.errors import ArtifactError, ConfigError, RaycompError, StorageError, visible
 from raycomp.storage.documents import LONGEST_DOCUMENT
 from raycomp.storage.explain import explained
-from raycomp.storage.filesystem import CHUNK_BYTES, Store, open_store
+from raycomp.storage.filesystem import Store, open_store
 from raycomp.storage.manifest import MANIFEST, FileRecord, Manifest, local_files
+from raycomp.storage.upload import upload_file
 
 _CLAIM = ".publishing"
 _ATTEMPT = "attempt-"
@@ -198,7 +199,7 @@ def publish(store: Store, artifact_id: str, local_dir: Path, manifest_fields: Ma
         _withdraw(destination, attempt, [_CLAIM] if alone else [])
         raise _taken(destination)
     try:
-        files = {name: _upload(local_dir / name, destination, path) for name, path in paths.items()}
+        files = {name: _record(local_dir / name, destination, path) for name, path in paths.items()}
     except StorageError:
         _withdraw(destination, attempt, paths.values())
         # A winner tidies up what others are still writing.
@@ -234,22 +235,10 @@ def _manifest(artifact_id: str, files: Mapping[str, FileRecord], fields: Mapping
         raise ArtifactError(f"the manifest would not be right: {error}") from None
 
 
-def _upload(file: Path, destination: Store, path: str) -> FileRecord:
-    digest, size = hashlib.sha256(), 0
-
-    def pieces() -> Iterator[bytes]:
-        nonlocal size
-        with explained(str(file)), file.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                yield chunk
-
-    destination.write_chunks(path, pieces())
-    stored = destination.size(path)
-    if stored != size:
-        raise StorageError(f"{stored} of {size} bytes arrived", where=destination.join(path).uri)
-    return FileRecord(bytes=size, sha256=digest.hexdigest(), path=path)
+def _record(file: Path, destination: Store, path: str) -> FileRecord:
+    """Uploads a file."""
+    uploaded = upload_file(file, destination, path)
+    return FileRecord(bytes=uploaded.bytes, sha256=uploaded.sha256, path=path)
 
 
 def _seal(destination: Store, manifest: bytes) -> bool:

@@ -353,11 +353,10 @@ class StageTraining:
         )
 
     def _steps_per_round(self) -> int:
-        if self.training.steps is not None:
-            return self.training.steps
-        if self.batches.steps_per_epoch is None:
+        steps = self.training.steps_over(self.batches.steps_per_epoch)
+        if steps is None:
             raise ConfigError([endless("training")])
-        return (self.training.epochs or 1) * self.batches.steps_per_epoch
+        return steps
 
     def _data(self, split: str) -> Any:
         if split in self.data:
