@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from raycomp.config.base import Conflict, Given
-from raycomp.config.entries import DistillEntry, PruneEntry, QuantizeEntry
+from raycomp.config.entries import Blocks, DistillEntry, PruneEntry, QuantizeEntry
 from raycomp.config.registry import CompressorSettings, Kind, Need, OneOf, compressor
-from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, SomeItems
+from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, SomeItems, expects
 
 
 class PrunerSettings(CompressorSettings):
@@ -22,11 +22,100 @@ class PrunerSettings(CompressorSettings):
     """What to prune, and how much."""
 
 
+class MagnitudeSettings(PrunerSettings):
+    """A pruner that ranks weights as they are, and inputs and outputs by what passes in training."""
+
+    training_steps: CountOrZero = 0
+    """Optimizer steps before a decision, over which inputs and outputs are watched; at least 1 where these are ranked
+    (0: before training)."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
+
+@compressor("raycomp.pruning.level:LevelPruner", schedulable=True)
+class LevelPrunerConfig(MagnitudeSettings):
+    """Prunes the single weights with the smallest magnitude; a threshold is a magnitude."""
+
+    type: Literal["LevelPruner"] = "LevelPruner"
+    mode: Annotated[Literal["normal", "balance"], expects("'normal' or 'balance'")] = "normal"
+    """balance: the same number goes in every block of balance_gran weights."""
+    balance_gran: Blocks | None = None
+    """The size of a balanced block in the last dimensions: [4] with a ratio of 0.5 is 2:4 along the last dimension."""
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        if given.text("mode") == "balance" and not given.has("balance_gran"):
+            yield Conflict(("mode",), "it does not say what is balanced", "add balance_gran: [4] for N:M of every four")
+        if given.has("balance_gran") and given.text("mode") != "balance":
+            yield Conflict(("balance_gran",), "it means something in mode balance alone", "add mode: balance")
+
+
 @compressor("raycomp.pruning.l1_norm:L1NormPruner", schedulable=True)
-class L1NormPrunerConfig(PrunerSettings):
-    """Prunes the blocks with the smallest L1 norm."""
+class L1NormPrunerConfig(MagnitudeSettings):
+    """Prunes the blocks with the smallest L1 norm (arXiv 1608.08710); a threshold is a norm."""
 
     type: Literal["L1NormPruner"] = "L1NormPruner"
+
+
+@compressor("raycomp.pruning.l2_norm:L2NormPruner", schedulable=True)
+class L2NormPrunerConfig(MagnitudeSettings):
+    """Prunes the blocks with the smallest L2 norm; a threshold is a norm."""
+
+    type: Literal["L2NormPruner"] = "L2NormPruner"
+
+
+@compressor("raycomp.pruning.lamp:LAMPPruner", schedulable=True)
+class LAMPPrunerConfig(MagnitudeSettings):
+    """Ranks single weights over all layers by layer-adaptive scores (arXiv 2010.07611); a threshold is a score."""
+
+    type: Literal["LAMPPruner"] = "LAMPPruner"
+
+
+@compressor("raycomp.pruning.fpgm:FPGMPruner", schedulable=True)
+class FPGMPrunerConfig(PrunerSettings):
+    """Prunes the filters nearest to the others (arXiv 1811.00250); a threshold is a sum of distances."""
+
+    type: Literal["FPGMPruner"] = "FPGMPruner"
+
+
+@compressor("raycomp.pruning.random:RandomPruner", schedulable=True)
+class RandomPrunerConfig(PrunerSettings):
+    """Prunes blocks at random: the baseline; a threshold is a probability."""
+
+    type: Literal["RandomPruner"] = "RandomPruner"
+
+
+class ActivationSettings(PrunerSettings):
+    """A pruner that ranks channels by the module's output, behind an activation."""
+
+    training_steps: Count
+    """Optimizer steps over which outputs are watched before a decision."""
+    activation: Annotated[
+        Literal["relu", "relu6", "gelu", "silu", "tanh", "none"],
+        expects("'relu', 'relu6', 'gelu', 'silu', 'tanh' or 'none'"),
+    ] = "relu"
+    """What the output is passed through before it is judged."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
+
+@compressor("raycomp.pruning.activation_apoz_rank:ActivationAPoZRankPruner", needs={Need.TRAINING}, schedulable=True)
+class ActivationAPoZRankPrunerConfig(ActivationSettings):
+    """Prunes the channels that are zero most often (arXiv 1607.03250); a threshold is the fraction that is not zero."""
+
+    type: Literal["ActivationAPoZRankPruner"] = "ActivationAPoZRankPruner"
+
+
+@compressor("raycomp.pruning.activation_mean_rank:ActivationMeanRankPruner", needs={Need.TRAINING}, schedulable=True)
+class ActivationMeanRankPrunerConfig(ActivationSettings):
+    """Prunes the channels with the smallest mean output (arXiv 1611.06440); a threshold is a mean."""
+
+    type: Literal["ActivationMeanRankPruner"] = "ActivationMeanRankPruner"
 
 
 @compressor("raycomp.pruning.taylor:TaylorPruner", needs={Need.TRAINING}, schedulable=True)

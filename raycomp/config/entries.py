@@ -50,14 +50,14 @@ _Name = Annotated[str, Field(min_length=1), expects("a name")]
 _TargetName = Annotated[_Name, AfterValidator(canonical_target)]
 _Pattern = Annotated[_Name, AfterValidator(_compiles)]
 _Ratio = Annotated[float, Field(ge=0, lt=1), expects("a number, at least 0 and below 1")]
-_Blocks = SomeItems[Annotated[int, AfterValidator(_block_size)]]
+Blocks = SomeItems[Annotated[int, AfterValidator(_block_size)]]
 _PaddedBlocks = Annotated[
-    tuple[_Blocks, Literal["front", "back"], int],
+    tuple[Blocks, Literal["front", "back"], int],
     BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
 ]
 GranularityName = Literal["default", "out_channel", "in_channel", "per_channel"]
 Granularity = Annotated[
-    GranularityName | _Blocks | _PaddedBlocks,
+    GranularityName | Blocks | _PaddedBlocks,
     expects(
         "'default', 'out_channel', 'in_channel', 'per_channel', a list of block sizes (-1: the whole dimension), "
         "or [[block sizes], 'front' or 'back', padding value]"

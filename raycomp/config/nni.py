@@ -32,11 +32,11 @@ def _each(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 NAMES = _each(
     {
-        "": "L2NormPruner L2FilterPruner FPGMPruner MovementPruner ADMMPruner AMCPruner AutoCompressPruner "
-        "SimulatedAnnealingPruner ActivationAPoZRankPruner ActivationMeanRankPruner NetAdaptPruner "
+        "": "MovementPruner ADMMPruner AMCPruner AutoCompressPruner "
+        "SimulatedAnnealingPruner NetAdaptPruner "
         "TransformerHeadPruner LsqQuantizer LsqPlusQuantizer DoReFaQuantizer BNNQuantizer NaiveQuantizer",
-        "L1NormPruner with granularity: [1] prunes the same": "LevelPruner",
         "write L1NormPruner": "L1FilterPruner",
+        "write L2NormPruner": "L2FilterPruner",
         "write AGPPruner around a pruner": "AGP_Pruner",
         "write TaylorPruner": "TaylorFOWeightPruner TaylorFOWeightFilterPruner",
         "write QATQuantizer": "QAT_Quantizer",
@@ -93,7 +93,6 @@ ARGUMENTS = _each(
         "train the model after compress(): leave it out": "finetuner",
         "write ModelSpeedup(model, dummy_input, masks).speedup_model() after compress()": "speedup",
         "nothing is written beside the result: leave it out": "log_dir keep_intermediate_result",
-        "write granularity in the config list": "balance_gran",
         "there is none: leave it out": "is_bias_correction",
         "attention and modules of your own are cut through the graph: leave it out": "customized_replacers",
         "write customized_rules={operator: rule} for an operator that has no rule": "customized_mask_updaters",

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from raycomp.core.target import TargetId
-from raycomp.pruning.pruner import Pruner
+from raycomp.pruning.magnitude import MagnitudePruner
 from raycomp.pruning.saliency import l1_norm
 
 
-class L1NormPruner(Pruner):
+class L1NormPruner(MagnitudePruner):
     """Prunes the blocks (by default the output channels) with the smallest L1 norm of their weights.
 
-    The decision falls before the first training step, so that a training fused with it already sees the masks
-    (Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710).
-
-    Args:
-        model: the model, changed in place.
-        config_list: see `PruneEntry`.
-        evaluator: only for what is fused with it.
+    Of inputs and outputs, those with the smallest mean magnitude. A threshold is the norm of a block; of inputs and
+    outputs, the mean magnitude of its entries (Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710).
+    See `MagnitudePruner` for the arguments.
     """
 
-    def saliencies(self) -> dict[TargetId, Tensor]:
-        """The L1 norm of each block of the weights as they are."""
-        return {key: l1_norm(self.chain.space.parameter(key), self.blocks(key)) for key in self.goals}
+    power = 1
+
+    def of_weights(self, weight: Tensor, blocks: Sequence[int]) -> Tensor:
+        return l1_norm(weight, blocks)

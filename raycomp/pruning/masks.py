@@ -184,7 +184,11 @@ class _Unit:
 
     def mask(self, count: int) -> Tensor:
         """True = keep, flat, with the `count` least of every internal block pruned."""
-        return torch.cat([~least(row, count) for row in self.saliency])
+        if self.blocks == 1:
+            return ~least(self.saliency[0], count)
+        order = self.saliency.sort(dim=1, stable=True).indices
+        keep = torch.ones_like(self.saliency, dtype=torch.bool)
+        return keep.scatter_(1, order[:, :count], False).flatten()
 
 
 def least(values: Tensor, count: int) -> Tensor:

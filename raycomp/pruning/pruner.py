@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from raycomp.config import PruneTarget, nearest
+from raycomp.config.entries import Granularity
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
@@ -40,6 +42,10 @@ class Pruner(Compressor):
     kind: ClassVar[Kind] = "pruner"
     grows_back: ClassVar[bool] = False
     """Whether blocks that one decision pruned may be kept by the next."""
+    default_granularity: ClassVar[Granularity] = "out_channel"
+    """Of parameters."""
+    ranks_values: ClassVar[bool] = False
+    """Whether inputs and outputs may have goals of their own."""
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.schedule: Schedule = Once(self.window)
@@ -71,9 +77,22 @@ class Pruner(Compressor):
     def make_mask(self, target_id: TargetId) -> Mask:
         """The module that masks a target."""
         layout = self.layouts[target_id]
-        shape = layout.shape if target_kind(target_id.target) == "parameter" else ()
+        shape = layout.shape if layout.is_parameter else ()
+        if not layout.is_parameter and target_id in self.goals:
+            shape = tuple(self._expanded(target_id, torch.ones(self.grid(target_id))).shape)
         assert shape is not None
         return Mask(shape, self._settings(target_id).apply_method, has_rank=self._has_rank(target_id, layout))
+
+    def ranked(self, target_id: TargetId, values: Tensor) -> Tensor:
+        """Values of a target's blocks in the order in which masks are made of them."""
+        if self.layouts[target_id].groups > 1 and self._granularity(target_id) == "out_channel":
+            # Channels in their order, as the other members of a dependency group have them.
+            return values.flatten()
+        return values
+
+    def from_ranked(self, target_id: TargetId, values: Tensor) -> Tensor:
+        """The inverse of `ranked`: in the shape of the target's grid."""
+        return values.view(self.grid(target_id))
 
     # Its targets.
 
@@ -98,15 +117,15 @@ class Pruner(Compressor):
         assert shape is not None
         return [dim // block for dim, block in zip(shape, blocks, strict=True)]
 
+    def count(self, target_id: TargetId) -> int:
+        """How many blocks a target has."""
+        return prod(self.grid(target_id))
+
     def check(self) -> None:
-        """Refuses goals for activations, blocks that don't fit, and align cycles."""
+        """Refuses goals that it can't rank, blocks that don't fit, and align cycles."""
         problems: list[Problem] = []
         for target_id, selected in self.goals.items():
-            if target_kind(target_id.target) == "parameter":
-                problems += self._parameter_problems(target_id, selected)
-            else:
-                message = f"{target_id}: {type(self).__name__} can't rank inputs or outputs"
-                problems.append(Problem(selected.where, message, "align it to a parameter of a module"))
+            problems += self._goal_problems(target_id, selected)
         earlier = self.chain.masks()
         problems += self._method_problems(earlier)
         masked = [*self.selected, *(target_id for target_id, _ in earlier.by_target())]
@@ -155,8 +174,7 @@ class Pruner(Compressor):
             raise ConfigError([Problem("config_list", str(error))]) from None
         self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)
         for target_id in saliencies:
-            keep = made[target_id].view(self.grid(target_id))
-            self.masks[target_id].set_(expand_blocks(keep, self.blocks(target_id)))
+            self.masks[target_id].set_(self._expanded(target_id, self.from_ranked(target_id, made[target_id])))
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""
@@ -233,7 +251,14 @@ class Pruner(Compressor):
         granularity = self._settings(target_id).granularity
         if granularity != "default":
             return granularity
-        return "out_channel" if target_kind(target_id.target) == "parameter" else "per_channel"
+        return self.default_granularity if self.layouts[target_id].is_parameter else "per_channel"
+
+    def _expanded(self, target_id: TargetId, keep: Tensor) -> Tensor:
+        """The mask of a decision about blocks: of a parameter in its shape; of a value such that it broadcasts."""
+        blocks = self.blocks(target_id)
+        if not self.layouts[target_id].is_parameter:
+            blocks = tuple(1 if count == 1 else block for count, block in zip(keep.shape, blocks, strict=True))
+        return expand_blocks(keep, blocks)
 
     def _layout(self, target_id: TargetId) -> Layout:
         return self.layouts.get(target_id) or layout_of(self.model, target_id)
@@ -253,16 +278,12 @@ class Pruner(Compressor):
 
     def _request(self, target_id: TargetId, saliency: Tensor, progress: float) -> MaskRequest:
         blocks = self.blocks(target_id)
-        mask = self.masks[target_id].mask
-        pruned = mask[tuple(slice(None, None, block) for block in blocks)] == 0
-        if self.layouts[target_id].groups > 1 and self._granularity(target_id) == "out_channel":
-            # Channels in their order, as the other members of a dependency group have them.
-            saliency, pruned = saliency.flatten(), pruned.flatten()
+        pruned = self.masks[target_id].mask[tuple(slice(None, None, block) for block in blocks)] == 0
         settings = self._settings(target_id)
         due = self.schedule.due(progress, settings.sparse_ratio or 0.0)
-        return MaskRequest(
-            target_id, saliency, block_elements(blocks), settings, due, None if self.grows_back else pruned
-        )
+        stays = None if self.grows_back else self.ranked(target_id, pruned)
+        elements = block_elements(blocks) // (1 if self.layouts[target_id].is_parameter else blocks[0])
+        return MaskRequest(target_id, self.ranked(target_id, saliency), elements, settings, due, stays)
 
     def _follow(self) -> None:
         for follower in in_order(list(self.followers.values())):
@@ -287,9 +308,13 @@ class Pruner(Compressor):
                 problems.append(Problem(f"{selected.where}.apply_method", message, "mask it in one way"))
         return problems
 
-    def _parameter_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
+    def _goal_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
+        """What is wrong with a target that is to be ranked."""
         problems = []
-        if self._settings(target_id).apply_method == "add":
+        if not self.layouts[target_id].is_parameter and not self.ranks_values:
+            message = f"{target_id}: {type(self).__name__} can't rank inputs or outputs"
+            return [Problem(selected.where, message, "align it to a parameter of a module")]
+        if self.layouts[target_id].is_parameter and self._settings(target_id).apply_method == "add":
             remedy = "mul, or put it on the softmax's `_input_0` with an align to this parameter"
             problems.append(Problem(f"{selected.where}.apply_method", f"{target_id}: add masks no parameter", remedy))
         try:

@@ -21,12 +21,15 @@ def block_sizes(granularity: Granularity, layout: Layout) -> tuple[int, ...]:
         layout: the target's shape, and where its channels are.
 
     Raises:
-        ValueError: the shape isn't known, more sizes than dimensions, or a size that doesn't divide its dimension.
+        ValueError: the shape or the dimension of the channels isn't known, more sizes than dimensions, or a size that
+            doesn't divide its dimension.
     """
     shape = layout.shape
     if shape is None:
         raise ValueError("its shape isn't known without an example input")
-    sizes = _named(granularity, layout, shape) if isinstance(granularity, str) else _padded(granularity, shape)
+    sizes = _named(granularity, layout, shape) if isinstance(granularity, str) else padded_sizes(granularity, shape)
+    if not layout.is_parameter:
+        sizes = [-1, *sizes[1:]]  # one mask for all samples
     whole = tuple(dim if size == -1 else size for size, dim in zip(sizes, shape, strict=True))
     if any(dim % size for size, dim in zip(whole, shape, strict=True)):
         raise ValueError(f"blocks of {whole} don't divide the target's shape {shape}")
@@ -37,6 +40,8 @@ def _named(granularity: str, layout: Layout, shape: Sequence[int]) -> list[int]:
     """One block per channel; a one-dimensional target has only channels."""
     if len(shape) < 2:
         return [1] * len(shape)
+    if layout.channel_dim is None and not layout.is_parameter:
+        raise ValueError("which dimension holds its channels isn't known: give block sizes, such as [-1, 1, -1, -1]")
     output = layout.channel_dim or 0
     of_inputs = layout.is_parameter and granularity != "out_channel"
     sizes = [-1] * len(shape)
@@ -50,7 +55,12 @@ def _input_dim(output: int) -> int:
     return 0 if output == 1 else 1
 
 
-def _padded(granularity: Sequence[Any], shape: Sequence[int]) -> list[int]:
+def padded_sizes(granularity: Sequence[Any], shape: Sequence[int]) -> list[int]:
+    """A size for each dimension of `shape`, from a list of sizes (padded in front with 1) or its long form.
+
+    Raises:
+        ValueError: more sizes than dimensions.
+    """
     sizes, side, padding = granularity, "front", 1
     if isinstance(granularity[0], tuple | list):
         sizes, side, padding = granularity
@@ -79,9 +89,72 @@ def block_elements(blocks: Sequence[int]) -> int:
     return prod(blocks)
 
 
+def block_vectors(value: Tensor, blocks: Sequence[int]) -> Tensor:
+    """The entries of each block in a row: [blocks, entries of a block]."""
+    split = [part for dim, block in zip(value.shape, blocks, strict=True) for part in (dim // block, block)]
+    order = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    return value.reshape(split).permute(order).reshape(-1, block_elements(blocks))
+
+
+def from_block_vectors(vectors: Tensor, shape: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """The value of which `vectors` are the `block_vectors`.
+
+    Args:
+        vectors: [blocks, entries of a block].
+        shape: of the value.
+        blocks: the size of a block in each dimension.
+    """
+    counts = [dim // block for dim, block in zip(shape, blocks, strict=True)]
+    split = vectors.reshape([*counts, *blocks])
+    order = [place for dim in range(len(shape)) for place in (dim, dim + len(shape))]
+    return split.permute(order).reshape(tuple(shape))
+
+
 def l1_norm(weight: Tensor, blocks: Sequence[int]) -> Tensor:
     """The L1 norm of each block (Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710)."""
     return block_sum(weight.detach().abs(), blocks)
+
+
+def l2_norm(weight: Tensor, blocks: Sequence[int]) -> Tensor:
+    """The L2 norm of each block."""
+    return block_sum(weight.detach().square(), blocks).sqrt()
+
+
+def distances(vectors: Tensor, at_once: int = 1 << 24) -> Tensor:
+    """The sum of each vector's Euclidean distances to all others (He et al., Filter Pruning via Geometric Median,
+    arXiv:1811.00250).
+
+    Args:
+        vectors: [n, entries].
+        at_once: how many distances are in memory at a time.
+
+    Returns:
+        [n], in float64: squares of differences are taken from inner products, which need the digits.
+    """
+    wide = vectors.detach().double()
+    # Distances don't change with the origin, and their digits are fewest where all lie far from it.
+    wide = wide - wide.mean(dim=0)
+    squares = wide.square().sum(dim=1)
+    rows = max(at_once // max(len(wide), 1), 1)
+    parts = [
+        (own.unsqueeze(1) + squares - 2 * (part @ wide.T)).clamp_(min=0).sqrt_().sum(dim=1)
+        for part, own in zip(wide.split(rows), squares.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def layer_adaptive(squares: Tensor) -> Tensor:
+    """A block's squared norm as a part of that of all blocks of its layer that are no smaller (Lee et al.,
+    Layer-adaptive Sparsity for the Magnitude-based Pruning, LAMP, arXiv:2010.07611): comparable over layers.
+
+    Args:
+        squares: each block's squared norm.
+    """
+    values, order = squares.detach().double().flatten().sort(stable=True)
+    above = values.flip(0).cumsum(0).flip(0)
+    scores = torch.zeros_like(values)
+    scores[order] = torch.where(above > 0, values / above, 0.0)
+    return scores.view(squares.shape)
 
 
 def taylor(weight: Tensor, gradient: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from raycomp.config import COMPRESSORS
 Settings = dict[str, Any]
 
 HALF = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+HALF_OF_CHANNELS = [{**HALF[0], "granularity": "out_channel"}]
 HALF_OF_THE_NORMS = [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]
 INTEGERS = [
     {
@@ -31,6 +32,13 @@ OUTPUTS = [{"op_types": ["Linear"], "apply_method": "kl"}, {"op_types": ["Conv2d
 
 SETTINGS: dict[str, Settings] = {
     "L1NormPruner": {"config_list": HALF},
+    "LevelPruner": {"config_list": HALF_OF_CHANNELS},
+    "L2NormPruner": {"config_list": HALF},
+    "FPGMPruner": {"config_list": HALF},
+    "LAMPPruner": {"config_list": HALF_OF_CHANNELS},
+    "RandomPruner": {"config_list": HALF},
+    "ActivationAPoZRankPruner": {"config_list": HALF, "training_steps": 4},
+    "ActivationMeanRankPruner": {"config_list": HALF, "training_steps": 4, "activation": "gelu"},
     "TaylorPruner": {"config_list": HALF, "training_steps": 3},
     "SlimPruner": {"config_list": HALF_OF_THE_NORMS, "training_steps": 5, "regular_scale": 0.1},
     "LinearPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "interval_steps": 2, "total_times": 3},

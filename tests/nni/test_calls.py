@@ -115,7 +115,7 @@ def test_remedies_name_what_there_is() -> None:
 
 def test_a_job_files_type_of_nnis_says_what_there_is() -> None:
     with pytest.raises(
-        ConfigError, match=r"there is no 'QAT_Quantizer' \(write QATQuantizer; there are L1NormPruner, "
+        ConfigError, match=r"there is no 'QAT_Quantizer' \(write QATQuantizer; there are LevelPruner, "
     ):
         parse_job({"stages": [{"name": "a", "compressors": [{"type": "QAT_Quantizer"}]}]})
 

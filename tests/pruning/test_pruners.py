@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from raycomp import TorchEvaluator
 from raycomp.core.attach import is_wrapped
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError
-from raycomp.pruning import AGPPruner, L1NormPruner, LinearPruner, TaylorPruner
+from raycomp.pruning import AGPPruner, FPGMPruner, L1NormPruner, LinearPruner, TaylorPruner
 
 
 class Net(nn.Module):
@@ -190,15 +190,18 @@ def test_groups_that_do_not_fit_are_refused() -> None:
         l1_masks(*entries)
 
 
-def test_activations_can_not_be_ranked_and_blocks_must_divide() -> None:
+def test_activations_that_can_not_be_ranked_and_blocks_that_do_not_divide_are_told() -> None:
     with pytest.raises(ConfigError) as raised:
-        l1_masks(
-            fc1(sparse_ratio=0.5, target_names=["_output_"]),
-            {"op_names": ["fc2"], "sparse_ratio": 0.5, "granularity": [3], "target_names": ["weight"]},
+        FPGMPruner(
+            Net(),
+            [
+                fc1(sparse_ratio=0.5, target_names=["_output_"]),
+                {"op_names": ["fc2"], "sparse_ratio": 0.5, "granularity": [3], "target_names": ["weight"]},
+            ],
         )
     remedy = "(align it to a parameter of a module)"
     assert [str(problem) for problem in raised.value.problems] == [
-        f"config_list[0]: fc1._output_0: L1NormPruner can't rank inputs or outputs {remedy}",
+        f"config_list[0]: fc1._output_0: FPGMPruner can't rank inputs or outputs {remedy}",
         "config_list[1].granularity: fc2.weight: blocks of (1, 3) don't divide the target's shape (4, 4)",
     ]
 
