@@ -146,6 +146,44 @@ class SlimPrunerConfig(PrunerSettings):
         return self.training_steps
 
 
+@compressor("raycomp.pruning.movement:MovementPruner", needs={Need.TRAINING})
+class MovementPrunerConfig(PrunerSettings):
+    """Prunes what moves towards zero, by learned scores (arXiv 2005.07683); a threshold is held against sigmoids."""
+
+    type: Literal["MovementPruner"] = "MovementPruner"
+    warmup_step: CountOrZero
+    """Optimizer steps in which scores are learned and nothing is masked."""
+    cooldown_begin_step: Count
+    """The optimizer step of the last decision: from then on the masks stay."""
+    regular_scale: NonNegative = 1.0
+    """The weight of the penalty on scores, where there is a threshold."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.cooldown_begin_step
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        warmup, cooldown = given.number("warmup_step"), given.number("cooldown_begin_step")
+        if warmup is not None and cooldown is not None and warmup >= cooldown:
+            message = f"{cooldown} is not behind warmup_step, {warmup}"
+            yield Conflict(("cooldown_begin_step",), message, f"at least {warmup + 1}")
+
+
+@compressor("raycomp.pruning.admm:ADMMPruner", needs={Need.TRAINING, Need.ROUNDS})
+class ADMMPrunerConfig(PrunerSettings):
+    """Draws weights towards sparse ones in several rounds (arXiv 1804.03294); a threshold is an L2 norm."""
+
+    type: Literal["ADMMPruner"] = "ADMMPruner"
+    iterations: Count
+    """Rounds before the masks; one more, of the stage's length, trains what is left."""
+    training_epochs: Count = 1
+    """Epochs of each of them."""
+    rho: NonNegative = 1e-4
+    """The weight of the term that draws."""
+
+
 class ScheduleSettings(CompressorSettings):
     """Goes around a pruner, and says when it decides and for which part of its goals."""
 

@@ -105,6 +105,11 @@ class Chain:
         """Training runs that the compressors need, 0 where none of them needs any."""
         return max((member.rounds for member in self.members), default=0)
 
+    def epochs_of(self, round: int) -> int | None:
+        """How many epochs a round of training has (counted from 0); None where the user says how long it is."""
+        said = [epochs for member in self.members if (epochs := member.epochs_of(round)) is not None]
+        return max(said, default=None)
+
     @property
     def wants_training(self) -> bool:
         """Whether a stage with these compressors trains; one that only calibrates doesn't."""

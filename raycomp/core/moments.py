@@ -83,6 +83,10 @@ class Moments:
         """Whether each round begins with the weights that the first one began with."""
         return False
 
+    def epochs_of(self, round: int) -> int | None:
+        """How many epochs a round of training has (counted from 0); None where the user says how long it is."""
+        return None
+
     @property
     def calibrates(self) -> bool:
         """Whether it needs a calibration after the training."""

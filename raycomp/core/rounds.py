@@ -16,8 +16,8 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
     Args:
         chain: the fused compressors.
         rounds: how many; with 0 they decide without training.
-        max_steps, max_epochs: how long a round is; where the compressors only calibrate, `max_steps` is the
-            calibration's length, unless they say it.
+        max_steps, max_epochs: how long a round is, unless a compressor says it (`Chain.epochs_of`); where they only
+            calibrate, `max_steps` is the calibration's length, unless they say it.
 
     Raises:
         CompressionError: there is no evaluator, and one is needed.
@@ -30,7 +30,8 @@ def conduct(chain: Chain, rounds: int, max_steps: int | None = None, max_epochs:
         if chain.rounds > 1 and chain.round and not chain.steps_in_round:
             chain.rewind()
             evaluator.reset()
-        evaluator.train(chain, max_steps, max_epochs)
+        epochs = chain.epochs_of(chain.round)
+        evaluator.train(chain, *((max_steps, max_epochs) if epochs is None else (None, epochs)))
     if chain.calibrates and not chain.calibrated:
         length = None if chain.wants_training else max_steps
         _evaluator(chain).calibrate(chain, chain.calibration_steps or length)

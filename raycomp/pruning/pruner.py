@@ -48,7 +48,7 @@ class Pruner(Compressor):
     """Whether inputs and outputs may have goals of their own."""
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
-        self.schedule: Schedule = Once(self.window)
+        self.schedule = self.own_schedule()
         self.masks: dict[TargetId, Mask] = {}
         super().__init__(model, config_list, evaluator)
 
@@ -64,6 +64,10 @@ class Pruner(Compressor):
         return max(self.schedule.last_step - self.chain.step, 0) or None
 
     # What a subclass says.
+
+    def own_schedule(self) -> Schedule:
+        """When it decides, without a schedule around it."""
+        return Once(self.window)
 
     @property
     def window(self) -> int:
@@ -164,6 +168,11 @@ class Pruner(Compressor):
 
     def set_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> None:
         """Makes and sets the masks of these saliencies; errors as in `decide`."""
+        for target_id, mask in self.made_masks(saliencies, progress).items():
+            self.masks[target_id].set_(mask)
+
+    def made_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> dict[TargetId, Tensor]:
+        """The masks of these saliencies; errors as in `decide`."""
         for target_id, saliency in saliencies.items():
             if not bool(torch.isfinite(saliency).all()):
                 raise NotFiniteError(f"the saliency of {target_id} is not finite")
@@ -173,8 +182,7 @@ class Pruner(Compressor):
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
         self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)
-        for target_id in saliencies:
-            self.masks[target_id].set_(self._expanded(target_id, self.from_ranked(target_id, made[target_id])))
+        return {key: self._expanded(key, self.from_ranked(key, made[key])) for key in saliencies}
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""

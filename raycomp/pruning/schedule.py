@@ -92,6 +92,30 @@ class Every(Schedule):
 
 
 @dataclass(frozen=True)
+class Between(Schedule):
+    """A part of the goal after every step behind `first_step`, and all of it at `final_step`."""
+
+    first_step: int
+    final_step: int
+    curve: Curve
+
+    @property
+    def last_step(self) -> int:
+        return self.final_step
+
+    def progress(self, moment: Moment) -> float | None:
+        if moment.event != "step" or not self.first_step < moment.step <= self.final_step:
+            return None
+        return (moment.step - self.first_step) / (self.final_step - self.first_step)
+
+    def due(self, progress: float, goal: float) -> float:
+        return self.curve(progress, goal)
+
+    def gathers(self, step: int, window: int) -> bool:
+        return step <= self.final_step
+
+
+@dataclass(frozen=True)
 class RoundEnds(Schedule):
     """A part of the goal at the end of each of `total_rounds` rounds of training; one more trains what is left."""
 
@@ -137,3 +161,8 @@ def same_part_each_time(progress: float, goal: float) -> float:
     """The fraction of the goal that is the sparsity 1 − (1 − goal)^(t/T): each time the same part of what is left
     (Frankle and Carbin, arXiv:1803.03635)."""
     return progress if progress == 1 or goal == 0 else (1 - (1 - goal) ** progress) / goal
+
+
+def at_once(progress: float, goal: float) -> float:
+    """The whole goal each time."""
+    return 1.0

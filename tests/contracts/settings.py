@@ -41,6 +41,13 @@ SETTINGS: dict[str, Settings] = {
     "ActivationMeanRankPruner": {"config_list": HALF, "training_steps": 4, "activation": "gelu"},
     "TaylorPruner": {"config_list": HALF, "training_steps": 3},
     "SlimPruner": {"config_list": HALF_OF_THE_NORMS, "training_steps": 5, "regular_scale": 0.1},
+    "MovementPruner": {"config_list": HALF, "warmup_step": 1, "cooldown_begin_step": 6},
+    "ADMMPruner": {
+        "config_list": HALF_OF_CHANNELS,
+        "iterations": 2,
+        "training_epochs": 1,
+        "rho": 0.1,
+    },
     "LinearPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "interval_steps": 2, "total_times": 3},
     "AGPPruner": {
         "pruner": {"type": "TaylorPruner", "config_list": HALF, "training_steps": 3},

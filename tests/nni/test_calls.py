@@ -75,8 +75,8 @@ def test_what_a_package_lacks_says_what_to_write(package: str) -> None:
 
 def test_an_algorithm_that_is_not_there_or_elsewhere_names_those_that_are() -> None:
     pruners = ", ".join(name for name, each in COMPRESSORS.items() if each.kind == "pruner")
-    with pytest.raises(ImportError, match=rf"raycomp has no MovementPruner \(there are {pruners}\)"):
-        from raycomp import MovementPruner  # noqa: F401
+    with pytest.raises(ImportError, match=rf"raycomp has no AMCPruner \(there are {pruners}\)"):
+        from raycomp import AMCPruner  # noqa: F401
     with pytest.raises(ImportError, match=r"\(write from raycomp\.pruning import L1NormPruner\)"):
         from raycomp import L1NormPruner  # type: ignore[attr-defined]  # noqa: F401
 
@@ -114,9 +114,7 @@ def test_remedies_name_what_there_is() -> None:
 
 
 def test_a_job_files_type_of_nnis_says_what_there_is() -> None:
-    with pytest.raises(
-        ConfigError, match=r"there is no 'QAT_Quantizer' \(write QATQuantizer; there are LevelPruner, "
-    ):
+    with pytest.raises(ConfigError, match=r"there is no 'QAT_Quantizer' \(write QATQuantizer; there are LevelPruner, "):
         parse_job({"stages": [{"name": "a", "compressors": [{"type": "QAT_Quantizer"}]}]})
 
 

@@ -103,12 +103,13 @@ class StageTraining:
         self.batches = open_batches(self.task, self._data("train"), self._batch_plan())
         self.eval_data = self._data("eval")
         self.rounds = max(self.chain.rounds, 1) if self.chain.wants_training else 0
-        self.steps_per_round = self._steps_per_round() if self.rounds else 0
-        self.steps = self.steps_per_round * self.rounds
+        self.steps = sum(map(self._steps_of, range(self.rounds)))
         self.epoch = self.saved_epoch = 0
         self.loss_sum, self.loss_steps = torch.zeros((), device=self.device), 0
         self.history: tuple[ProgressEvent, ...] = ()
         self.notes = self.batches.notes
+        if resume is not None:
+            self._restore_model(resume)
         self.reset()
         if resume is not None:
             self._restore(resume)
@@ -131,7 +132,7 @@ class StageTraining:
             [self.optimizer],
             schedulers,
             self.batches.steps_per_epoch,
-            self.steps_per_round,
+            self.round_steps,
             self.example,
             lambda: self.evaluate(self.chain.model),
         )
@@ -140,7 +141,7 @@ class StageTraining:
             while not ended:
                 self._epoch()
                 self.epoch += 1
-                ended = self.chain.steps_in_round >= self.steps_per_round
+                ended = self.chain.steps_in_round >= self.round_steps
                 if ended:
                     trainee.end_round()
                 self._end_epoch(last=ended)
@@ -168,7 +169,7 @@ class StageTraining:
         with self.chain.space.as_written(), user_code(self._call("optimizer")):
             self.optimizer = self.task.optimizer(self.chain.model)
         with user_code(self._call("scheduler")):
-            self.scheduler = self.task.scheduler(self.optimizer, self.steps_per_round) if self.rounds else None
+            self.scheduler = self.task.scheduler(self.optimizer, self.round_steps) if self.rounds else None
         unheld = self.chain.unheld_parameters([self.optimizer]) if self.rounds else []
         if unheld:
             note = f"no optimizer holds {', '.join(unheld[:8])}: they do not train"
@@ -188,7 +189,7 @@ class StageTraining:
             if rank() == 0 and self.chain.step < self.steps and time.monotonic() - last_event > _EVENT_EVERY_S:
                 last_event = time.monotonic()
                 self.listener.progress(self._event(self.epoch + 1, float(self.loss_sum) / self.loss_steps, {}))
-            if self.chain.steps_in_round >= self.steps_per_round:
+            if self.chain.steps_in_round >= self.round_steps:
                 break
         if self.loss_steps == 0:
             raise TaskError(
@@ -298,9 +299,12 @@ class StageTraining:
         model = self.chain.model.state_dict()
         return StageState(self.name, self.epoch, self.chain.step, model, training, self.history, notes)
 
-    def _restore(self, state: StageState) -> None:
+    def _restore_model(self, state: StageState) -> None:
+        """First: optimizer and schedule are built for the round that is under way."""
         self.chain.model.load_state_dict(state.model)
         self.chain.load_state_dict(state.training["chain"])
+
+    def _restore(self, state: StageState) -> None:
         self.optimizer.load_state_dict(state.training["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state.training["scheduler"])
@@ -314,7 +318,7 @@ class StageTraining:
     def _event(self, epoch: int, loss: float | None, metrics: dict[str, float]) -> ProgressEvent:
         # Without a length, as many steps as the epochs so far had; a calibration is one more epoch.
         per_epoch = self.batches.steps_per_epoch or max(-(-self.chain.step // max(epoch, 1)), 1)
-        epochs = max(epoch, (self.training.epochs or -(-self.steps_per_round // per_epoch)) * self.rounds)
+        epochs = max(epoch, sum(-(-self._steps_of(round) // per_epoch) for round in range(self.rounds)))
         elapsed = time.time() - self.started
         return ProgressEvent(
             self.name,
@@ -352,8 +356,16 @@ class StageTraining:
             training.num_data_workers,
         )
 
-    def _steps_per_round(self) -> int:
-        steps = self.training.steps_over(self.batches.steps_per_epoch)
+    @property
+    def round_steps(self) -> int:
+        """The optimizer steps of the round under way."""
+        return self._steps_of(self.chain.round)
+
+    def _steps_of(self, round: int) -> int:
+        epochs, per_epoch = self.chain.epochs_of(round), self.batches.steps_per_epoch
+        if epochs is not None and per_epoch is not None:
+            return epochs * per_epoch
+        steps = None if epochs is not None else self.training.steps_over(per_epoch)
         if steps is None:
             raise ConfigError([endless("training")])
         return steps
