@@ -99,6 +99,28 @@ class Align(Settings):
     """The source's dimensions that the mask follows (null: its output channels)."""
 
 
+_Amount = Annotated[float, Field(gt=0), expects("a part of what the model has now (up to 1), or a number above 1")]
+
+
+class Budget(Settings):
+    """What the whole model may cost behind speedup: each of these that is given holds."""
+
+    macs: _Amount | None = None
+    """Multiply-accumulates of one sample: 0.5 is half of what the model has, 1000000 a million."""
+    parameters: _Amount | None = None
+    """Parameters: 0.5 is half of what the model has, 1000000 a million."""
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        if not any(given.has(name) for name in cls.model_fields):
+            yield Conflict((), "it says of nothing how much may stay", "add macs or parameters: 0.5 for half of it")
+
+    def limits(self) -> dict[str, float]:
+        """What is given, by name."""
+        return {name: value for name, value in self if value is not None}
+
+
 class PruneTarget(_SaysWhatWasGiven):
     """How a pruner treats one target."""
 
@@ -107,6 +129,8 @@ class PruneTarget(_SaysWhatWasGiven):
     """The fraction to prune: the blocks with the smallest metrics."""
     sparse_threshold: Number | None = None
     """Keep where the metric is at least this; excludes sparse_ratio."""
+    budget: Budget | None = None
+    """What the model may cost; excludes sparse_ratio. The same ratio everywhere, or by rank with a global_group_id."""
     min_sparse_ratio: _Ratio | None = None
     """At least this fraction of the target is pruned."""
     max_sparse_ratio: Annotated[float, Field(ge=0, le=1), expects("a number from 0 to 1")] | None = None
@@ -127,10 +151,9 @@ class PruneTarget(_SaysWhatWasGiven):
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
-        if given.has("sparse_ratio") and given.has("sparse_threshold"):
-            yield Conflict(
-                ("sparse_threshold",), "sparse_ratio and sparse_threshold exclude each other", "leave one of them out"
-            )
+        goals = [goal for goal in ("sparse_ratio", "sparse_threshold", "budget") if given.has(goal)]
+        for other in goals[1:]:
+            yield Conflict((other,), f"{goals[0]} and {other} exclude each other", "leave one of them out")
         least, most = given.number("min_sparse_ratio"), given.number("max_sparse_ratio")
         if least is not None and most is not None and least > most:
             yield Conflict(
@@ -243,12 +266,14 @@ class PruneEntry(PruneTarget, SelectionEntry):
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
         levels = [given, *map(Given, given.child("target_settings").values.values())]
-        goals = ("sparse_ratio", "sparse_threshold", "align", "min_sparse_ratio")
+        goals = ("sparse_ratio", "sparse_threshold", "budget", "align", "min_sparse_ratio")
         bypassed = all(level.text("apply_method") == "bypass" for level in levels)
         # NNI once had entries that only exclude: they need no goal to be told what they should be.
         said = "exclude" in given.values or any(level.has(goal) for level in levels for goal in goals)
         if not bypassed and not said and not any(cls.may_mean(level, goals) for level in levels):
-            yield Conflict((), "it does not say how much to prune", "add sparse_ratio, sparse_threshold or align")
+            yield Conflict(
+                (), "it does not say how much to prune", "add sparse_ratio, sparse_threshold, budget or align"
+            )
 
 
 class QuantizeEntry(QuantizeTarget, SelectionEntry):

@@ -69,7 +69,19 @@ class Compressor(Public, Moments, ABC):
         entries = parse_config_list(self.kind, config_list, where="config_list")
         evaluator = self.chain.evaluator
         example = self.chain.example if self.chain.example is not None else evaluator and evaluator.example
-        return resolve(self.chain.model, self.kind, entries, where="config_list", example=example)
+        found = resolve(self.chain.model, self.kind, entries, where="config_list", example=example)
+        return self.completed(self.chain.model, found, example)
+
+    @classmethod
+    def completed(cls, model: nn.Module, selection: Selection, example: Any) -> Selection:
+        """A selection with what else the compressor has to know of the model.
+
+        Args:
+            model: the model.
+            selection: what the config list selects.
+            example: an example input; None where there is none.
+        """
+        return selection
 
     @classmethod
     def from_compressor(cls, compressor: Compressor, new_config_list: ConfigList, *args: Any, **kwargs: Any) -> Self:

@@ -18,6 +18,7 @@ from raycomp.config import DistillTarget, PruneTarget, QuantizeTarget, Selection
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, canonical_target
 from raycomp.core.attach import forward_arguments, is_own_parameter, original_parameter, user_class
 from raycomp.core.channels import followed_channels
+from raycomp.core.coupling import Coupling
 from raycomp.core.layout import Layout, layouts
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import ConfigError, Problem
@@ -96,11 +97,13 @@ class Selection:
         entries: the config list.
         selected: every target that it sets, in the order of the entries.
         layouts: the shape of each, and where its channels are.
+        coupling: what goes with each channel, where a pruner asks for it.
     """
 
     entries: tuple[SelectionEntry, ...]
     selected: Mapping[TargetId, Selected]
     layouts: Mapping[TargetId, Layout]
+    coupling: Coupling | None = None
 
 
 def resolve(

@@ -200,7 +200,9 @@ def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildCont
         groups, align = context.speedup.dependency_groups, context.speedup.align
         completed = complete_config_list(model, given, context.example, groups=groups, align=align)
         entries = parse_config_list("pruner", completed)
-    return resolve(model, settings.kind, entries, "config_list", context.example)
+    found = resolve(model, settings.kind, entries, "config_list", context.example)
+    selection: Selection = settings.registration.load().completed(model, found, context.example)
+    return selection
 
 
 def _build(chain: Chain, settings: CompressorSettings, selection: Selection, context: BuildContext) -> Any:

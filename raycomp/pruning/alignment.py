@@ -47,7 +47,7 @@ def followers(selected: Mapping[TargetId, Selected]) -> dict[TargetId, Follower]
 
 
 def _follows_its_weight(target_id: TargetId, item: Selected, selected: Mapping[TargetId, Selected]) -> bool:
-    own = {"sparse_ratio", "sparse_threshold"} & item.own_keys
+    own = {"sparse_ratio", "sparse_threshold", "budget"} & item.own_keys
     return target_id.target == "bias" and TargetId(target_id.module, "weight") in selected and not own
 
 

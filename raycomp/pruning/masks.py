@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from raycomp.config import PruneTarget
+from raycomp.pruning.budget import Costs, budget_counts
 
 _ROUNDING = 1e-9
 """Keeps 0.29 × 100 from being 28."""
@@ -57,13 +58,18 @@ class Decision(NamedTuple):
     notes: tuple[str, ...]
 
 
-def make_masks(requests: Sequence[MaskRequest]) -> Decision:
+def make_masks(requests: Sequence[MaskRequest], costs: Costs | None = None) -> Decision:
     """The masks of all requests.
 
     Targets of one dependency group share a mask (made from their mean saliency); targets of one global group are ranked
     together, ties going by the order of the requests and then by index. The clamps hold for each target in every mode.
     A target is masked whole only where its `max_sparse_ratio` is 1, and one whose blocks all have the same saliency is
-    left as it is by a ratio: nothing says which of them matters less.
+    left as it is by a ratio: nothing says which of them matters less. Targets with a budget lose the same part each, or
+    go by rank where they are of one global group, until what stays is within it.
+
+    Args:
+        requests: one for each target.
+        costs: what masks cost, where there is a budget.
 
     Raises:
         ValueError: members of a group whose shapes, ratios or block counts don't fit each other.
@@ -72,17 +78,41 @@ def make_masks(requests: Sequence[MaskRequest]) -> Decision:
     undecided = [unit for unit in units if unit.is_undecided]
     counts = {id(unit): unit.pinned for unit in undecided}
     decided = [unit for unit in units if unit not in undecided]
-    counts |= _counts(decided)
-    spared = _spared(decided, counts)
+    budgeted = [unit for unit in decided if unit.settings.budget is not None]
+    found, notes = _budgeted(budgeted, costs)
+    counts |= found
+    others = [unit for unit in decided if unit.settings.budget is None]
+    counts |= _counts(others)
+    spared = _spared(others, counts)
     made: dict[Hashable, Tensor] = {}
     for unit in units:
         mask = unit.mask(counts[id(unit)])
         made |= {member.key: mask.view(member.saliency.shape) for member in unit.members}
-    notes = [f"{unit.name}: all saliencies are the same, so nothing of it is masked" for unit in undecided]
+    notes += [f"{unit.name}: all saliencies are the same, so nothing of it is masked" for unit in undecided]
     notes += [
         f"{unit.name}: all of it would be masked, so a block stays (unless max_sparse_ratio: 1)" for unit in spared
     ]
     return Decision(made, tuple(notes))
+
+
+def _budgeted(units: Sequence[_Unit], costs: Costs | None) -> tuple[dict[int, int], list[str]]:
+    """How many steps each unit prunes that has a budget, and what the user should know."""
+    if not units:
+        return {}, []
+    assert costs is not None
+    stays = [unit for unit in units if any(key not in costs.channels for key in unit.keys)]
+    goes = [unit for unit in units if unit not in stays]
+    counts = {id(unit): unit.pinned for unit in stays}
+    if not goes:
+        raise ValueError("a budget is given, and no channel of its targets can be removed")
+    budget, ranked = goes[0].settings.budget, goes[0].settings.global_group_id is not None
+    assert budget is not None
+    if any((unit.settings.budget, unit.settings.global_group_id is not None) != (budget, ranked) for unit in goes):
+        raise ValueError(
+            "a budget is the whole model's: its targets need one and the same, all in global groups or none"
+        )
+    found, notes = budget_counts(goes, costs, budget.limits(), goes[0].fraction, ranked=ranked)
+    return counts | {id(unit): count for unit, count in zip(goes, found, strict=True)}, list(notes)
 
 
 def _counts(units: Sequence[_Unit]) -> dict[int, int]:
@@ -133,6 +163,11 @@ class _Unit:
         return self.saliency[0] if self.blocks == 1 else self.saliency.double().sort(dim=1).values.mean(dim=0)
 
     @property
+    def keys(self) -> list[Hashable]:
+        """Its targets."""
+        return [member.key for member in self.members]
+
+    @property
     def name(self) -> str:
         """Its targets'."""
         return ", ".join(str(member.key) for member in self.members)
@@ -152,7 +187,8 @@ class _Unit:
         same = torch.finfo(self.saliency.dtype).eps * _ALIKE * alive.abs().max()
         if bool(alive.max() - alive.min() > same):
             return False
-        return self.settings.global_group_id is not None or self.wanted() > self.pinned
+        is_shared_goal = self.settings.global_group_id is not None or self.settings.budget is not None
+        return is_shared_goal or self.wanted() > self.pinned
 
     def _check(self) -> None:
         first = self.members[0]
@@ -160,7 +196,7 @@ class _Unit:
             if _grid(member) != _grid(first):
                 shapes = tuple(first.saliency.shape), tuple(member.saliency.shape)
                 raise ValueError(f"{first.key} and {member.key} share a dependency group, but have {shapes} blocks")
-            for name in ("sparse_ratio", "sparse_threshold", "global_group_id"):
+            for name in ("sparse_ratio", "sparse_threshold", "budget", "global_group_id"):
                 if getattr(member.settings, name) != getattr(first.settings, name):
                     raise ValueError(f"{first.key} and {member.key} share a dependency group, but differ in {name}")
 

@@ -21,10 +21,12 @@ from raycomp.core.mask import Mask
 from raycomp.core.masks import Masks, fits
 from raycomp.core.model import device_of
 from raycomp.core.moments import Moment
-from raycomp.core.selection import Kind, Selected
+from raycomp.core.selection import Kind, Selected, Selection
 from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
+from raycomp.pruning.budget import Costs
+from raycomp.pruning.coupled import costs, with_coupling
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
 from raycomp.pruning.schedule import Once, Schedule
@@ -44,6 +46,8 @@ class Pruner(Compressor):
     """Whether blocks that one decision pruned may be kept by the next."""
     default_granularity: ClassVar[Granularity] = "out_channel"
     """Of parameters."""
+    coupled: ClassVar[bool] = False
+    """Whether its saliencies are of all weights that go together, which the model's graph tells."""
     ranks_values: ClassVar[bool] = False
     """Whether inputs and outputs may have goals of their own."""
 
@@ -62,6 +66,20 @@ class Pruner(Compressor):
 
     def steps_to_go(self) -> int | None:
         return max(self.schedule.last_step - self.chain.step, 0) or None
+
+    @classmethod
+    def completed(cls, model: nn.Module, selection: Selection, example: Any) -> Selection:
+        """A selection with what the graph says of channels, where its settings or the algorithm ask for it.
+
+        Raises:
+            ConfigError: there is no example input to trace the model with.
+            SpeedupError: the model can't be traced.
+        """
+        settings = [item.settings for item in selection.selected.values()]
+        has_budget = any(isinstance(each, PruneTarget) and each.budget is not None for each in settings)
+        if selection.coupling is not None or not (has_budget or cls.coupled):
+            return selection
+        return with_coupling(model, selection, example)
 
     # What a subclass says.
 
@@ -166,6 +184,12 @@ class Pruner(Compressor):
             self.set_masks(self.saliencies(), progress)
         self._follow()
 
+    @cached_property
+    def costs(self) -> Costs | None:
+        """What its masks cost, where it was asked for."""
+        found = self.selection.coupling
+        return None if found is None else costs(found, list(self.selected), self.layouts)
+
     def set_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> None:
         """Makes and sets the masks of these saliencies; errors as in `decide`."""
         for target_id, mask in self.made_masks(saliencies, progress).items():
@@ -178,7 +202,7 @@ class Pruner(Compressor):
                 raise NotFiniteError(f"the saliency of {target_id} is not finite")
         requests = [self._request(target_id, saliency, progress) for target_id, saliency in saliencies.items()]
         try:
-            made, notes = make_masks(requests)
+            made, notes = make_masks(requests, self.costs)
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
         self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)

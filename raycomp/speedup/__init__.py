@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from raycomp.config.registry import absent
 from raycomp.results.summary import Unpruned, Verification
-from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
+from raycomp.speedup.analysis.dependency import Dependencies, TracedModel, dependencies
+from raycomp.speedup.analysis.study import Group
 from raycomp.speedup.config_list import (
     align_followers,
     auto_set_denpendency_group_ids,

@@ -13,7 +13,8 @@ from raycomp.config.entries import Granularity
 from raycomp.core.layout import layout_of
 from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
-from raycomp.speedup.analysis.dependency import Dependencies, Group, TracedModel, dependencies
+from raycomp.speedup.analysis.dependency import Dependencies, TracedModel, dependencies
+from raycomp.speedup.analysis.study import Group
 from raycomp.speedup.graph.example import Example
 
 ConfigList = list[dict[str, Any]]

@@ -25,7 +25,7 @@ from raycomp.core.parts import as_call
 from raycomp.core.seeds import restored_generators
 from raycomp.core.selection import module_names
 from raycomp.deploy.int8 import Int8Model, sqnr_db
-from raycomp.deploy.measure import count_macs, count_parameters, hardware, latencies_s
+from raycomp.deploy.measure import count_parameters, hardware, latencies_s
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
 from raycomp.pipeline.data.structure import move_batch
@@ -37,6 +37,7 @@ from raycomp.pipeline.training.metrics import Tally, View, evaluation_batches
 from raycomp.results.summary import Int8Figures, LayerFigures, ModelFigures, Simulation
 from raycomp.speedup import draws
 from raycomp.speedup.graph.example import describe, flatten
+from raycomp.speedup.graph.macs import count_macs
 from raycomp.storage import save_tensors
 
 _SQNR_SAMPLES = 256

@@ -79,6 +79,19 @@ class Channels:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates, and the dimensions in proportion to whose sizes they are.
+
+    Args:
+        macs: for the whole example.
+        dims: atoms of each dimension.
+    """
+
+    macs: int
+    dims: tuple[Ids, ...]
+
+
+@dataclass(frozen=True)
 class NewAttribute:
     """An attribute of the calling module that states a size."""
 
@@ -125,6 +138,10 @@ class Rule:
     def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
         """Coordinates that must go in equal numbers."""
         return ()
+
+    def work(self, call: Call, atoms: Atoms) -> Work | None:
+        """What the call multiplies, as far as that follows the sizes of dimensions."""
+        return None
 
     def attributes(self, call: Call, sizes: Sizes) -> Iterator[NewAttribute]:
         """The sizes that the calling module states, for the new sizes of values."""
@@ -239,6 +256,10 @@ class _Watched(Rule):
     def channels(self, call: Call, atoms: Atoms) -> Iterable[Channels]:
         with _errors_of(call):
             return list(self._rule.channels(call, atoms))
+
+    def work(self, call: Call, atoms: Atoms) -> Work | None:
+        with _errors_of(call):
+            return self._rule.work(call, atoms)
 
     def attributes(self, call: Call, sizes: Sizes) -> Iterator[NewAttribute]:
         with _errors_of(call):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -16,7 +17,17 @@ from torch import Tensor
 from raycomp.speedup.graph.atoms import Atoms, Ids
 from raycomp.speedup.graph.flow import Flow
 from raycomp.speedup.graph.graph import Call, Value
-from raycomp.speedup.rules.base import RULES, Absorption, Channels, NewAttribute, Rule, Sink, Sizes, tensor_argument
+from raycomp.speedup.rules.base import (
+    RULES,
+    Absorption,
+    Channels,
+    NewAttribute,
+    Rule,
+    Sink,
+    Sizes,
+    Work,
+    tensor_argument,
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,17 @@ class ContractionRule(Rule):
         if c is None or c.groups == 1 or c.is_depthwise:
             return
         yield Channels(c.weight, atoms.ids(c.weight, 0), atoms.grouped(c.weight), c.groups, call.label)
+
+    def work(self, call: Call, atoms: Atoms) -> Work | None:
+        c = self.parts(call)
+        if c is None:
+            return None
+        # Each weight counts once at each position of the side that its kernel steps over.
+        stepped = c.output if c.weight_inputs == 1 or c.weight.ndim == 2 else c.value
+        channels = stepped.shape[c.dim]
+        macs = prod(stepped.shape) // channels * prod(c.weight.shape)
+        outputs, inputs = atoms.ids(c.output, c.dim), atoms.ids(c.value, c.dim)
+        return Work(macs, (outputs,) if c.is_depthwise else (outputs, inputs))
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         c = self.parts(call)
@@ -252,6 +274,15 @@ class MatMul(Rule):
             for dim in range(3, value.ndim + 1):
                 if value.shape[-dim] == out.shape[-dim]:
                     atoms.same(value, -dim, out, -dim)
+
+    def work(self, call: Call, atoms: Atoms) -> Work | None:
+        left, right = call.inputs[:2]
+        if left.ndim < 2 or right.ndim < 2 or len(call.inputs) != 2:
+            return None
+        out = call.output
+        batch = tuple(atoms.ids(out, dim) for dim in range(out.ndim - 2))
+        rest = atoms.ids(left, -2), atoms.ids(left, -1), atoms.ids(right, -1)
+        return Work(prod(out.shape) * left.shape[-1], (*batch, *rest))
 
     def influence(self, call: Call, given: Mapping[Value, Tensor], flow: Flow) -> list[Tensor]:
         left, right = call.inputs[:2]

@@ -1,0 +1,62 @@
+"""What goes with the channels of a pruner's targets, from the model's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from raycomp.core.coupling import Coupling
+from raycomp.core.layout import Layout
+from raycomp.core.selection import Selection
+from raycomp.core.target import TargetId
+from raycomp.errors import ConfigError, Problem
+from raycomp.pruning.budget import Costs
+from raycomp.speedup.analysis.coupling import coupling
+from raycomp.speedup.analysis.dependency import TracedModel
+
+
+def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selection:
+    """The selection with what the graph says of the channels of all layers.
+
+    Raises:
+        ConfigError: there is no example input to trace the model with.
+        SpeedupError: the model can't be traced.
+    """
+    if example is None:
+        message = "which channels go together is found from the model's graph, and there is no example input"
+        raise ConfigError([Problem("config_list", message, "give the evaluator a dummy_input")])
+    traced = TracedModel.of(model, example)
+    known = {value.tensor for value in traced.graph.state()}
+    names = [name for name, module in traced.model.named_modules() if _is_layer(module, name, known)]
+    return replace(selection, coupling=coupling(traced, names))
+
+
+def _is_layer(module: nn.Module, name: str, known: set[str]) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim > 1 and (f"{name}.weight" if name else "weight") in known
+
+
+def costs(found: Coupling, selected: Iterable[TargetId], layouts: Mapping[TargetId, Layout]) -> Costs:
+    """What masks cost; those of targets whose channels can't go, or not by the masks of these targets alone, have none.
+
+    A channel goes where all layers that make it are masked, or all norms behind these.
+
+    Args:
+        found: what goes with each channel.
+        selected: all targets that are masked.
+        layouts: of these.
+    """
+    masked = {target_id.module for target_id in selected if target_id.target == "weight"}
+    channels: dict[Hashable, tuple[int, ...]] = {}
+    for target_id in selected:
+        layout = layouts[target_id]
+        own = found.channels_of(str(target_id), layout.channel_dim or 0) if layout.is_parameter else None
+        if own is None or target_id.target != "weight":
+            continue
+        norms = found.norms(own)
+        if found.makers(own) <= masked or (target_id.module in norms and norms <= masked):
+            channels[target_id] = own
+    return Costs(found, channels)
