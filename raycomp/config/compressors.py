@@ -88,6 +88,26 @@ class RandomPrunerConfig(PrunerSettings):
     type: Literal["RandomPruner"] = "RandomPruner"
 
 
+@compressor("raycomp.pruning.group_norm:GroupNormPruner", schedulable=True)
+class GroupNormPrunerConfig(PrunerSettings):
+    """Prunes the channels with the smallest norm of all weights that go with them (arXiv 2301.12900)."""
+
+    type: Literal["GroupNormPruner"] = "GroupNormPruner"
+
+
+@compressor("raycomp.pruning.group_taylor:GroupTaylorPruner", needs={Need.TRAINING}, schedulable=True)
+class GroupTaylorPrunerConfig(PrunerSettings):
+    """Prunes the channels whose weights in all layers change the loss least, to first order (arXiv 2301.12900)."""
+
+    type: Literal["GroupTaylorPruner"] = "GroupTaylorPruner"
+    training_steps: Count
+    """Optimizer steps over which the metric is gathered before a decision."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.training_steps
+
+
 class ActivationSettings(PrunerSettings):
     """A pruner that ranks channels by the module's output, behind an activation."""
 

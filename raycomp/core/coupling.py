@@ -45,8 +45,15 @@ class Part:
             along = values.movedim(self.dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
         else:
             along = values.unflatten(0, (self.groups, -1)).movedim(self.dim + 1, 1).flatten(2).sum(2).flatten()
-        channels = torch.tensor(self.channel_of, device=values.device)
-        sums.index_add_(0, channels[channels >= 0], along[channels >= 0].to(sums.dtype))
+        places, channels = (index.to(values.device) for index in self._taken)
+        sums.index_add_(0, channels, along[places].to(sums.dtype))
+
+    @cached_property
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        """The coordinates that go with a channel, and their channels."""
+        channels = torch.tensor(self.channel_of)
+        places = (channels >= 0).nonzero().flatten()
+        return places, channels[places]
 
 
 @dataclass(frozen=True)

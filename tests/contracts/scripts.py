@@ -62,7 +62,7 @@ class Algorithm:
 
     def build(self, model: nn.Module) -> Chain:
         """Fuses the algorithms on a model."""
-        chain = Chain(model)
+        chain = Chain(model, batch_of(0, next(model.parameters()).dtype)[0])
         teacher = _teacher(next(model.parameters()).dtype)
         for row in self.rows:
             _build(chain, row, teacher)

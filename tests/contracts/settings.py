@@ -40,6 +40,8 @@ SETTINGS: dict[str, Settings] = {
     "ActivationAPoZRankPruner": {"config_list": HALF, "training_steps": 4},
     "ActivationMeanRankPruner": {"config_list": HALF, "training_steps": 4, "activation": "gelu"},
     "TaylorPruner": {"config_list": HALF, "training_steps": 3},
+    "GroupNormPruner": {"config_list": HALF},
+    "GroupTaylorPruner": {"config_list": HALF, "training_steps": 3},
     "SlimPruner": {"config_list": HALF_OF_THE_NORMS, "training_steps": 5, "regular_scale": 0.1},
     "MovementPruner": {"config_list": HALF, "warmup_step": 1, "cooldown_begin_step": 6},
     "ADMMPruner": {
