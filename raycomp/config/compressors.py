@@ -6,12 +6,16 @@ A new algorithm is a registered class here; those that a schedule may be put aro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from raycomp.config.base import Conflict, Given
 from raycomp.config.entries import Blocks, DistillEntry, PruneEntry, QuantizeEntry
 from raycomp.config.registry import CompressorSettings, Kind, Need, OneOf, compressor
-from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, SomeItems, expects
+from raycomp.config.values import Count, CountOrZero, Flag, NonNegative, Positive, Seed, SomeItems, expects
+
+_Cooling = Annotated[float, Field(gt=0, lt=1), expects("a number between 0 and 1")]
 
 
 class PrunerSettings(CompressorSettings):
@@ -34,7 +38,7 @@ class MagnitudeSettings(PrunerSettings):
         return self.training_steps
 
 
-@compressor("raycomp.pruning.level:LevelPruner", schedulable=True)
+@compressor("raycomp.pruning.level:LevelPruner", schedulable=True, searchable=True)
 class LevelPrunerConfig(MagnitudeSettings):
     """Prunes the single weights with the smallest magnitude; a threshold is a magnitude."""
 
@@ -53,14 +57,14 @@ class LevelPrunerConfig(MagnitudeSettings):
             yield Conflict(("balance_gran",), "it means something in mode balance alone", "add mode: balance")
 
 
-@compressor("raycomp.pruning.l1_norm:L1NormPruner", schedulable=True)
+@compressor("raycomp.pruning.l1_norm:L1NormPruner", schedulable=True, searchable=True)
 class L1NormPrunerConfig(MagnitudeSettings):
     """Prunes the blocks with the smallest L1 norm (arXiv 1608.08710); a threshold is a norm."""
 
     type: Literal["L1NormPruner"] = "L1NormPruner"
 
 
-@compressor("raycomp.pruning.l2_norm:L2NormPruner", schedulable=True)
+@compressor("raycomp.pruning.l2_norm:L2NormPruner", schedulable=True, searchable=True)
 class L2NormPrunerConfig(MagnitudeSettings):
     """Prunes the blocks with the smallest L2 norm; a threshold is a norm."""
 
@@ -74,7 +78,7 @@ class LAMPPrunerConfig(MagnitudeSettings):
     type: Literal["LAMPPruner"] = "LAMPPruner"
 
 
-@compressor("raycomp.pruning.fpgm:FPGMPruner", schedulable=True)
+@compressor("raycomp.pruning.fpgm:FPGMPruner", schedulable=True, searchable=True)
 class FPGMPrunerConfig(PrunerSettings):
     """Prunes the filters nearest to the others (arXiv 1811.00250); a threshold is a sum of distances."""
 
@@ -88,7 +92,7 @@ class RandomPrunerConfig(PrunerSettings):
     type: Literal["RandomPruner"] = "RandomPruner"
 
 
-@compressor("raycomp.pruning.group_norm:GroupNormPruner", schedulable=True)
+@compressor("raycomp.pruning.group_norm:GroupNormPruner", schedulable=True, searchable=True)
 class GroupNormPrunerConfig(PrunerSettings):
     """Prunes the channels with the smallest norm of all weights that go with them (arXiv 2301.12900)."""
 
@@ -191,7 +195,7 @@ class MovementPrunerConfig(PrunerSettings):
             yield Conflict(("cooldown_begin_step",), message, f"at least {warmup + 1}")
 
 
-@compressor("raycomp.pruning.admm:ADMMPruner", needs={Need.TRAINING, Need.ROUNDS})
+@compressor("raycomp.pruning.admm:ADMMPruner", needs={Need.TRAINING, Need.ROUNDS}, searchable=True)
 class ADMMPrunerConfig(PrunerSettings):
     """Draws weights towards sparse ones in several rounds (arXiv 1804.03294); a threshold is an L2 norm."""
 
@@ -204,10 +208,17 @@ class ADMMPrunerConfig(PrunerSettings):
     """The weight of the term that draws."""
 
 
-class ScheduleSettings(CompressorSettings):
-    """Goes around a pruner, and says when it decides and for which part of its goals."""
+class AroundSettings(CompressorSettings):
+    """Goes around a pruner, which holds the config list."""
 
     kind: ClassVar[Kind] = "pruner"
+    pruner: PrunerSettings
+    """The pruner that decides."""
+
+
+class ScheduleSettings(AroundSettings):
+    """Says when a pruner decides, and for which part of its goals."""
+
     pruner: Annotated[PrunerSettings, OneOf(schedulable=True)]
     """The pruner that decides."""
 
@@ -263,6 +274,66 @@ class LotteryTicketPrunerConfig(ScheduleSettings):
     @property
     def least_steps(self) -> int:
         return self.pruner.least_steps
+
+
+class SearchSettings(AroundSettings):
+    """Finds how much a pruner prunes of each layer, under one sparse_ratio or budget for all of them."""
+
+    pruner: Annotated[PrunerSettings, OneOf(searchable=True)]
+    """The pruner that ranks, and prunes by what was found."""
+    mode: Annotated[Literal["max", "min"], expects("'max' or 'min'")] = "max"
+    """Whether more or less of the task's first metric is better."""
+    candidates: Count = 4
+    """Choices that are judged side by side; the result depends on it, and not on how many evaluators there are."""
+    evaluations: Count | None = None
+    """Choices that are judged at most (null: all that the search asks for)."""
+    seconds: Positive | None = None
+    """No round of choices is begun after this time (null: none); with it, the result depends on the machine."""
+    seed: Seed = 0
+    """Draws the choices."""
+
+    @property
+    def least_steps(self) -> int:
+        return self.pruner.least_steps
+
+    def search_values(self) -> dict[str, Any]:
+        """What the search is made with, beside what every search has."""
+        shared = {*SearchSettings.model_fields, "type"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
+
+
+@compressor("raycomp.pruning.simulated_annealing:SimulatedAnnealingPruner", needs={Need.SEARCH})
+class SimulatedAnnealingPrunerConfig(SearchSettings):
+    """Anneals how much layers lose (arXiv 1907.03141)."""
+
+    type: Literal["SimulatedAnnealingPruner"] = "SimulatedAnnealingPruner"
+    start_temperature: Positive = 100.0
+    """Where it begins: how readily a worse choice is taken."""
+    stop_temperature: Positive = 20.0
+    """Where it ends."""
+    cool_down_rate: _Cooling = 0.9
+    """What the temperature is multiplied by after each round."""
+    perturbation_magnitude: Positive = 0.35
+    """How far the parts of layers are moved at first."""
+
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        start, stop = given.number("start_temperature") or 100.0, given.number("stop_temperature") or 20.0
+        if stop >= start:
+            message = f"{stop} is not below start_temperature, {start}"
+            yield Conflict(("stop_temperature",), message, f"should be below {start}")
+
+
+@compressor("raycomp.pruning.amc:AMCPruner", needs={Need.SEARCH})
+class AMCPrunerConfig(SearchSettings):
+    """Lets a policy learn how much layers lose (arXiv 1802.03494)."""
+
+    type: Literal["AMCPruner"] = "AMCPruner"
+    total_episode: Count = 100
+    """Choices in all."""
+    warmup_episode: CountOrZero | None = None
+    """The first ones, drawn at random (null: a quarter of them, at most 100)."""
 
 
 class QuantizerSettings(CompressorSettings):

@@ -32,8 +32,8 @@ def _each(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 NAMES = _each(
     {
-        "": "AMCPruner AutoCompressPruner "
-        "SimulatedAnnealingPruner NetAdaptPruner "
+        "": "AutoCompressPruner "
+        "NetAdaptPruner "
         "TransformerHeadPruner LsqQuantizer LsqPlusQuantizer DoReFaQuantizer BNNQuantizer NaiveQuantizer",
         "write L1NormPruner": "L1FilterPruner",
         "write L2NormPruner": "L2FilterPruner",

@@ -34,6 +34,8 @@ class Need(Enum):
     """A model to learn from."""
     ROUNDS = "rounds"
     """Several trainings, one after the other."""
+    SEARCH = "search"
+    """The metric of many candidates, before any training."""
 
 
 def _require_type(schema: dict[str, Any]) -> None:
@@ -71,12 +73,14 @@ class Registration:
         implementation: where its class is, `package.module:Class`.
         needs: what it can't do its work without.
         schedulable: whether a schedule may be put around it.
+        searchable: whether a search may say how much it prunes of each layer.
     """
 
     settings: type[CompressorSettings]
     implementation: str
     needs: frozenset[Need]
     schedulable: bool
+    searchable: bool
 
     @property
     def name(self) -> str:
@@ -119,7 +123,7 @@ COMPRESSORS: Mapping[str, Registration] = MappingProxyType(_REGISTERED)
 
 
 def compressor(
-    implementation: str, *, needs: Collection[Need] = (), schedulable: bool = False
+    implementation: str, *, needs: Collection[Need] = (), schedulable: bool = False, searchable: bool = False
 ) -> Callable[[type[_Settings]], type[_Settings]]:
     """Registers the algorithm that the decorated class has the settings of; its key `type` is the algorithm's name.
 
@@ -127,13 +131,14 @@ def compressor(
         implementation: where its class is, `package.module:Class`.
         needs: what it can't do its work without.
         schedulable: whether a schedule may be put around it.
+        searchable: whether a search may say how much it prunes of each layer: it ranks weights as they are.
 
     Raises:
         ValueError: another algorithm has this name.
     """
 
     def register(settings: type[_Settings]) -> type[_Settings]:
-        registration = Registration(settings, implementation, frozenset(needs), schedulable)
+        registration = Registration(settings, implementation, frozenset(needs), schedulable, searchable)
         name = registration.name
         assert settings.model_fields["type"].default == name, f"{settings.__name__}.type is not '{name}'"
         if name in _REGISTERED:
@@ -152,12 +157,18 @@ class OneOf:
 
     Args:
         schedulable: only what a schedule may be put around.
+        searchable: only what a search may be put around.
     """
 
     schedulable: bool = False
+    searchable: bool = False
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        chosen = [each for each in COMPRESSORS.values() if each.schedulable or not self.schedulable]
+        chosen = [
+            each
+            for each in COMPRESSORS.values()
+            if each.schedulable >= self.schedulable and each.searchable >= self.searchable
+        ]
         return core_schema.tagged_union_schema(
             {each.name: handler.generate_schema(each.settings) for each in chosen},
             discriminator="type",

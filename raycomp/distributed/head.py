@@ -13,6 +13,7 @@ from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.distributed.cluster import head_node_options, on_head_node
 from raycomp.distributed.run_store import RunStore
+from raycomp.distributed.search import found_by_searches
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.build import ResolvedStage
@@ -122,6 +123,7 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
             [_earlier(run_store, index) for index in range(order.index)],
             facts,
             files,
+            found_by_searches(job, run_store),
         )
         summary = conclusion.summary
         fields = {

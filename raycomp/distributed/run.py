@@ -25,6 +25,7 @@ from raycomp.distributed.lease import Lease, lease
 from raycomp.distributed.progress import Progress
 from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
+from raycomp.distributed.search import SearchOrder, run_searches
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
@@ -232,6 +233,7 @@ class _Run:
         for index in range(self._first_to_do(), last + 1):
             if index:
                 resolved = on_head(resolve_next, self.work.config, self.work.recipe, self.run_store, index)
+            resolved = self._search(index, resolved)
             self._train(index, resolved, sink)
             notes = tuple(self.work.listener.notes)
             order = HeadOrder(self.work.config, self.work.recipe, self.run_store, resolved, index, notes)
@@ -257,6 +259,12 @@ class _Run:
         self.lease.check()
         self.record = record
         self.run_store.write_record(record)
+
+    def _search(self, index: int, resolved: ResolvedStage) -> ResolvedStage:
+        """What the stage's config lists mean once its searches have found what they look for."""
+        order = SearchOrder(self.work.config, self.work.recipe, self.run_store, resolved, index)
+        with self.work.watch.part("search"):
+            return run_searches(order, self.cluster, self.work.listener.tell)
 
     def _train(self, index: int, resolved: ResolvedStage, sink: ActorHandle) -> None:
         stage = self.work.config.stages[index]

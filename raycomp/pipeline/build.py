@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from raycomp.config import CompressorSettings, Need, SelectionEntry, SpeedupConfig, StageConfig, TrainingConfig
-from raycomp.config.compressors import PrunerSettings, ScheduleSettings
+from raycomp.config.compressors import AroundSettings, PrunerSettings, SearchSettings
 from raycomp.config.loader import parse_config_list
 from raycomp.core.chain import Chain
 from raycomp.core.kept_masks import KeptMasks
@@ -186,8 +186,8 @@ def _fuse(
 
 
 def _holder(settings: CompressorSettings, path: str) -> tuple[str, CompressorSettings]:
-    """Which settings hold the config list, and their key path: those of the pruner inside a schedule."""
-    return (f"{path}.pruner", settings.pruner) if isinstance(settings, ScheduleSettings) else (path, settings)
+    """Which settings hold the config list, and their key path: those of the pruner inside."""
+    return (f"{path}.pruner", settings.pruner) if isinstance(settings, AroundSettings) else (path, settings)
 
 
 def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildContext) -> Selection:
@@ -209,7 +209,10 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
     kind = settings.registration.load()
     own = {name: getattr(settings, name) for name in type(settings).model_fields}
     values = {name: value for name, value in own.items() if name not in ("type", "config_list", "pruner")}
-    if isinstance(settings, ScheduleSettings):
+    if isinstance(settings, SearchSettings):
+        # What it found is in the selection, or yet to be found: the pruner alone stands on the model.
+        return _build(chain, settings.pruner, selection, context)
+    if isinstance(settings, AroundSettings):
         return kind(_build(chain, settings.pruner, selection, context), **values)
     if Need.TEACHER in settings.registration.needs:
         if context.teacher is None:

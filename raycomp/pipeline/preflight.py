@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
-from raycomp.config.compressors import PrunerSettings, ScheduleSettings
+from raycomp.config.compressors import AroundSettings, PrunerSettings
 from raycomp.core.chain import Chain
+from raycomp.core.compressor import Compressor
 from raycomp.core.layout import traced_shapes
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
@@ -27,11 +28,13 @@ from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.rehearsal import rehearse_task
+from raycomp.pipeline.search import searches
 from raycomp.pipeline.stage import stage_context
 from raycomp.pipeline.task import Task, data_made_once, given_data, prepare_task
 from raycomp.pipeline.training.loop import endless
 from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
+from raycomp.pruning.search.space import SearchSpace
 from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import obstacles
 
@@ -84,6 +87,7 @@ def _check_stages(job: JobConfig, task: Task) -> Checked:
             if steps is None and chain.wants_training and not any(each.where == "training.epochs" for each in problems):
                 problems.append(endless("training"))
             problems += _method_problems(earlier, chain, index)
+            problems += [] if problems else _search_problems(stage, chain, index)
             with chain.space.as_written(), user_code(f"{type(task).__name__}.optimizer()"):
                 task.optimizer(chain.model)
             problems += _unseen_problems(chain, index)
@@ -118,12 +122,25 @@ def _method_problems(earlier: Masks, chain: Chain, index: int) -> Iterator[Probl
         earlier.put(target_id, torch.ones(()), ours)
 
 
+def _search_problems(stage: StageConfig, chain: Chain, index: int) -> Iterator[Problem]:
+    """Goals that a search can't share out over the layers."""
+    members = [member for member in chain.members if isinstance(member, Compressor)]
+    for place in searches(stage):
+        pruner = members[place]
+        assert isinstance(pruner, Pruner)
+        try:
+            SearchSpace(pruner)
+        except ConfigError as error:
+            where = f"stages[{index}].compressors[{place}].pruner"
+            yield from (Problem(f"{where}.{each.where}", each.message, each.remedy) for each in error.problems)
+
+
 def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> list[str]:
     """Layers that will be masked and can't be cut, each with its part of the model's parameters."""
     total = sum(parameter.numel() for parameter in model.parameters())
     told = []
     for settings in stage.compressors:
-        holder = settings.pruner if isinstance(settings, ScheduleSettings) else settings
+        holder = settings.pruner if isinstance(settings, AroundSettings) else settings
         if not isinstance(holder, PrunerSettings):
             continue
         try:
@@ -146,6 +163,8 @@ def _no_channels(stage: StageConfig, chain: Chain) -> list[str]:
     found: dict[str, list[TargetId]] = {}
     for pruner in [member for member in chain.members if isinstance(member, Pruner)]:
         for target_id in pruner.goals:
+            if not pruner.layouts[target_id].is_parameter:
+                continue
             if target_id.target not in ("weight", "bias"):
                 found.setdefault("channels are those of weights and biases", []).append(target_id)
             elif sum(count > 1 for count in pruner.grid(target_id)) > 1:

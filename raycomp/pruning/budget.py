@@ -5,7 +5,7 @@ What goes with a channel is known from the graph (`Coupling`), so that nothing i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from raycomp.core.coupling import Coupling
+
+_ROUNDING = 1e-9
 
 
 class Prunable(Protocol):
@@ -65,56 +67,61 @@ class Costs:
         whole = self.coupling.kept(torch.ones(len(self.coupling.cells), dtype=torch.bool))
         return limit if limit <= 1 else limit / self.coupling.costs[name].of(whole)
 
+    def within(self, limits: Mapping[str, float], masks: Mapping[Hashable, Tensor]) -> bool:
+        """Whether what is left is within limits, which are parts of what the model has."""
+        found = self.of(masks)
+        return all(found[name] <= limit + _ROUNDING for name, limit in limits.items())
 
-def budget_counts(
-    units: Sequence[Prunable], costs: Costs, limits: Mapping[str, float], fraction: float, *, ranked: bool
-) -> tuple[list[int], tuple[str, ...]]:
-    """How many steps each unit takes, so that what stays is within the limits, and no fewer than need be.
+    def due(self, limits: Mapping[str, float], fraction: float) -> dict[str, float]:
+        """The limits, as parts of what the model has, after a fraction of the way to them."""
+        return {name: 1 - fraction * (1 - self.part(name, limit)) for name, limit in limits.items()}
+
+
+def counts_within(
+    units: Sequence[Prunable], keys: Sequence[Tensor], fits: Callable[[Sequence[int]], bool]
+) -> tuple[list[int], bool]:
+    """How many steps each unit takes, no fewer than need be: all units' steps go in one order until the goal is met.
 
     Args:
-        units: all that the budget is for.
-        costs: what masks cost.
-        limits: of "macs" or "parameters": a part of what there is (up to 1), or a number.
-        fraction: how much of the way to the limits is due.
-        ranked: whether steps go in the order of their saliency over all units; else all lose the same part.
+        units: all that the goal is for.
+        keys: for each unit, what its steps are ordered by, ascending; ties go by the order of the units.
+        fits: whether these counts meet the goal; more steps never meet it less.
 
     Returns:
-        a count for each unit, and what the user should know.
+        a count for each unit, and whether the goal is met: it isn't where all that may go doesn't do.
     """
-    due = {name: 1 - fraction * (1 - costs.part(name, limit)) for name, limit in limits.items()}
-    owner, rank, key = _steps(units, ranked=ranked)
-    least, most = (torch.tensor(side) for side in zip(*(unit.clamps() for unit in units), strict=True))
-    free = (rank >= least[owner]) & (rank < most[owner])
-    order = key.argsort(stable=True)
-    order = order[free[order]]
-
-    def counts(taken: int) -> list[int]:
-        return (least + torch.bincount(owner[order[:taken]], minlength=len(units))).tolist()
-
-    def fits(taken: int) -> bool:
-        masks = {
-            key: mask
-            for unit, count in zip(units, counts(taken), strict=True)
-            for mask in [unit.mask(count)]
-            for key in unit.keys
-        }
-        found = costs.of(masks)
-        return all(found[name] <= limit + 1e-9 for name, limit in due.items())
-
-    low, high = 0, len(order)
-    if not fits(high):
-        return counts(high), (f"the budget {dict(limits)} can't be met: all that may go is masked",)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return counts(low), ()
-
-
-def _steps(units: Sequence[Prunable], *, ranked: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every step: its unit, its place among the unit's, and what it is ordered by."""
-    sizes = [len(unit.values) for unit in units]
+    sizes = [len(each) for each in keys]
     owner = torch.cat([torch.full((size,), index) for index, size in enumerate(sizes)])
     rank = torch.cat([torch.arange(size) for size in sizes])
-    if ranked:
-        return owner, rank, torch.cat([unit.values.sort(stable=True).values.double().cpu() for unit in units])
-    return owner, rank, torch.cat([(torch.arange(size) + 1) / size for size in sizes])
+    least, most = (torch.tensor(side) for side in zip(*(unit.clamps() for unit in units), strict=True))
+    order = torch.cat([each.double().cpu() for each in keys]).argsort(stable=True)
+    order = order[((rank >= least[owner]) & (rank < most[owner]))[order]]
+
+    def counts(taken: int) -> list[int]:
+        found: list[int] = (least + torch.bincount(owner[order[:taken]], minlength=len(units))).tolist()
+        return found
+
+    low, high = 0, len(order)
+    if not fits(counts(high)):
+        return counts(high), False
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(counts(middle)) else (middle + 1, high)
+    return counts(low), True
+
+
+def even_keys(units: Sequence[Prunable]) -> list[Tensor]:
+    """The part of a unit that is gone with each of its steps: in their order all units lose the same part."""
+    return [(torch.arange(len(unit.values)) + 1) / len(unit.values) for unit in units]
+
+
+def ranked_keys(units: Sequence[Prunable]) -> list[Tensor]:
+    """The saliency of each step, ascending."""
+    return [unit.values.sort(stable=True).values for unit in units]
+
+
+def masks_of(units: Sequence[Prunable], counts: Sequence[int]) -> dict[Hashable, Tensor]:
+    """The masks of all units' targets, of blocks, after so many steps."""
+    return {
+        key: mask for unit, count in zip(units, counts, strict=True) for mask in [unit.mask(count)] for key in unit.keys
+    }

@@ -22,6 +22,7 @@ class LAMPPruner(MagnitudePruner):
     """
 
     default_granularity = (1,)
+    searchable = False
     power = 2
 
     def of_weights(self, weight: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raycomp.config import PruneTarget
-from raycomp.pruning.budget import Costs, budget_counts
+from raycomp.pruning.budget import Costs, counts_within, even_keys, masks_of, ranked_keys
 
 _ROUNDING = 1e-9
 """Keeps 0.29 × 100 from being 28."""
@@ -74,7 +74,7 @@ def make_masks(requests: Sequence[MaskRequest], costs: Costs | None = None) -> D
     Raises:
         ValueError: members of a group whose shapes, ratios or block counts don't fit each other.
     """
-    units = _units(requests)
+    units = units_of(requests)
     undecided = [unit for unit in units if unit.is_undecided]
     counts = {id(unit): unit.pinned for unit in undecided}
     decided = [unit for unit in units if unit not in undecided]
@@ -95,7 +95,7 @@ def make_masks(requests: Sequence[MaskRequest], costs: Costs | None = None) -> D
     return Decision(made, tuple(notes))
 
 
-def _budgeted(units: Sequence[_Unit], costs: Costs | None) -> tuple[dict[int, int], list[str]]:
+def _budgeted(units: Sequence[Unit], costs: Costs | None) -> tuple[dict[int, int], list[str]]:
     """How many steps each unit prunes that has a budget, and what the user should know."""
     if not units:
         return {}, []
@@ -111,14 +111,17 @@ def _budgeted(units: Sequence[_Unit], costs: Costs | None) -> tuple[dict[int, in
         raise ValueError(
             "a budget is the whole model's: its targets need one and the same, all in global groups or none"
         )
-    found, notes = budget_counts(goes, costs, budget.limits(), goes[0].fraction, ranked=ranked)
-    return counts | {id(unit): count for unit, count in zip(goes, found, strict=True)}, list(notes)
+    limits = costs.due(budget.limits(), goes[0].fraction)
+    keys = ranked_keys(goes) if ranked else even_keys(goes)
+    found, is_met = counts_within(goes, keys, lambda counts: costs.within(limits, masks_of(goes, counts)))
+    notes = [] if is_met else [f"the budget {budget.limits()} can't be met: all that may go is masked"]
+    return counts | {id(unit): count for unit, count in zip(goes, found, strict=True)}, notes
 
 
-def _counts(units: Sequence[_Unit]) -> dict[int, int]:
+def _counts(units: Sequence[Unit]) -> dict[int, int]:
     """How many steps each unit prunes."""
     counts = {id(unit): unit.wanted() for unit in units if unit.settings.global_group_id is None}
-    groups: dict[str, list[_Unit]] = defaultdict(list)
+    groups: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         if unit.settings.global_group_id is not None:
             groups[unit.settings.global_group_id].append(unit)
@@ -127,7 +130,7 @@ def _counts(units: Sequence[_Unit]) -> dict[int, int]:
     return counts
 
 
-def _spared(units: Sequence[_Unit], counts: Mapping[int, int]) -> list[_Unit]:
+def _spared(units: Sequence[Unit], counts: Mapping[int, int]) -> list[Unit]:
     """The units of which a block is kept that their goal would take."""
     kept = [unit for unit in units if not unit.may_go_whole and counts[id(unit)] == len(unit.values) - 1]
     if not kept:
@@ -138,7 +141,7 @@ def _spared(units: Sequence[_Unit], counts: Mapping[int, int]) -> list[_Unit]:
     return [unit for unit in kept if unspared[id(unit)] == len(unit.values)]
 
 
-class _Unit:
+class Unit:
     """Targets that share one mask, which grows in steps: of one block of each target; with `internal_metric_block`, of
     the j-th least block of every part."""
 
@@ -243,15 +246,16 @@ def _mean(saliencies: Sequence[Tensor]) -> Tensor:
     return saliencies[0] if len(saliencies) == 1 else torch.stack([each.double() for each in saliencies]).mean(dim=0)
 
 
-def _units(requests: Sequence[MaskRequest]) -> list[_Unit]:
+def units_of(requests: Sequence[MaskRequest]) -> list[Unit]:
+    """The targets that share a mask each; errors as in `make_masks`."""
     groups: dict[Hashable, list[MaskRequest]] = defaultdict(list)
     for index, request in enumerate(requests):
         dependency = request.settings.dependency_group_id
         groups[("alone", index) if dependency is None else ("group", dependency)].append(request)
-    return [_Unit(members) for members in groups.values()]
+    return [Unit(members) for members in groups.values()]
 
 
-def _global_counts(name: str, units: Sequence[_Unit]) -> dict[int, int]:
+def _global_counts(name: str, units: Sequence[Unit]) -> dict[int, int]:
     ratios = {unit.settings.sparse_ratio for unit in units}
     if len(ratios) != 1 or None in ratios:
         raise ValueError(

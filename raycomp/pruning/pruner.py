@@ -48,6 +48,8 @@ class Pruner(Compressor):
     """Of parameters."""
     coupled: ClassVar[bool] = False
     """Whether its saliencies are of all weights that go together, which the model's graph tells."""
+    searchable: ClassVar[bool] = True
+    """Whether each target may be given a ratio of its own."""
     ranks_values: ClassVar[bool] = False
     """Whether inputs and outputs may have goals of their own."""
 
@@ -167,7 +169,7 @@ class Pruner(Compressor):
             self.chain.space.target(target_id).add("masks", self.masks[target_id])
         if fresh:
             # Masks have their shapes from the beginning, so that a copy of the model can take over their values.
-            self._follow()
+            self.follow()
 
     def is_due(self, moment: Moment) -> bool:
         return self.schedule.progress(moment) is not None or any(leader.is_due(moment) for leader in self._leaders())
@@ -182,7 +184,11 @@ class Pruner(Compressor):
         progress = self.schedule.progress(moment)
         if progress is not None:
             self.set_masks(self.saliencies(), progress)
-        self._follow()
+        self.follow()
+
+    def requests(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> list[MaskRequest]:
+        """What masks are made from."""
+        return [self._request(target_id, saliency, progress) for target_id, saliency in saliencies.items()]
 
     @cached_property
     def costs(self) -> Costs | None:
@@ -200,19 +206,23 @@ class Pruner(Compressor):
         for target_id, saliency in saliencies.items():
             if not bool(torch.isfinite(saliency).all()):
                 raise NotFiniteError(f"the saliency of {target_id} is not finite")
-        requests = [self._request(target_id, saliency, progress) for target_id, saliency in saliencies.items()]
         try:
-            made, notes = make_masks(requests, self.costs)
+            made, notes = make_masks(self.requests(saliencies, progress), self.costs)
         except ValueError as error:
             raise ConfigError([Problem("config_list", str(error))]) from None
         self.chain.tell(f"{type(self).__name__}: {note}" for note in notes)
         return {key: self._expanded(key, self.from_ranked(key, made[key])) for key in saliencies}
 
+    def choose(self, selection: Selection) -> None:
+        """Prunes by other settings from now on, of the same targets."""
+        assert selection.selected.keys() == self.selected.keys()
+        self.selection, self.selected = selection, dict(selection.selected)
+
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""
         made_up = {target_id: torch.Size(self.grid(target_id)) for target_id in self.goals}
         self.set_masks({key: torch.arange(grid.numel()).float().view(grid) for key, grid in made_up.items()}, 1.0)
-        self._follow()
+        self.follow()
 
     def commit(self) -> None:
         """Zeroes the masked elements of the parameters for good."""
@@ -317,7 +327,8 @@ class Pruner(Compressor):
         elements = block_elements(blocks) // (1 if self.layouts[target_id].is_parameter else blocks[0])
         return MaskRequest(target_id, self.ranked(target_id, saliency), elements, settings, due, stays)
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Sets the masks of the targets that follow others."""
         for follower in in_order(list(self.followers.values())):
             mask = self._mask_of(follower.source)
             theirs = self._layout(follower.source)

@@ -123,6 +123,29 @@ class LayerFigures:
 
 
 @dataclasses.dataclass(frozen=True)
+class SearchFigures:
+    """What a search found.
+
+    Args:
+        stage: the stage's name.
+        compressor: the algorithm's.
+        judged: how many choices were.
+        first: the metric of the first one, in which all layers lose alike.
+        best: that of the one that was taken; both under masks, before training.
+        parts: the targets that share a mask -> the part of them that goes.
+        config_list: the same, to be used again.
+    """
+
+    stage: str
+    compressor: str
+    judged: int
+    first: float
+    best: float
+    parts: dict[str, float]
+    config_list: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
 class Unpruned:
     """Coordinates that a mask names and speedup left in the model.
 
@@ -153,6 +176,7 @@ class RunSummary:
         config_yaml: the job file as it was run.
         artifact_uri: where the result is stored.
         runs_alone: whether it holds a program that runs without the model's source.
+        searches: what was searched for, in the order of the stages.
     """
 
     job: str
@@ -171,6 +195,7 @@ class RunSummary:
     config_yaml: str = ""
     artifact_uri: str = ""
     runs_alone: bool = True
+    searches: tuple[SearchFigures, ...] = ()
 
     # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
@@ -196,6 +221,7 @@ class RunSummary:
             "environment",
             "warnings",
             "runs_alone",
+            "searches",
         }
         figures: dict[str, Any] = json.loads(_ADAPTER.dump_json(self, include=kept))
         return figures

@@ -56,6 +56,12 @@ SETTINGS: dict[str, Settings] = {
         "interval_steps": 3,
         "total_times": 2,
     },
+    "SimulatedAnnealingPruner": {
+        "pruner": {"type": "L1NormPruner", "config_list": HALF},
+        "cool_down_rate": 0.4,
+        "candidates": 2,
+    },
+    "AMCPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "total_episode": 3, "candidates": 2},
     "LotteryTicketPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "total_iteration": 2},
     "QATQuantizer": {"config_list": INTEGERS, "quant_start_step": 3},
     "PtqQuantizer": {"config_list": INTEGERS, "calibration_steps": 3},

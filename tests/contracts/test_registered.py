@@ -6,6 +6,7 @@ import pytest
 
 from raycomp import distillation, pruning, quantization
 from raycomp.config import COMPRESSORS, Need
+from raycomp.config.compressors import SearchSettings
 from tests.contracts.scripts import Algorithm, Run
 from tests.contracts.settings import SETTINGS, settings
 
@@ -26,6 +27,7 @@ def test_what_an_algorithm_is_registered_to_need_is_what_it_asks_for(name: str) 
         Need.TRAINING: chain.rounds > 0,
         Need.ROUNDS: chain.rounds > 1,
         Need.CALIBRATION: chain.calibrates,
+        Need.SEARCH: issubclass(COMPRESSORS[name].settings, SearchSettings),
         Need.TEACHER: COMPRESSORS[name].kind == "distiller",
     }
     assert COMPRESSORS[name].needs == {need for need, is_asked in asked.items() if is_asked}

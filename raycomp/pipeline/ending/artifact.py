@@ -10,8 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from torch import Tensor
 
+from raycomp.config.dialect import JobDumper
 from raycomp.core.masks import Masks
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.onnx_export import export_onnx
@@ -20,7 +22,7 @@ from raycomp.pipeline.masks_file import save_masks
 from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult
 from raycomp.report.html import write_report
-from raycomp.results.summary import RunSummary
+from raycomp.results.summary import RunSummary, SearchFigures
 from raycomp.storage import save_tensors
 
 REPORT, SUMMARY, PLAN, MASKS, CALIBRATION, MODEL, PROGRAM, ONNX, INT8 = (
@@ -78,6 +80,8 @@ def write_summary(folder: Path, summary: RunSummary, notes: Notes) -> RunSummary
         The summary with a note on each of them that could not be written.
     """
     (folder / "job.yaml").write_text(summary.config_yaml)
+    with notes.instead_of("there is no searched.yaml"):
+        _write_searches(folder / "searched.yaml", summary.searches)
     with notes.instead_of("there is no metrics.parquet"):
         _write_history(folder / "metrics.parquet", summary)
     with notes.instead_of("there is no report"):
@@ -85,6 +89,15 @@ def write_summary(folder: Path, summary: RunSummary, notes: Notes) -> RunSummary
     told = replace(summary, warnings=notes())
     (folder / SUMMARY).write_text(told.to_json())
     return told
+
+
+def _write_searches(path: Path, found: Sequence[SearchFigures]) -> None:
+    """What searches found, as config lists of their pruners."""
+    if found:
+        content = [
+            {"stage": each.stage, "compressor": each.compressor, "config_list": each.config_list} for each in found
+        ]
+        path.write_text(yaml.dump(content, Dumper=JobDumper, sort_keys=False, width=120))
 
 
 def _write_history(path: Path, summary: RunSummary) -> None:

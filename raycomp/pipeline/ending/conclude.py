@@ -24,7 +24,7 @@ from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task
 from raycomp.pipeline.training.checkpoint import StageState
-from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, Unpruned, Verification
+from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, SearchFigures, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
 
 _SHOWN = 4
@@ -83,6 +83,7 @@ def conclude(
     earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
     facts: RunFacts,
     folder: Path,
+    found: tuple[SearchFigures, ...] = (),
 ) -> Conclusion:
     """Finishes the last stage, lowers, measures, and writes the artifact's files into `folder`.
 
@@ -95,6 +96,7 @@ def conclude(
         earlier: the outcomes and masks of the stages before it, and the surgery done before each.
         facts: what the report says of the run.
         folder: an empty folder.
+        found: what searches found.
 
     Whatever fails here is a note of the summary: a training is never lost to its ending.
     """
@@ -149,6 +151,7 @@ def conclude(
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,
         runs_alone=(folder / artifact.PROGRAM).exists(),
+        searches=found,
     )
     return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
 
