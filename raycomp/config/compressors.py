@@ -325,6 +325,28 @@ class SimulatedAnnealingPrunerConfig(SearchSettings):
             yield Conflict(("stop_temperature",), message, f"should be below {start}")
 
 
+@compressor("raycomp.pruning.auto_compress:AutoCompressPruner", needs={Need.SEARCH})
+class AutoCompressPrunerConfig(SimulatedAnnealingPrunerConfig):
+    """Anneals and prunes in turns, each of which a job makes a stage of its own (arXiv 1907.03141)."""
+
+    type: Literal["AutoCompressPruner"] = "AutoCompressPruner"  # type: ignore[assignment]
+    total_iteration: Count
+    """Turns until the goal is reached."""
+
+    def turn(self, number: int, *, cut: bool) -> SimulatedAnnealingPrunerConfig:
+        """What one turn does, counted from 0.
+
+        Args:
+            number: which.
+            cut: whether what the turn before masked is gone; else the goal is of the model as it was at first.
+        """
+        share = 1 / self.total_iteration if cut else (number + 1) / self.total_iteration
+        entries = tuple(entry.towards(share) for entry in self.pruner.config_list)
+        pruner = self.pruner.model_copy(update={"config_list": entries})
+        values = {name: getattr(self, name) for name in SimulatedAnnealingPrunerConfig.model_fields if name != "type"}
+        return SimulatedAnnealingPrunerConfig(**{**values, "pruner": pruner, "seed": self.seed + number})
+
+
 @compressor("raycomp.pruning.amc:AMCPruner", needs={Need.SEARCH})
 class AMCPrunerConfig(SearchSettings):
     """Lets a policy learn how much layers lose (arXiv 1802.03494)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_serializer
 
@@ -247,6 +247,15 @@ def _target_conflicts(target_class: type[Settings], given: Given) -> Iterator[Co
                 yield Conflict(where, f"with the entry's other keys, {conflict.message}", conflict.remedy)
 
 
+def _towards(settings: PruneTarget, share: float) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    if settings.sparse_ratio is not None:
+        changed["sparse_ratio"] = 1 - (1 - settings.sparse_ratio) ** share
+    if settings.budget is not None:
+        changed["budget"] = Budget(**{name: part**share for name, part in settings.budget.limits().items()})
+    return changed
+
+
 class PruneEntry(PruneTarget, SelectionEntry):
     """One entry of a pruner's config list."""
 
@@ -258,6 +267,12 @@ class PruneEntry(PruneTarget, SelectionEntry):
     def settings_for(self, target_name: str) -> PruneTarget:
         """The settings of one target: those of the entry, under those of the target alone."""
         return PruneTarget(**self._given_for(target_name))
+
+    def towards(self, share: float) -> Self:
+        """The entry with the goals that come after a share of the way, the same part of what is left being pruned each
+        time: 1 − (1 − goal) ** share."""
+        own = {name: target.model_copy(update=_towards(target, share)) for name, target in self.target_settings.items()}
+        return self.model_copy(update={**_towards(self, share), **({"target_settings": own} if own else {})})
 
     def _target_settings(self) -> Mapping[str, Settings]:
         return self.target_settings

@@ -60,10 +60,16 @@ class ADMMPruner(Pruner):
         super().__init__(model, config_list, evaluator)
 
     def own_schedule(self) -> Schedule:
-        return RoundEnds(self.iterations, at_once, from_first_weights=False)
+        return RoundEnds(self.iterations, at_once, from_first_weights=False, first_round=self.chain.round)
+
+    @property
+    def first_round(self) -> int:
+        """The round in which it begins."""
+        assert isinstance(self.schedule, RoundEnds)
+        return self.schedule.first_round
 
     def epochs_of(self, round: int) -> int | None:
-        return self.training_epochs if round < self.iterations else None
+        return self.training_epochs if self.first_round <= round < self.first_round + self.iterations else None
 
     def loss_term(self, batch: Any) -> Tensor | None:
         """rho/2 · Σ ‖W − Z + U‖²."""
@@ -74,12 +80,12 @@ class ADMMPruner(Pruner):
         return weighted_by_samples(self.rho / 2 * torch.stack(squares).sum())
 
     def is_due(self, moment: Moment) -> bool:
-        return super().is_due(moment) or (moment.event == "begin" and moment.round == 0)
+        return super().is_due(moment) or (moment.event == "begin" and moment.round == self.first_round)
 
     def decide(self, moment: Moment) -> None:
         if moment.event == "begin":
             self._begin()
-        elif moment.event == "round" and moment.round < self.iterations - 1:
+        elif moment.event == "round" and moment.round < self.first_round + self.iterations - 1:
             self._project()
         else:
             super().decide(moment)

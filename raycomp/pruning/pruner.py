@@ -54,9 +54,13 @@ class Pruner(Compressor):
     """Whether inputs and outputs may have goals of their own."""
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
-        self.schedule = self.own_schedule()
         self.masks: dict[TargetId, Mask] = {}
         super().__init__(model, config_list, evaluator)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """When it decides: as it says itself, or as what stands around it does."""
+        return self.own_schedule()
 
     @property
     def rounds(self) -> int:
@@ -217,6 +221,10 @@ class Pruner(Compressor):
         """Prunes by other settings from now on, of the same targets."""
         assert selection.selected.keys() == self.selected.keys()
         self.selection, self.selected = selection, dict(selection.selected)
+
+    def begin_again(self) -> None:
+        """Decides as it did, from where the training is now; what is masked stays so."""
+        self.schedule = self.own_schedule()
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""

@@ -122,25 +122,25 @@ class RoundEnds(Schedule):
     total_rounds: int
     curve: Curve
     from_first_weights: bool
+    first_round: int = 0
 
     @property
     def rounds(self) -> int:
-        return self.total_rounds + 1
+        return self.first_round + self.total_rounds + 1
 
     @property
     def rewinds(self) -> bool:
         return self.from_first_weights
 
     def progress(self, moment: Moment) -> float | None:
-        if moment.event != "round" or moment.round >= self.total_rounds:
-            return None
-        return (moment.round + 1) / self.total_rounds
+        done = moment.round + 1 - self.first_round
+        return done / self.total_rounds if moment.event == "round" and 0 < done <= self.total_rounds else None
 
     def due(self, progress: float, goal: float) -> float:
         return self.curve(progress, goal)
 
     def is_over(self, step: int, round: int) -> bool:
-        return round >= self.total_rounds
+        return round >= self.first_round + self.total_rounds
 
     def gathers(self, step: int, window: int) -> bool:
         # When a round ends isn't known beforehand, so all of it counts.

@@ -104,14 +104,17 @@ class SearchingPruner(AroundPruner):
             CompressionError: there is no evaluator with an evaluating_func.
         """
         if self.result is None:
-            evaluator = self.pruner.evaluator
-            if evaluator is None:
-                raise CompressionError("a search needs an evaluator", remedy="TorchEvaluator(…, evaluating_func=…)")
-            space = SearchSpace(self.pruner)
-            judge = judge_by(self.pruner, space, evaluator.evaluate)
-            self.result = searched(self.search(space), judge, goes_on=self.limits.go_on)
-            self.pruner.choose(space.chosen(self.result.ratios))
+            self.look(SearchSpace(self.pruner))
         return super().compress(max_steps, max_epochs)
+
+    def look(self, space: SearchSpace) -> None:
+        """Searches a space; the pruner prunes by what was found from now on."""
+        evaluator = self.pruner.evaluator
+        if evaluator is None:
+            raise CompressionError("a search needs an evaluator", remedy="TorchEvaluator(…, evaluating_func=…)")
+        judge = judge_by(self.pruner, space, evaluator.evaluate)
+        self.result = searched(self.search(space), judge, goes_on=self.limits.go_on)
+        self.pruner.choose(space.chosen(self.result.ratios))
 
 
 class Limits:

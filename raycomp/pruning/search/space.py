@@ -13,6 +13,7 @@ from raycomp.errors import ConfigError, Problem
 from raycomp.pruning.budget import counts_within, even_keys, masks_of
 from raycomp.pruning.masks import Unit, units_of
 from raycomp.pruning.pruner import Pruner
+from raycomp.pruning.schedule import same_part_each_time
 
 Ratios = tuple[float, ...]
 """The part that each unit of a space loses."""
@@ -23,12 +24,13 @@ class SearchSpace:
 
     Args:
         pruner: ranks by the weights as they are.
+        progress: which part of the way to the goal is gone, by the same part of what is left each time.
 
     Raises:
         ConfigError: targets have different goals, or ones that can't be searched for.
     """
 
-    def __init__(self, pruner: Pruner) -> None:
+    def __init__(self, pruner: Pruner, progress: float = 1.0) -> None:
         self.selection = pruner.selection
         units = units_of(pruner.requests(pruner.saliencies(), 1.0))
         settings = {id(unit): unit.settings for unit in units}
@@ -43,7 +45,10 @@ class SearchSpace:
             assert self._costs is not None
             goes = set(self._costs.channels)
             units = [unit for unit in units if all(key in goes for key in unit.keys)]
-            self._limits = self._costs.due(self._limits, 1.0)
+            parts = {name: self._costs.part(name, limit) for name, limit in self._limits.items()}
+            self._limits = {name: part**progress for name, part in parts.items()}
+        if self._ratio is not None:
+            self._ratio *= same_part_each_time(progress, self._ratio)
         if not units:
             raise ConfigError([Problem("config_list", "no channel of its targets can be removed")])
         self.units: tuple[Unit, ...] = tuple(units)
