@@ -29,6 +29,7 @@ from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
 from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.earlier import kept_for_the_ending
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.preflight import Checked
@@ -140,6 +141,7 @@ class Driver:
             resume_with: what to tell who interrupts it.
         """
         self._stack.enter_context(interruptible())
+        self._stack.enter_context(kept_for_the_ending())
         with told(self._progress.message, self._state, resume_with):
             return self._fit(check, resume)
 

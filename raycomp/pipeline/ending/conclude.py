@@ -17,12 +17,13 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8
 from raycomp.pipeline.build import ResolvedStage, dense_model
+from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.inputs import differing_inputs, real_inputs
 from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
@@ -98,6 +99,21 @@ def conclude(
 
     Whatever fails here is a note of the summary: a training is never lost to its ending.
     """
+    with standing_in() as told:
+        return _concluded(job, task, start, resolved, state, earlier, facts, folder, told)
+
+
+def _concluded(
+    job: JobConfig,
+    task: Task,
+    start: StageStart,
+    resolved: ResolvedStage,
+    state: StageState,
+    earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
+    facts: RunFacts,
+    folder: Path,
+    told: Sequence[str],
+) -> Conclusion:
     watch = Stopwatch(facts.timings)
     torch.set_num_threads(job.scaling.threads_per_worker)
     with watch.part("speed up and verify"):
@@ -108,7 +124,7 @@ def conclude(
     with notes.instead_of("masks.safetensors holds the masks of the last stage alone"):
         masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
-    example, *others = _inputs(task, notes)
+    example, *others = _inputs(task, job.training.seed, notes)
     with watch.part("lower to int8"):
         int8 = _lowered(job, result, example, others, notes)
     with watch.part("write the artifact"):
@@ -150,10 +166,11 @@ def conclude(
         artifact_uri=facts.artifact_uri,
         runs_alone=(folder / artifact.PROGRAM).exists(),
     )
+    notes.say(*told)
     return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
 
 
-def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
+def _inputs(task: Task, seed: int, notes: Notes) -> tuple[Any, ...]:
     """What the models are exported for and measured with: an input, and others where sizes differ."""
     with notes.instead_of("the sizes that real batches have are not known"):
         differing = differing_inputs(task, torch.float32)
@@ -161,7 +178,7 @@ def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
             return differing
     with notes.instead_of("the evaluation data can't be read, and the models are exported for the example input"):
         return (real_inputs(task, torch.float32, 2),)
-    return (task.example_input(),)
+    return (given(task, "example_input", seed),)
 
 
 def _forms(dense: nn.Module, result: StageResult, int8: Int8Model | None, notes: Notes) -> figures.Forms:
