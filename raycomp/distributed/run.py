@@ -271,7 +271,9 @@ class _Run:
             self.work.listener.saved(Saved(stage.name, state.epoch))
         order = WorkerOrder(self.work.config, index, self.run_store, resolved, self.work.recipe, sink, self.started)
         with self.work.watch.part("train"):
+            self.run_store.forget_superseded(stage.name)
             train_stage(order, self.cluster, self.datasets, self.work.callbacks)
+            self.run_store.forget_superseded(stage.name)
 
     def _end_stage(self, order: HeadOrder) -> None:
         name = self.work.config.stages[order.index].name
