@@ -159,7 +159,8 @@ class Driver:
             datasets = ray_datasets(task)
         with self._work.watch.part("start Ray"):
             cluster = self._connected()
-        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()))
+        wait_s = self._config.cluster.wait_s
+        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()), wait_s, self._progress.message)
         self._run = self._begun(resume, prepared, cluster, datasets)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
         return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
