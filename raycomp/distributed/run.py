@@ -188,7 +188,7 @@ class Driver:
         if found is not None:
             self._progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
         elif resume:
-            self._progress.message("there is no unfinished run of this job: a new one begins")
+            self._progress.message("no unfinished run has this job and these settings: a new one begins")
         return None
 
 
