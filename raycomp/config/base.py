@@ -17,6 +17,7 @@ from raycomp.errors import ConfigError, Problem
 UNKNOWN_KEY = "unknown_key"
 UNKNOWN_TYPE = "unknown_type"
 _CONFLICT = "conflict"
+_OF_KEY = "[key]"  # what pydantic puts behind a key that is itself wrong
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def unknown_keys(error: ValidationError, raw: object) -> Iterator[tuple[KeyPath,
 def _key_path(loc: Sequence[str | int], raw: object, *, keep_last: bool) -> KeyPath:
     path: list[str | int] = []
     for position, part in enumerate(loc):
+        if part == _OF_KEY:
+            break
         if isinstance(raw, Settings):
             raw = {key: getattr(raw, key) for key in type(raw).model_fields}
         if isinstance(raw, list | tuple):
@@ -184,7 +187,7 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
     if kind == "extra_forbidden":
         key = str(loc[-1])
         remedy = f"write {cls.older_keys[key]}" if key in cls.older_keys else nearest(key, cls.key_names())
-        return _line(loc, UNKNOWN_KEY, f"unknown key '{key}'", remedy, value)
+        return _line(loc, UNKNOWN_KEY, f"unknown key {shown(key)}", remedy, value)
     if kind == "missing":
         field = next(f for n, f in cls.model_fields.items() if loc[-1] in (n, f.alias))
         return _line(loc, kind, f"the key '{loc[-1]}' is missing", (field.description or "").partition("\n")[0], value)

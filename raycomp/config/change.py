@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from raycomp.config.base import unknown_keys
 from raycomp.config.job import JobConfig
-from raycomp.config.values import KeyPath, format_path, parse_path, shown
+from raycomp.config.values import PATHS, KeyPath, format_path, parse_path, shown
 from raycomp.errors import ConfigError, Problem
 
 
@@ -25,7 +25,7 @@ def set_key(mapping: Mapping[str, Any], key_path: str, value: Any) -> dict[str, 
     """
     path = parse_path(key_path)
     if not path:
-        raise ConfigError([Problem(key_path, "it names no key", "should be such as training.seed")])
+        raise ConfigError([Problem(shown(key_path), "it is no path of keys", PATHS)])
     result = deepcopy(dict(mapping))
     holder: Any = result
     for position, part in enumerate(path):

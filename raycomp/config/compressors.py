@@ -333,6 +333,15 @@ class AutoCompressPrunerConfig(SimulatedAnnealingPrunerConfig):
     total_iteration: Count
     """Turns until the goal is reached."""
 
+    @classmethod
+    def conflicts(cls, given: Given) -> Iterator[Conflict]:
+        yield from super().conflicts(given)
+        for index, entry in enumerate(given.child("pruner").children("config_list")):
+            for name, value in entry.child("budget").values.items():
+                if isinstance(value, int | float) and value > 1:
+                    where = ("pruner", "config_list", index, "budget", name)
+                    yield Conflict(where, f"turns share out a part, not the number {value}", "should be at most 1")
+
     def turn(self, number: int, *, cut: bool) -> SimulatedAnnealingPrunerConfig:
         """What one turn does, counted from 0.
 
@@ -344,7 +353,9 @@ class AutoCompressPrunerConfig(SimulatedAnnealingPrunerConfig):
         entries = tuple(entry.towards(share) for entry in self.pruner.config_list)
         pruner = self.pruner.model_copy(update={"config_list": entries})
         values = {name: getattr(self, name) for name in SimulatedAnnealingPrunerConfig.model_fields if name != "type"}
-        return SimulatedAnnealingPrunerConfig(**{**values, "pruner": pruner, "seed": self.seed + number})
+        kind: Any = SimulatedAnnealingPrunerConfig
+        made: SimulatedAnnealingPrunerConfig = kind(**{**values, "pruner": pruner, "seed": self.seed + number})
+        return made
 
 
 @compressor("raycomp.pruning.amc:AMCPruner", needs={Need.SEARCH})

@@ -193,6 +193,8 @@ class SelectionEntry(_SaysWhatWasGiven):
 
     target_class: ClassVar[type[Settings]]
     older_keys: ClassVar[Mapping[str, str]] = nni.SELECTING_KEYS
+    least: ClassVar[str] = "add op_types, op_names or op_names_re"
+    """What to write into an entry that is empty."""
 
     op_types: Items[_Name] = ()
     """Class names of modules, exact."""
@@ -222,7 +224,9 @@ class SelectionEntry(_SaysWhatWasGiven):
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
         keys = ("op_types", "op_names", "op_names_re")
-        if not any(given.values.get(key) for key in keys) and not cls.may_mean(given, keys):
+        if not given.values:
+            yield Conflict((), "it is empty", cls.least)
+        elif not any(given.values.get(key) for key in keys) and not cls.may_mean(given, keys):
             yield Conflict((), "it selects no module", "add op_types, op_names or op_names_re")
         yield from _target_conflicts(cls.target_class, given)
 
@@ -260,6 +264,7 @@ class PruneEntry(PruneTarget, SelectionEntry):
     """One entry of a pruner's config list."""
 
     target_class: ClassVar[type[Settings]] = PruneTarget
+    least: ClassVar[str] = "add op_types, op_names or op_names_re, and sparse_ratio, sparse_threshold or align"
     older_keys: ClassVar[Mapping[str, str]] = {**nni.SELECTING_KEYS, **nni.PRUNING_KEYS}
     target_settings: dict[_TargetName, PruneTarget] = Field(default_factory=dict)
     """Settings for single targets, over those of the entry."""
@@ -285,10 +290,9 @@ class PruneEntry(PruneTarget, SelectionEntry):
         bypassed = all(level.text("apply_method") == "bypass" for level in levels)
         # NNI once had entries that only exclude: they need no goal to be told what they should be.
         said = "exclude" in given.values or any(level.has(goal) for level in levels for goal in goals)
-        if not bypassed and not said and not any(cls.may_mean(level, goals) for level in levels):
-            yield Conflict(
-                (), "it does not say how much to prune", "add sparse_ratio, sparse_threshold, budget or align"
-            )
+        if given.values and not bypassed and not said and not any(cls.may_mean(level, goals) for level in levels):
+            remedy = "add sparse_ratio, sparse_threshold, budget or align"
+            yield Conflict((), "it does not say how much to prune", remedy)
 
 
 class QuantizeEntry(QuantizeTarget, SelectionEntry):

@@ -199,6 +199,7 @@ class JobConfig(Settings):
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
+        yield from _turn_conflicts(given)
         training, seen = given.child("training").values, set[str]()
         fits = not list(accumulation_conflicts(Given(training)))
         for index, stage in enumerate(given.children("stages")):
@@ -213,6 +214,19 @@ class JobConfig(Settings):
         kinds = {COMPRESSORS[name].kind if name in COMPRESSORS else "quantizer" for name in types if name}
         if given.child("int8").values.get("enabled") is True and "quantizer" not in kinds:
             yield Conflict(("int8", "enabled"), "no stage has a quantizer", "add one, or set it to 'auto'")
+
+
+def _turn_conflicts(given: Given) -> Iterator[Conflict]:
+    """A stage that prunes in turns becomes several: two kinds of turns in one can't."""
+    for index, stage in enumerate(given.children("stages")):
+        places = [
+            place
+            for place, each in enumerate(stage.children("compressors"))
+            if each.text("type") == "AutoCompressPruner"
+        ]
+        for place in places[1:]:
+            where = ("stages", index, "compressors", place)
+            yield Conflict(where, "the stage prunes in turns already", "put it in a stage of its own")
 
 
 def _sha256(content: JsonValue) -> str:

@@ -14,6 +14,7 @@ from raycomp.config.base import problems_of
 from raycomp.config.entries import DistillEntry, Entry, PruneEntry, QuantizeEntry, SelectionEntry
 from raycomp.config.job import JobConfig
 from raycomp.config.source import SourceMap, read_yaml
+from raycomp.config.turns import in_turns
 from raycomp.config.values import format_path, shown
 from raycomp.errors import ConfigError, Problem
 
@@ -60,7 +61,7 @@ def load_job_file(path: str | Path, task: Mapping[str, Any] | None = None) -> Jo
         raise ConfigError(found) from None
     if problems:
         raise ConfigError(problems)
-    return JobFile(job, values, source)
+    return JobFile(in_turns(job), values, source)
 
 
 def load_job(path: str | Path) -> JobConfig:
@@ -97,7 +98,7 @@ def parse_job(
         mapping = mapping.model_dump(mode="json")
     mapping = with_task(mapping, task)
     try:
-        return JobConfig.model_validate(mapping)
+        return in_turns(JobConfig.model_validate(mapping))
     except ValidationError as error:
         raise ConfigError(problems_of(error, mapping, lambda path: format_path(path, where))) from None
 

@@ -32,7 +32,7 @@ def _each(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 NAMES = _each(
     {
-        "": "AutoCompressPruner "
+        "": ""
         "NetAdaptPruner "
         "TransformerHeadPruner LsqQuantizer LsqPlusQuantizer DoReFaQuantizer BNNQuantizer NaiveQuantizer",
         "write L1NormPruner": "L1FilterPruner",

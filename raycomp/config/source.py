@@ -190,7 +190,9 @@ class _Reader:
             key = key_node.value
             if key in values:
                 first = self.lines[(*path, key)]
-                self.report(key_node, (*path, key), f"the key '{key}' stands twice, first in line {first}", "keep one")
+                self.report(
+                    key_node, (*path, key), f"the key {shown(key)} stands twice, first in line {first}", "keep one"
+                )
                 continue
             self.lines[(*path, key)] = key_node.start_mark.line + 1
             values[key] = self.value(value_node, (*path, key))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.values import Count, Json, KeyPath, Seed, SomeItems, Text, expects, parse_path
+from raycomp.config.values import PATHS, Count, Json, KeyPath, Seed, SomeItems, Text, expects, parse_path
 
 _T = TypeVar("_T", int, float)
 _KINDS = ("grid", "choice", "uniform", "loguniform", "randint")
@@ -136,6 +136,10 @@ class SweepConfig(Settings):
         seen: dict[KeyPath, str] = {}
         for key in search:
             path = parse_path(str(key))
+            if not path:
+                if key:
+                    yield Conflict(("search", key), "it is no path of keys", PATHS)
+                continue
             if path[:1] and path[0] in _NOT_SEARCHED:
                 yield Conflict(("search", key), f"a sweep sets {path[0]} itself", "search another key")
             for other, spelling in seen.items():

@@ -14,6 +14,11 @@ from pydantic_core import PydanticCustomError
 KeyPath = tuple[str | int, ...]
 _T = TypeVar("_T")
 _LONGEST = 80
+_PARTS = re.compile(r"\[(0|[1-9][0-9]*)\]|([^.\[\]]+)")
+_PATH = re.compile(r"(?:[^.\[\]]+|\[(?:0|[1-9][0-9]*)\])(?:\.[^.\[\]]+|\[(?:0|[1-9][0-9]*)\])*")
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
+PATHS = "write a path of keys such as training.seed or stages[0].training.epochs"
+"""The remedy for a text that `parse_path` takes for none."""
 
 
 def closest(name: str, choices: Iterable[str]) -> str | None:
@@ -49,14 +54,22 @@ def format_path(path: Sequence[str | int], root: str = "") -> str:
     """`("stages", 0, "name")` as `stages[0].name`, behind `root` if there is one."""
     text = root
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        text += f"[{part}]" if isinstance(part, int) else f".{_spelled(part)}" if text else _spelled(part)
     return text
 
 
+def _spelled(key: str) -> str:
+    """A key as a path shows it: in one line, and no longer than can be read."""
+    key = key if key.isprintable() else repr(key)[1:-1]
+    return key if len(key) <= _LONGEST else key[: _LONGEST - 3] + "..."
+
+
 def parse_path(text: str) -> KeyPath:
-    """The inverse of `format_path`; also takes `stages.0.name`."""
-    parts = re.findall(r"\[(\d+)\]|([^.\[\]]+)", text)
-    return tuple(int(index or name) if (index or name.isdigit()) else name for index, name in parts)
+    """The inverse of `format_path`; also takes `stages.0.name`. What is written in another way names nothing."""
+    if not _PATH.fullmatch(text):
+        return ()
+    parts = _PARTS.findall(text)
+    return tuple(int(index or name) if _NUMBER.fullmatch(index or name) else name for index, name in parts)
 
 
 def expects(text: str) -> WrapValidator:

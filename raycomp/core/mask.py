@@ -9,6 +9,9 @@ from raycomp.core.masks import ApplyMethod, apply_mask, fits
 from raycomp.core.target import AdoptsShapes, set_buffer_
 from raycomp.errors import CompressionError
 
+_KEPT = 0.999
+"""A mean of masks keeps what nearly all of them keep: sums of floats are not exact."""
+
 
 class Mask(AdoptsShapes):
     """Applies a mask to its target: `mul` zeroes, `add` adds -1000 where masked (for the inputs of a softmax).
@@ -27,6 +30,7 @@ class Mask(AdoptsShapes):
         self.method: ApplyMethod = method
         self.has_rank = has_rank
         self.register_buffer("mask", torch.ones(shape))
+        self._seen: int | None = None
 
     @classmethod
     def of(cls, mask: Tensor, method: ApplyMethod) -> Mask:
@@ -41,6 +45,7 @@ class Mask(AdoptsShapes):
         Raises:
             CompressionError: the mask doesn't broadcast to it.
         """
+        self._make_whole_()
         mask = self._in_rank(self.mask, value.dim())
         if not fits(mask, value.shape):
             message = f"the mask's shape is {tuple(self.mask.shape)}, and the value's {tuple(value.shape)}"
@@ -52,6 +57,16 @@ class Mask(AdoptsShapes):
     def set_(self, mask: Tensor) -> None:
         """Takes over a mask; that of an activation keeps the rank that a forward pass has shown."""
         set_buffer_(self, "mask", self._in_rank(mask, self.mask.dim()))
+
+    @torch.no_grad()
+    def _make_whole_(self) -> None:
+        """Sets the mask to 0 and 1 again, where others have written to it: AveragedModel makes means of buffers."""
+        mask = self.mask
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting() or mask.is_inference():
+            return
+        if mask._version != self._seen:
+            mask.copy_(mask > _KEPT)
+            self._seen = mask._version
 
     @torch.no_grad()
     def commit_(self, parameter: Tensor) -> None:

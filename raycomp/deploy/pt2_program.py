@@ -64,9 +64,9 @@ class _Builder:
 
     def _input(self, argument: schema.Argument, spec: schema.InputSpec, tensors: Mapping[str, Tensor]) -> None:
         kind, given = schema.only(spec)
-        if kind == "user_input" and argument.as_tensor is not None:
-            self._take(argument.as_tensor.name, self.graph.placeholder(self._checked(argument.as_tensor.name)))
-        elif kind == "user_input" and schema.only(argument)[0] in _SYMBOLS:
+        if kind == "user_input" and argument.kind == "as_tensor":
+            self._take(argument.value.name, self.graph.placeholder(self._checked(argument.value.name)))
+        elif kind == "user_input" and argument.kind in _SYMBOLS:
             raise not_whole("a number among its inputs", self.where)
         elif kind in ("parameter", "buffer", "tensor_constant"):
             path = given.parameter_name if kind == "parameter" else None
@@ -80,8 +80,8 @@ class _Builder:
     def _finish(self, graph: schema.Graph) -> Interpreted:
         for node in graph.nodes:
             self._call(node)
-        results = [argument for argument in graph.outputs if schema.only(argument)[0] not in ("as_none", "as_int")]
-        if any(argument.as_tensor is None for argument in results):
+        results = [argument for argument in graph.outputs if argument.kind not in ("as_none", "as_int")]
+        if any(argument.kind != "as_tensor" for argument in results):
             raise not_whole("an output that is no tensor", self.where)
         self.graph.output(tuple(self._value(argument) for argument in results))
         return interpreted(self.root, self.graph)
@@ -93,7 +93,7 @@ class _Builder:
         kwargs = {self._checked(item.name): self._value(item.arg) for item in node.inputs if item.kind == 2}
         check_call(function, args, kwargs)
         result = self.graph.call_function(function, tuple(args), kwargs)
-        outputs = [schema.only(output) for output in node.outputs]
+        outputs: list[tuple[str, Any]] = list(node.outputs)
         if len(outputs) == 1 and outputs[0][0] == "as_tensors":
             outputs = [("as_tensor", name) for name in outputs[0][1]]
         elif len(outputs) == 1 and node.target not in _BLOCKS:
@@ -125,7 +125,7 @@ class _Builder:
         raise refused(f"the operator {target[:80]!r}", self.where)
 
     def _value(self, argument: schema.Argument) -> Any:
-        kind, value = schema.only(argument)
+        kind, value = argument
         if kind == "as_none":
             return None
         if kind == "as_tensor":
@@ -168,7 +168,7 @@ class _Builder:
     def _block(self, graph: schema.Graph) -> fx.Node:
         inner = _Builder(self.where)
         for argument in graph.inputs:
-            kind, value = schema.only(argument)
+            kind, value = argument
             name = value.name if kind == "as_tensor" else value.as_name if kind in _SYMBOLS else None
             inner._take(str(name), inner.graph.placeholder(self._checked(str(name))))
         name, self.blocks = f"{_BLOCK}_{self.blocks}", self.blocks + 1
@@ -213,9 +213,9 @@ def input_sizes(program: schema.Program) -> list[InputSizes]:
     """The sizes that each input tensor of a program has."""
     module = program.graph_module
     names = [
-        argument.as_tensor.name
+        argument.value.name
         for argument, spec in zip(module.graph.inputs, module.signature.input_specs, strict=True)
-        if spec.user_input is not None and argument.as_tensor is not None
+        if spec.user_input is not None and argument.kind == "as_tensor"
     ]
     return [(name, _sizes(module.graph.tensor_values.get(name))) for name in names]
 

@@ -7,12 +7,13 @@ what torch evaluates, generates source from or unpickles; `pt2_unread` says what
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import BeforeValidator, Field, JsonValue, TypeAdapter
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, JsonValue, TypeAdapter
+from pydantic_core import core_schema
 
-from raycomp.storage.documents import Many, record
+from raycomp.storage.documents import Many, ManyNamed, record
 
 DTYPES = {
     1: torch.uint8,
@@ -126,7 +127,7 @@ class GraphArgument:
 
 
 @record
-class Argument:
+class _Argument:
     """One value: exactly one of the keys is given."""
 
     as_none: bool | None = None
@@ -157,6 +158,22 @@ class Argument:
     as_graph: GraphArgument | None = None
 
 
+class Argument(NamedTuple):
+    """What an argument is, and its value.
+
+    Kept without all that it could be, in a quarter of the memory: a hundred layers have ten thousand of them.
+    """
+
+    kind: str
+    value: Any
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            lambda given: cls(*only(given)), handler.generate_schema(_Argument)
+        )
+
+
 @record
 class NamedArgument:
     name: str
@@ -169,7 +186,7 @@ class Node:
     target: str
     inputs: Many[NamedArgument]
     outputs: Many[Argument]
-    metadata: dict[str, str]
+    metadata: ManyNamed[str]
     is_hop_single_tensor_return: bool | None = None
     name: str | None = None
 
@@ -179,12 +196,12 @@ class Graph:
     inputs: Many[Argument]
     outputs: Many[Argument]
     nodes: Many[Node]
-    tensor_values: dict[str, TensorMeta]
-    sym_int_values: dict[str, JsonValue]
-    sym_bool_values: dict[str, JsonValue]
+    tensor_values: ManyNamed[TensorMeta]
+    sym_int_values: ManyNamed[JsonValue]
+    sym_bool_values: ManyNamed[JsonValue]
     is_single_tensor_return: bool = False
-    custom_obj_values: dict[str, JsonValue] = Field(default_factory=dict, max_length=0)
-    sym_float_values: dict[str, JsonValue] = Field(default_factory=dict)
+    custom_obj_values: ManyNamed[JsonValue] = Field(default_factory=dict, max_length=0)
+    sym_float_values: ManyNamed[JsonValue] = Field(default_factory=dict)
 
 
 @record
@@ -257,8 +274,8 @@ class GraphModule:
     graph: Graph
     signature: Signature
     module_call_graph: Many[CallEntry]
-    metadata: dict[str, str] = Field(default_factory=dict)
-    treespec_namedtuple_fields: dict[str, JsonValue] = Field(default_factory=dict)
+    metadata: ManyNamed[str] = Field(default_factory=dict)
+    treespec_namedtuple_fields: ManyNamed[JsonValue] = Field(default_factory=dict)
 
 
 @record
@@ -270,8 +287,8 @@ class Range:
 @record
 class Program:
     graph_module: GraphModule
-    opset_version: dict[str, int]
-    range_constraints: dict[str, Range]
+    opset_version: ManyNamed[int]
+    range_constraints: ManyNamed[Range]
     schema_version: dict[Literal["major", "minor"], int]
     verifiers: Many[str] = Field(default_factory=list)
     torch_version: str = ""
@@ -288,7 +305,7 @@ class Payload:
 
 @record
 class Payloads:
-    config: dict[str, Payload]
+    config: ManyNamed[Payload]
 
 
 PROGRAM: TypeAdapter[Program] = TypeAdapter(Program)
@@ -303,5 +320,5 @@ def only(union: Any) -> tuple[str, Any]:
     """
     given = [(key, value) for key in union.__slots__ if (value := getattr(union, key)) is not None]
     if len(given) != 1:
-        raise ValueError(f"a {type(union).__name__} holds one value, not {len(given)}")
+        raise ValueError(f"a {type(union).__name__.strip('_')} holds one value, not {len(given)}")
     return given[0]

@@ -85,8 +85,8 @@ def _check_graph(graph: Graph, where: str) -> None:
             if not text.isprintable():
                 raise refused(f"the text {text[:80]!r}", where)
         for item in node.inputs:
-            if item.arg.as_graph is not None:
-                _check_graph(item.arg.as_graph.graph, where)
+            if item.arg.kind == "as_graph":
+                _check_graph(item.arg.value.graph, where)
 
 
 def _check_size(size: StoredSize, where: str) -> None:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, TypeAdapter
 from raycomp.errors import SpeedupError
 from raycomp.speedup.graph.example import Tree
 from raycomp.speedup.graph.operators import is_identifier
-from raycomp.storage.documents import Document, Many, parse_document
+from raycomp.storage.documents import Document, Many, ManyNamed, parse_document
 
 
 def _identifier(name: str) -> str:
@@ -32,7 +32,7 @@ class _Constant(Document):
 
 class _Dict(Document):
     kind: Literal["dict"]
-    items: dict[str, _Tree]
+    items: ManyNamed[_Tree]
     attributes: bool
 
 
@@ -72,7 +72,7 @@ class Description(Document):
     __pydantic_extra__: dict[str, JsonValue]
 
     signature: Signature
-    versions: dict[str, str]
+    versions: ManyNamed[str]
 
 
 _ADAPTER = TypeAdapter(Description)

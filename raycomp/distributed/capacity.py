@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import ray
 from ray._private.state import state as global_state
@@ -26,6 +26,13 @@ def demand(scaling: ScalingConfig, *, use_gpu: bool) -> dict[str, float]:
     return {name: amount * scaling.num_workers for name, amount in per_worker.items()}
 
 
+def worker_bundles(scaling: ScalingConfig, *, use_gpu: bool) -> list[dict[str, float]]:
+    """What each worker of a job reserves."""
+    workers = scaling.num_workers
+    each = {name: amount / workers for name, amount in demand(scaling, use_gpu=use_gpu).items()}
+    return [each] * workers
+
+
 def lack_of(needed: Mapping[str, float], workers: int) -> str | None:
     """What the cluster has too little of; None where it has all that is needed."""
     there = ray.cluster_resources()
@@ -36,19 +43,29 @@ def lack_of(needed: Mapping[str, float], workers: int) -> str | None:
     return None
 
 
-def await_growth(needed: Mapping[str, float], workers: int, lack: str, wait_s: float | None, tell: Tell) -> str | None:
-    """Asks the cluster to grow, and waits for it; gives what it then still lacks."""
+def await_growth(
+    bundles: Sequence[Mapping[str, float]], look: Callable[[], str | None], wait_s: float | None, tell: Tell
+) -> str | None:
+    """Asks a cluster that lacks something to grow, and waits for it; gives what it then still lacks.
+
+    Args:
+        bundles: all that it should have room for at the same time.
+        look: gives what it lacks now.
+        wait_s: how long; None as long as a cluster with an autoscaler gets.
+        tell: hears that it is waited for.
+    """
+    found = look()
     wait_s = (_WAIT_S if _has_autoscaler() else 0.0) if wait_s is None else wait_s
-    if wait_s == 0:
-        return lack
-    tell(f"{lack}: it gets {wait_s:g} s to grow (cluster.wait_s)")
+    if found is None or wait_s == 0:
+        return found
+    tell(f"{found}: it gets {wait_s:g} s to grow (cluster.wait_s)")
     # An autoscaler sees what a pending group asks for; other jobs' requests stay as they are.
-    asked = placement_group([{name: amount / workers for name, amount in needed.items()}] * workers)
-    deadline, found = time.monotonic() + wait_s, lack_of(needed, workers)
+    asked = placement_group([dict(bundle) for bundle in bundles])
+    deadline = time.monotonic() + wait_s
     try:
         while found is not None and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
-            found = lack_of(needed, workers)
+            found = look()
     finally:
         remove_placement_group(asked)
     return found

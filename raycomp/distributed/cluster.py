@@ -17,7 +17,7 @@ from ray._private import worker as ray_worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
-from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of
+from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of, worker_bundles
 from raycomp.distributed.interrupt import raise_if_interrupted, same_signals
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError
@@ -32,6 +32,10 @@ _MOST_WORKERS_PER_CORE = 4
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # is set for the driver of a submitted job
 # CPUs of a local Ray beyond what workers may take: for what user code asks of Ray, or a task each of two data sets.
 _SPARE_CPUS, _DATA_CPUS = 1, 2
+
+
+def _silent(line: str) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,40 @@ class Cluster:
     use_gpu: bool
     description: str
 
-    def require_data_cpus(self, scaling: ScalingConfig, needed: float) -> None:
-        """Raises ClusterError if the workers leave too few CPUs to Ray Data's tasks, which would wait for ever."""
-        there, workers = ray.cluster_resources().get("CPU", 0.0), demand(scaling, use_gpu=False).get("CPU", 0.0)
-        if there - workers >= needed:
+    def require_data_cpus(
+        self, scaling: ScalingConfig, needed: float, wait_s: float | None = 0.0, tell: Tell = _silent
+    ) -> None:
+        """Sees to it that the workers leave enough CPUs to Ray Data's tasks, which would else wait for ever.
+
+        Args:
+            scaling: says what the workers need.
+            needed: CPUs for Ray Data.
+            wait_s: how long a cluster that lacks them gets to grow, as in `await_growth`; a local one can't.
+            tell: hears that it is waited for.
+
+        Raises:
+            ClusterError: they leave too few.
+        """
+        workers = demand(scaling, use_gpu=False).get("CPU", 0.0)
+
+        def left() -> float:
+            return ray.cluster_resources().get("CPU", 0.0) - workers
+
+        def lack() -> str | None:
+            return None if left() >= needed else f"Ray Data needs {needed:g} CPU, and the workers leave {left():g}"
+
+        bundles = [*worker_bundles(scaling, use_gpu=self.use_gpu), *[{"CPU": 1.0}] * math.ceil(needed)]
+        if lack() is None or (not self.local and await_growth(bundles, lack, wait_s, tell) is None):
             return
         remedy = "fewer num_workers, or less CPU in resources_per_worker"
         if self.local:
             remedy = f"set cluster.num_cpus to {math.ceil(workers + needed - self.spare_cpus)}, or {remedy}"
         raise ClusterError(
             f"the data is Ray Data's, whose actors and tasks need {needed:g} CPU{'s' * (needed != 1)} at the same "
-            f"time, and the workers leave {there - workers:g}",
+            f"time, and the workers leave {left():g}",
             where="scaling",
             remedy=remedy,
         )
-
-
-def _silent(line: str) -> None:
-    """Tells nobody."""
 
 
 @contextmanager
@@ -237,7 +257,8 @@ def _checked(job: JobConfig, tell: Tell, spare: int) -> Cluster:
     needed = demand(scaling, use_gpu=use_gpu)
     lack = lack_of(needed, scaling.num_workers)
     if lack is not None and not local:
-        lack = await_growth(needed, scaling.num_workers, lack, job.cluster.wait_s, tell)
+        bundles = worker_bundles(scaling, use_gpu=use_gpu)
+        lack = await_growth(bundles, lambda: lack_of(needed, scaling.num_workers), job.cluster.wait_s, tell)
     if lack is not None:
         raise ClusterError(
             lack,

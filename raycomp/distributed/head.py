@@ -17,6 +17,7 @@ from raycomp.distributed.search import found_by_searches
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import ArtifactError, RaycompError
 from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
 from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
@@ -97,8 +98,9 @@ def end_stage(order: HeadOrder) -> None:
     """Finishes a stage that isn't the last, and stores where the next one starts."""
     state, index = order.state(), order.index
     start = order.run_store.fetch_start(index)
-    with scratch() as folder, data_made_once():
+    with scratch() as folder, data_made_once(), standing_in() as told:
         result = finish_stage(order.job, index, order.task(folder / "task"), start, order.resolved, state)
+        result = replace(result, notes=(*result.notes, *told))
         save_outcome(folder / "outcome", StageOutcome.of(result, state), result)
         order.run_store.upload(f"stages/{index}", folder / "outcome")
 
@@ -121,9 +123,8 @@ def publish_run(order: HeadOrder, facts: RunFacts) -> Conclusion:
             order.resolved,
             order.state(),
             [_earlier(run_store, index) for index in range(order.index)],
-            facts,
+            replace(facts, searches=found_by_searches(job, run_store)),
             files,
-            found_by_searches(job, run_store),
         )
         summary = conclusion.summary
         fields = {

@@ -30,6 +30,7 @@ from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
 from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.earlier import kept_for_the_ending
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
 from raycomp.pipeline.preflight import Checked
@@ -141,6 +142,7 @@ class Driver:
             resume_with: what to tell who interrupts it.
         """
         self._stack.enter_context(interruptible())
+        self._stack.enter_context(kept_for_the_ending())
         with told(self._progress.message, self._state, resume_with):
             return self._fit(check, resume)
 
@@ -158,7 +160,8 @@ class Driver:
             datasets = ray_datasets(task)
         with self._work.watch.part("start Ray"):
             cluster = self._connected()
-        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()))
+        wait_s = self._config.cluster.wait_s
+        cluster.require_data_cpus(self._config.scaling, data_cpus(datasets.values()), wait_s, self._progress.message)
         self._run = self._begun(resume, prepared, cluster, datasets)
         self._progress.message(f"run {self._run.run_store.run} on {cluster.description}")
         return self._run.to_its_end(checked.first, self._stack.enter_context(progress_sink(self._work.listener)))
@@ -186,7 +189,7 @@ class Driver:
         if found is not None:
             self._progress.message(f"run {found.run} of this job is unfinished; --resume would go on with it")
         elif resume:
-            self._progress.message("there is no unfinished run of this job: a new one begins")
+            self._progress.message("no unfinished run has this job and these settings: a new one begins")
         return None
 
 
@@ -277,7 +280,9 @@ class _Run:
             self.work.listener.saved(Saved(stage.name, state.epoch))
         order = WorkerOrder(self.work.config, index, self.run_store, resolved, self.work.recipe, sink, self.started)
         with self.work.watch.part("train"):
+            self.run_store.forget_superseded(stage.name)
             train_stage(order, self.cluster, self.datasets, self.work.callbacks)
+            self.run_store.forget_superseded(stage.name)
 
     def _end_stage(self, order: HeadOrder) -> None:
         name = self.work.config.stages[order.index].name

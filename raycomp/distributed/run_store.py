@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 
 from raycomp.config import JobConfig
 from raycomp.distributed.records import read_record, write_record
-from raycomp.errors import ArtifactError
+from raycomp.errors import ArtifactError, StorageError
 from raycomp.pipeline.stage import StageStart
 from raycomp.pipeline.training.checkpoint import StageState, epochs_done
 from raycomp.storage import Store, open_store, scratch
@@ -21,6 +22,8 @@ from raycomp.storage.explain import explained
 from raycomp.storage.upload import upload_file
 
 _RECORD = "run.json"
+KEPT_CHECKPOINTS = 2
+"""Of a stage: the second serves where the first is damaged."""
 _CHECKPOINT = "checkpoint_"  # as Ray Train names them, with the time behind it
 _DIGESTS = ".sha256.json"
 _DIGESTS_ADAPTER = TypeAdapter(dict[str, str])
@@ -158,8 +161,7 @@ class RunStore:
         Ray got to know of it. How far they are is what they say: the time in their names is that of any machine.
         """
         place, damaged = self.train.join(stage), list[str]()
-        names = [name for name in place.folders() if name.startswith(_CHECKPOINT)]
-        for name in sorted(names, key=lambda each: (_epochs_done(place.join(each)), each), reverse=True):
+        for name in _furthest_first(place):
             with scratch() as folder:
                 try:
                     state = StageState.load(_local(place.join(name), folder))
@@ -168,6 +170,36 @@ class RunStore:
                     continue
             return replace(state, notes=(*state.notes, *damaged)), tuple(damaged)
         return None, tuple(damaged)
+
+    def forget_superseded(self, stage: str) -> None:
+        """Removes a stage's checkpoints behind the furthest that is whole and the one before it.
+
+        Ray keeps as many of each run, and knows none of those that a run has gone on from. That one can't be removed
+        harms nothing.
+        """
+        place = self.train.join(stage)
+        names = _furthest_first(place)
+        if len(names) <= KEPT_CHECKPOINTS:
+            return
+        whole = next((at for at, name in enumerate(names) if _is_whole(place.join(name))), len(names))
+        for name in names[whole + KEPT_CHECKPOINTS :]:
+            with contextlib.suppress(StorageError):
+                place.delete_dir(name)
+
+
+def _furthest_first(place: Store) -> list[str]:
+    """The names of a stage's checkpoints."""
+    names = [name for name in place.folders() if name.startswith(_CHECKPOINT)]
+    return sorted(names, key=lambda each: (_epochs_done(place.join(each)), each), reverse=True)
+
+
+def _is_whole(checkpoint: Store) -> bool:
+    with scratch() as folder:
+        try:
+            StageState.load(_local(checkpoint, folder))
+        except ArtifactError:
+            return False
+    return True
 
 
 def job_uri(job: JobConfig) -> str:

@@ -20,6 +20,7 @@ from raycomp.distributed.failures import StopOnOurErrors, translated
 from raycomp.distributed.progress import Progress
 from raycomp.distributed.ray_data import Shards
 from raycomp.distributed.rendezvous import torch_config
+from raycomp.distributed.run_store import KEPT_CHECKPOINTS
 from raycomp.distributed.worker import News, Saved, WorkerOrder, train_loop
 from raycomp.errors import NotFiniteError
 from raycomp.results.progress import ProgressEvent
@@ -131,7 +132,7 @@ def train_stage(
             storage_path=train.path,
             storage_filesystem=train.filesystem,
             failure_config=FailureConfig(max_failures=job.scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             callbacks=[StopOnOurErrors(order.sink), *(callbacks or [])],
         ),
         datasets=dict(datasets or {}),

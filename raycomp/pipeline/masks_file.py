@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 from raycomp.core.masks import ApplyMethod, Masks
 from raycomp.core.target import TargetId
 from raycomp.storage import load_metadata, load_tensors, save_tensors
-from raycomp.storage.documents import parse_document
+from raycomp.storage.documents import ManyNamed, parse_document
 
 _METHODS = "apply_methods"
-_ADAPTER = TypeAdapter(dict[str, ApplyMethod])
+_ADAPTER = TypeAdapter(ManyNamed[ApplyMethod])
 
 
 def save_masks(path: Path, masks: Masks) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from raycomp.errors import RaycompError
+from raycomp.pipeline.user_code import ends_the_process
 from raycomp.speedup.graph.program import cause_of
 
 _LOG = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Notes:
         try:
             yield
         except BaseException as error:  # a user's code may call sys.exit()
-            if _ends_the_process(error):
+            if ends_the_process(error):
                 raise
             _LOG.debug("%s", lost, exc_info=True)
             cause = str(error) if isinstance(error, RaycompError) else cause_of(error)
@@ -45,11 +46,6 @@ class Notes:
     def __call__(self) -> tuple[str, ...]:
         """All of them, each once."""
         return tuple(dict.fromkeys(self._said))
-
-
-def _ends_the_process(error: BaseException) -> bool:
-    """Whether it is an interrupt, or Ray's way to stop a worker."""
-    return isinstance(error, KeyboardInterrupt) or getattr(error, "is_ray_terminate", False)
 
 
 def layers_by_cause(causes: Mapping[str, str]) -> list[str]:

@@ -22,6 +22,7 @@ from raycomp.errors import TaskError
 from raycomp.pipeline.data import structure
 from raycomp.pipeline.data.batches import first_batch, is_map_style
 from raycomp.pipeline.data.plan import TorchBatches
+from raycomp.pipeline.earlier import keep, stand_in
 from raycomp.pipeline.user_code import user_code
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
@@ -246,12 +247,19 @@ def given(task: Task, method: str, seed: int = 0) -> Any:
     """What a method of the task's without arguments gives, the same in every process: what it draws from the global
     generators is seeded.
 
+    After the training, what it gave before stands in where it raises.
+
     Raises:
         TaskError: it raised.
     """
-    with restored_generators(), user_code(f"{type(task).__name__}.{method}()"):
-        seed_everything(seed)
-        return getattr(task, method)()
+    try:
+        with restored_generators(), user_code(f"{type(task).__name__}.{method}()"):
+            seed_everything(seed)
+            found = getattr(task, method)()
+    except TaskError as error:
+        return stand_in(method, seed, error)
+    keep(method, seed, found)
+    return found
 
 
 def given_data(task: Task, split: str) -> Any:

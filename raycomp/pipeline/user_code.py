@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import signal
 import sysconfig
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.utils.data import get_worker_info
 
 from raycomp.errors import RaycompError, TaskError
 
@@ -30,23 +33,40 @@ def user_code(what: str) -> Iterator[None]:
         what: the part of the task that runs: `Digits.train_data()`.
 
     Raises:
-        TaskError: from any other exception; raycomp's own errors pass as they are, and so do those of a broken
-            connection to another worker, which a forward pass meets where a batch norm or DDP speaks to it.
+        TaskError: from any other exception, `sys.exit()` too; raycomp's own errors pass as they are, and so do
+            interrupts, and the errors of a broken connection to another worker, which a forward pass meets where a
+            batch norm or DDP speaks to it.
     """
     try:
         yield
     except RaycompError:
         raise
-    except Exception as error:
-        if is_of_communication(error):
+    except BaseException as error:
+        if isinstance(error, GeneratorExit) or is_of_communication(error) or ends_the_process(error):
             raise
         cause, place = _elsewhere(error) or (_told(error), _place(error))
         raise TaskError(f"{what} raised {cause}", where=place) from error
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def ends_the_process(error: BaseException) -> bool:
+    """Whether an error is an interrupt, or Ray's way to stop a worker, and not what the user's code raised by itself.
+
+    Interrupts reach the main thread alone, and are plain ones where Python's own handler makes them, or code in C++.
+    """
+    if not isinstance(error, KeyboardInterrupt):
+        return getattr(error, "is_ray_terminate", False)
+    if type(error) is not KeyboardInterrupt:
+        return True
+    if threading.current_thread() is not threading.main_thread() or get_worker_info() is not None:
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    by_hand = bool(frames) and not _is_library(frames[-1].filename)
+    return not by_hand or signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def is_of_communication(error: BaseException) -> bool:
@@ -55,7 +75,7 @@ def is_of_communication(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def _elsewhere(error: Exception) -> tuple[str, str | None] | None:
+def _elsewhere(error: BaseException) -> tuple[str, str | None] | None:
     """Cause and place of an error in another process, of which Ray has no more than the text of its traceback."""
     text = _COLOURS.sub("", str(error))
     if not text.startswith("ray::"):

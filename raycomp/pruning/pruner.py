@@ -56,11 +56,7 @@ class Pruner(Compressor):
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.masks: dict[TargetId, Mask] = {}
         super().__init__(model, config_list, evaluator)
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """When it decides: as it says itself, or as what stands around it does."""
-        return self.own_schedule()
+        self.schedule = self.own_schedule()
 
     @property
     def rounds(self) -> int:

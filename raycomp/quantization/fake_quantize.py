@@ -40,7 +40,8 @@ class FakeQuantize(AdoptsShapes):
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
         self.register_buffer("tracked_min", torch.full(shape, torch.inf))
         self.register_buffer("tracked_max", torch.full(shape, -torch.inf))
-        self.register_buffer("enabled", torch.tensor(False))
+        # A number, because torch's means of buffers can't be made of truth values; above 0 is on.
+        self.register_buffer("enabled", torch.zeros(()))
         self._read: tuple[Tensor | None, int, bool] = (None, -1, False)
 
     @property

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from raycomp.errors import ArtifactError
 from raycomp.results.progress import ProgressEvent
+from raycomp.storage.documents import ManyFrozen, ManyNamed, not_a_document, parse_document
 
 FORMS = {
     "dense": "the model as it was, before compression",
@@ -38,11 +39,11 @@ class ModelFigures:
     """
 
     name: str
-    metrics: dict[str, float]
+    metrics: ManyNamed[float]
     parameters: int
     macs: int | None
     file_bytes: int | None
-    latency_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    latency_s: ManyNamed[float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Verification:
     output_range: float
     relative: float
     tolerance: float
-    batch_sizes: tuple[int, ...]
+    batch_sizes: ManyFrozen[int]
     passed: bool
     reference: str = "simulated"
     metric_difference: float | None = None
@@ -107,7 +108,7 @@ class Int8Figures:
     vnni: bool
     reduce_range: bool
     layers: int = 0
-    float_layers: dict[str, str] = dataclasses.field(default_factory=dict)
+    float_layers: ManyNamed[str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +117,8 @@ class LayerFigures:
 
     module: str
     type: str
-    shape_before: tuple[int, ...]
-    shape_after: tuple[int, ...]
+    shape_before: ManyFrozen[int]
+    shape_after: ManyFrozen[int]
     sparsity: float
     quantized: str | None = None
 
@@ -182,16 +183,16 @@ class RunSummary:
     job: str
     run: str
     created: str
-    models: tuple[ModelFigures, ...]
+    models: ManyFrozen[ModelFigures]
     verification: Verification | None = None
     simulation: Simulation | None = None
     int8: Int8Figures | None = None
-    layers: tuple[LayerFigures, ...] = ()
-    unpruned: tuple[Unpruned, ...] = ()
-    history: tuple[ProgressEvent, ...] = ()
-    timings: dict[str, float] = dataclasses.field(default_factory=dict)
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    layers: ManyFrozen[LayerFigures] = ()
+    unpruned: ManyFrozen[Unpruned] = ()
+    history: ManyFrozen[ProgressEvent] = ()
+    timings: ManyNamed[float] = dataclasses.field(default_factory=dict)
+    environment: ManyNamed[str] = dataclasses.field(default_factory=dict)
+    warnings: ManyFrozen[str] = ()
     config_yaml: str = ""
     artifact_uri: str = ""
     runs_alone: bool = True
@@ -207,7 +208,7 @@ class RunSummary:
     @staticmethod
     def from_json(text: str | bytes) -> RunSummary:
         """Reads what `to_json` wrote. Raises ArtifactError where it is something else."""
-        return _validate(lambda: _ADAPTER.validate_json(text))
+        return parse_document(_ADAPTER, text, "a run's summary", "summary.json")
 
     def figures(self) -> dict[str, Any]:
         """The results without history, layers and job file, as plain JSON values: what a manifest carries."""
@@ -230,7 +231,10 @@ class RunSummary:
     def from_figures(figures: Mapping[str, Any], *, job: str, run: str, created: str) -> RunSummary:
         """The summary that a manifest's figures describe. Raises ArtifactError where they are something else."""
         fields = {**figures, "job": job, "run": run, "created": created}
-        return _validate(lambda: _ADAPTER.validate_python(fields))
+        try:
+            return _ADAPTER.validate_python(fields)
+        except ValidationError as error:
+            raise not_a_document(error, "a run's summary", "manifest.json", ArtifactError) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,12 +263,3 @@ class TrialFigures:
 
 
 _ADAPTER: TypeAdapter[RunSummary] = TypeAdapter(RunSummary)
-
-
-def _validate(read: Callable[[], RunSummary]) -> RunSummary:
-    try:
-        return read()
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ArtifactError(f"not a run's summary: {first['msg']}", where=place or None) from error

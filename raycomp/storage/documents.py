@@ -12,8 +12,9 @@ from raycomp.config.values import format_path, shown
 from raycomp.errors import ArtifactError, RaycompError
 
 LONGEST_DOCUMENT = 256 * 1024**2
-_MOST_PARTS = 2**18
-"""Lists and objects in a document, each of which takes a hundred times the memory of its two characters."""
+_MOST_PARTS, _BYTES_OF_A_PART = 2**18, 26
+"""Lists and objects in a document, each of which takes a hundred times the memory of its two characters: so many, or
+one for so many bytes. An exported program has one for 28 bytes."""
 _MOST_ERRORS = 1000
 _EXACT = ConfigDict(strict=True, extra="forbid")
 STRICT = ConfigDict(**_EXACT, frozen=True)
@@ -27,7 +28,9 @@ class _FailFast(FailFast):
 
 
 Many = Annotated[list[_T], _FailFast()]
-"""A list that is refused at its first wrong item: each one that is told takes half a kB."""
+ManyNamed = Annotated[dict[str, _T], _FailFast()]
+ManyFrozen = Annotated[tuple[_T, ...], _FailFast()]
+"""Lists, objects and tuples that are refused at their first wrong item: each one that is told takes half a kB."""
 
 
 class Document(BaseModel):
@@ -74,8 +77,9 @@ def check_extent(data: str | bytes, what: str, where: str, kind: type[RaycompErr
     if len(data) > LONGEST_DOCUMENT:
         raise kind(f"{what} has at most {LONGEST_DOCUMENT:,} bytes, and this one {len(data):,}", where=where)
     parts = data.count("{") + data.count("[") if isinstance(data, str) else data.count(b"{") + data.count(b"[")
-    if parts > _MOST_PARTS:
-        raise kind(f"{what} has at most {_MOST_PARTS:,} lists and objects, and this one {parts:,}", where=where)
+    most = max(_MOST_PARTS, len(data) // _BYTES_OF_A_PART)
+    if parts > most:
+        raise kind(f"{what} of this length has at most {most:,} lists and objects, and this {parts:,}", where=where)
 
 
 def not_a_document(error: ValidationError, what: str, where: str, kind: type[RaycompError]) -> RaycompError:

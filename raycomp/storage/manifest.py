@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from raycomp.config.base import Settings, problems_of
 from raycomp.config.values import CountOrZero, Slug, Text, expects, format_path
 from raycomp.errors import ArtifactError
-from raycomp.storage.documents import check_extent
+from raycomp.storage.documents import ManyNamed, check_extent
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -59,7 +59,7 @@ class Manifest(Settings):
     files: dict[_FileName, FileRecord]
     lineage: dict[str, JsonValue] = Field(default_factory=dict)
     """What it was made from."""
-    versions: dict[str, str] = Field(default_factory=dict)
+    versions: ManyNamed[str] = Field(default_factory=dict)
     """The versions of the packages that made it."""
     figures: dict[str, JsonValue] = Field(default_factory=dict)
     """What was measured."""

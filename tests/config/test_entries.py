@@ -264,6 +264,12 @@ def test_an_entry_that_only_excludes_is_told_alone() -> None:
     assert second.where == "config_list[1].granularty"
 
 
+@pytest.mark.parametrize("kind", ["pruner", "quantizer", "distiller"])
+def test_an_empty_entry_is_told_once(kind: Any) -> None:
+    (only,) = problems(kind, {})
+    assert only.message == "it is empty" and only.remedy.startswith("add op_types, op_names or op_names_re")
+
+
 def test_a_missing_goal_is_told_beside_a_key_that_means_something_else() -> None:
     told = [problem.message for problem in problems("pruner", {"op_names": ["b"], "granularty": [1]})]
     assert told == ["unknown key 'granularty'", "it does not say how much to prune"]

@@ -54,6 +54,7 @@ def only_problem(file: Path, text: str) -> Problem:
         ("num_workers: 2", "num_workers: 1000000000", "10 scaling.num_workers", "got 1000000000", "at most 10000"),
         ("{width: 8}", "{width: .inf}", "2 task.arguments.width", "got inf", "finite numbers"),
         ("Conv2d]", "Conv2d], target_names: []", "9 stages[0].compressors[0].config_list[0].target_names", "empty", ""),
+        ("name: digits", 'name: digits\n"a\\nb\\x1b": 1', "2 a\\nb\\x1b", "unknown key 'a\\nb\\x1b'", "choose from"),
         ("size: 64", "size: " + "9" * 5000, "3 training.global_batch_size", "'9999", "of this type"),
     ],
 )  # fmt: skip

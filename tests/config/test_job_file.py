@@ -246,6 +246,13 @@ def test_parse_path_reads_both_spellings() -> None:
     assert parse_path("stages.0.compressors.10.type") == ("stages", 0, "compressors", 10, "type")
 
 
+@pytest.mark.parametrize(
+    "text", ["training..epochs", "stages]0[", "a.", ".a", "stages[0", "a]", "a[0]b", "a[].b", "a[x]", "a[00]", ".", ""]
+)
+def test_what_only_looks_like_a_path_names_nothing(text: str) -> None:
+    assert parse_path(text) == ()
+
+
 def test_set_key_changes_a_copy(file: Path) -> None:
     file.write_text(GOOD)
     raw, _ = read_job(file)
@@ -275,7 +282,9 @@ def test_set_key_leaves_wrong_values_to_the_job(file: Path) -> None:
         ("name.first", "there is 'digits' already"),
         ("training.0", "it is a mapping: a key comes here"),
         ("stages.0.compressors.0.pruner.config_list.0.sparse_rato", "did you mean 'sparse_ratio'?"),
-        ("", "should be such as training.seed"),
+        ("training..epochs", "write a path of keys such as training.seed or stages[0].training.epochs"),
+        ("stages]0[", "write a path of keys such as training.seed or stages[0].training.epochs"),
+        ("", "write a path of keys such as training.seed or stages[0].training.epochs"),
     ],
 )
 def test_set_key_refuses_what_a_job_does_not_have(file: Path, key: str, told: str) -> None:

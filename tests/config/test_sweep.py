@@ -161,6 +161,22 @@ search:
     ]
 
 
+def test_a_key_that_is_no_path_is_told_at_its_line(folder: Path) -> None:
+    text = """\
+job: job.yaml
+search:
+  training..epochs: {grid: [1, 2]}
+  "stages]0[": {grid: [1, 2]}
+  "train\\ning": {grid: [1, 2]}
+"""
+    path = "write a path of keys such as training.seed or stages[0].training.epochs"
+    assert sorted(problems(folder, text)) == [
+        ("3 search.training..epochs", "it is no path of keys", path),
+        ("4 search.stages]0[", "it is no path of keys", path),
+        ("5 search.train\\ning", "got 'train\\ning'", "should be a text that is not empty, without control characters"),
+    ]
+
+
 def test_the_ends_of_a_range_are_checked(folder: Path) -> None:
     planned(folder, {RATIO: {"uniform": [0.0, 1.0]}})
     with pytest.raises(ConfigError, match=r"sweep\.search\..*uniform\[1\]: got 1\.09"):

@@ -61,6 +61,12 @@ SETTINGS: dict[str, Settings] = {
         "cool_down_rate": 0.4,
         "candidates": 2,
     },
+    "AutoCompressPruner": {
+        "pruner": {"type": "L1NormPruner", "config_list": HALF},
+        "cool_down_rate": 0.4,
+        "candidates": 2,
+        "total_iteration": 1,
+    },
     "AMCPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "total_episode": 3, "candidates": 2},
     "LotteryTicketPruner": {"pruner": {"type": "L1NormPruner", "config_list": HALF}, "total_iteration": 2},
     "QATQuantizer": {"config_list": INTEGERS, "quant_start_step": 3},

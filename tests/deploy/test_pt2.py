@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.export.pt2_archive import constants
 
 from raycomp.deploy.pt2 import export_pt2, load_pt2
+from raycomp.deploy.pt2_schema import PROGRAM
 from raycomp.errors import SpeedupError
+from raycomp.storage.documents import parse_document
 from tests.deploy.networks import ResidualNet, randomize_norms_
 
 
@@ -323,3 +325,22 @@ def test_a_model_of_any_number_of_inputs_loads_and_is_exported_again(model: Any,
     export_pt2(model, example, first)
     export_pt2(load_pt2(first), example, second)
     assert torch.equal(run(load_pt2(first)), run(model)) and torch.equal(run(load_pt2(second)), run(model))
+
+
+def test_a_program_of_two_hundred_layers_is_read() -> None:
+    """Its lists and objects are more than a small document may hold, and in proportion to its length."""
+    call = {
+        "target": "torch.ops.aten.add.Tensor",
+        "inputs": [{"name": "self", "arg": {"as_tensor": {"name": "p_layers_100_attention_weight"}}, "kind": 1}],
+        "outputs": [{"as_tensor": {"name": "scaled_dot_product_attention_100"}}],
+        "metadata": {},
+    }
+    graph = {"inputs": [], "outputs": [], "nodes": [call] * 60_000, "tensor_values": {}}
+    graph |= {"sym_int_values": {}, "sym_bool_values": {}}
+    module = {"graph": graph, "signature": {"input_specs": [], "output_specs": []}, "module_call_graph": []}
+    program = {"graph_module": module, "opset_version": {}, "range_constraints": {}, "schema_version": {}}
+    text = json.dumps(program)
+    assert text.count("{") + text.count("[") > 2**18
+    found = parse_document(PROGRAM, text, "a program", "model.json")
+    assert len(found.graph_module.graph.nodes) == 60_000
+    assert found.graph_module.graph.nodes[-1].outputs[0].kind == "as_tensor"

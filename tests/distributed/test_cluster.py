@@ -11,9 +11,9 @@ import pytest
 import ray
 
 from raycomp import CompressionJob
-from raycomp.config import parse_job
+from raycomp.config import ScalingConfig, parse_job
 from raycomp.distributed import capacity, cluster
-from raycomp.distributed.capacity import await_growth, lack_of
+from raycomp.distributed.capacity import await_growth, lack_of, worker_bundles
 from raycomp.errors import ClusterError, ConfigError
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
@@ -40,9 +40,8 @@ class Growing:
 
 
 def _awaited(wait_s: float | None, told: list[str]) -> str | None:
-    lack = lack_of(_NEEDED, 4)
-    assert lack is not None
-    return await_growth(_NEEDED, 4, lack, wait_s, told.append)
+    bundles = worker_bundles(ScalingConfig(num_workers=4, resources_per_worker={"CPU": 2}), use_gpu=False)
+    return await_growth(bundles, lambda: lack_of(_NEEDED, 4), wait_s, told.append)
 
 
 def test_a_cluster_that_grows_is_waited_for_and_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +58,16 @@ def test_a_cluster_without_an_autoscaler_is_not_waited_for_unless_the_job_says_s
     assert _awaited(None, told) == "4 workers with 2 CPU each need 8 CPU, the cluster has 2"
     assert growing.asked == [] and told == []
     assert _awaited(5, told) is None
+
+
+def test_a_cluster_is_waited_for_until_it_has_room_for_ray_data_beside_the_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    growing, told = Growing(monkeypatch), list[str]()
+    there = cluster.Cluster(local=False, spare_cpus=0, use_gpu=False, description="2 CPUs")
+    there.require_data_cpus(ScalingConfig(num_workers=2), 3, None, told.append)
+    assert growing.cpus >= 5 and growing.asked == [[{"CPU": 1.0}] * 5] and growing.removed == ["group"]
+    assert told == ["Ray Data needs 3 CPU, and the workers leave 0: it gets 600 s to grow (cluster.wait_s)"]
 
 
 def test_the_wait_ends_and_asks_for_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,32 @@ def test_the_furthest_checkpoint_counts_not_the_one_with_the_latest_time(run_sto
     assert state is not None and (state.epoch, damaged) == (3, ())
 
 
+def _saved(folder: Path, *epochs: int) -> None:
+    for epoch in epochs:
+        (folder / f"checkpoint_{epoch}").mkdir(parents=True)
+        _state(epoch).save(folder / f"checkpoint_{epoch}")
+
+
+def test_checkpoints_that_a_resumed_run_supersedes_are_removed(tmp_path: Path) -> None:
+    """Those of two runs before it, of which Ray knows nothing."""
+    folder = tmp_path / "train" / "run" / "prune"
+    _saved(folder, 3, 4, 7, 8, 9, 10)
+    RunStore(str(tmp_path), "run").forget_superseded("prune")
+    assert {path.name for path in folder.iterdir()} == {"checkpoint_9", "checkpoint_10"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", _FILES)
+def test_the_only_good_checkpoint_is_never_removed(tmp_path: Path, file: str, damage: str) -> None:
+    folder, run_store = tmp_path / "train" / "run" / "prune", RunStore(str(tmp_path), "run")
+    _saved(folder, 1, 2, 3, 4)
+    for epoch in (2, 3, 4):
+        DAMAGES[damage](folder / f"checkpoint_{epoch}" / file)
+    run_store.forget_superseded("prune")
+    state, _ = run_store.last_state("prune")
+    assert state is not None and state.epoch == 1
+
+
 @pytest.fixture
 def uploaded(tmp_path: Path) -> RunStore:
     """A run with two files that the task prepared, and the results of two stages."""

@@ -75,8 +75,8 @@ def test_what_a_package_lacks_says_what_to_write(package: str) -> None:
 
 def test_an_algorithm_that_is_not_there_or_elsewhere_names_those_that_are() -> None:
     pruners = ", ".join(name for name, each in COMPRESSORS.items() if each.kind == "pruner")
-    with pytest.raises(ImportError, match=rf"raycomp has no AMCPruner \(there are {pruners}\)"):
-        from raycomp import AMCPruner  # noqa: F401
+    with pytest.raises(ImportError, match=rf"raycomp has no NetAdaptPruner \(there are {pruners}\)"):
+        from raycomp import NetAdaptPruner  # noqa: F401
     with pytest.raises(ImportError, match=r"\(write from raycomp\.pruning import L1NormPruner\)"):
         from raycomp import L1NormPruner  # type: ignore[attr-defined]  # noqa: F401
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from raycomp.config import parse_job
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.sizes import ExportReport
+from raycomp.errors import TaskError
 from raycomp.pipeline import stage
+from raycomp.pipeline.earlier import kept_for_the_ending
 from raycomp.pipeline.ending import artifact, conclude, figures
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageStart, resolve_start
+from raycomp.pipeline.task import given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.report import render_report
@@ -47,14 +50,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def ended(checkpoint: Path, folder: Path, **keys: Any) -> RunSummary:
-    """What the head node makes of the training, for a job with other keys."""
+def ended(checkpoint: Path, folder: Path, fault: Callable[[], None] | None = None, **keys: Any) -> RunSummary:
+    """What the head node makes of the training, for a job with other keys; `fault` comes up in between."""
     config = parse_job({**RAW, **keys})
     task, start = build_task(config.task), StageStart()
     state, facts = StageState.load(checkpoint), conclude.RunFacts("run", "now", str(folder), {}, {})
-    return conclude.conclude(
-        config, task, start, resolve_start(config, 0, task, start), state, [], facts, folder
-    ).summary
+    resolved = resolve_start(config, 0, task, start)
+    if fault is not None:
+        fault()
+    return conclude.conclude(config, task, start, resolved, state, [], facts, folder).summary
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +270,35 @@ def test_measuring_ends_at_its_limit_for_all_forms_alike(checkpoint: Path, tmp_p
     summary = ended(checkpoint, tmp_path, evaluation={"batch_size": 1, "limit_s": 1e-9, "latency_runs": 1})
     assert [row.metrics["accuracy"] in (0.0, 1.0) for row in summary.models] == [True] * len(FORMS)
     assert "metrics are of the first 1 samples: evaluation.limit_s is 1e-09" in summary.warnings
+
+
+@pytest.mark.usefixtures("ready_exports")
+@pytest.mark.parametrize("methods", [("model",), ("example_input", "eval_data"), ("train_data", "eval_data", "inputs")])
+def test_what_the_task_gave_before_its_training_stands_in_for_what_fails_after_it(
+    methods: tuple[str, ...], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its model may come from a hub that is away by then, or its code may leave with `sys.exit()`."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit(3)
+
+    def fault() -> None:
+        for method in methods:
+            monkeypatch.setattr(tiny.Tiny, method, leave)
+
+    with kept_for_the_ending():
+        summary = ended(checkpoint, tmp_path, fault)
+    assert {"model.safetensors", "model.pt2", "report.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert any("SystemExit: 3" in warning for warning in summary.warnings)
+    if methods == ("model",):
+        assert any("model() raised SystemExit: 3: what model() gave" in warning for warning in summary.warnings)
+        assert {row.name: row.metrics for row in summary.models}["dense"].keys() == {"accuracy"}
+
+
+def test_nothing_stands_in_before_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = build_task(parse_job(RAW).task)
+    with kept_for_the_ending():
+        given(task, "model")
+        monkeypatch.setattr(type(task), "model", fail)
+        with pytest.raises(TaskError, match="ZeroDivisionError"):
+            given(task, "model")

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import Dataset
 
 from raycomp.config import TaskConfig
+from raycomp.distributed.interrupt import Interrupted, interruptible
 from raycomp.errors import TaskError
+from raycomp.pipeline.data.samples import fetched_batches
 from raycomp.pipeline.entrypoint import build_task
+from raycomp.pipeline.task import Task
 from raycomp.pipeline.user_code import user_code
 
 SOURCE = """
@@ -113,3 +120,71 @@ def test_an_error_of_the_user_keeps_its_cause_and_survives_pickling() -> None:
     assert "loss() raised ValueError: invalid literal for int()" in str(copy)
     with pytest.raises(TaskError, match=r"^own$"), user_code("loss()"):
         raise TaskError("own")
+
+
+def leave() -> None:
+    sys.exit(3)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def in_a_thread(function: Callable[[], None]) -> BaseException:
+    """What a Ray Train worker's training thread would end with."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            with user_code("Digits.loss()"):
+                function()
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return caught[0]
+
+
+@pytest.mark.parametrize("function, kind", [(leave, "SystemExit: 3"), (interrupt, "KeyboardInterrupt")])
+def test_leaving_in_the_midst_of_training_is_the_task_s_own_error(function: Callable[[], None], kind: str) -> None:
+    error = in_a_thread(function)
+    assert isinstance(error, TaskError) and error.message == f"Digits.loss() raised {kind}"
+    assert error.where is not None and error.where.startswith(__file__)
+
+
+def test_a_real_interrupt_passes_through_the_user_s_code() -> None:
+    stopped = SystemExit(15)
+    stopped.is_ray_terminate = True  # type: ignore[attr-defined]
+    for error in (KeyboardInterrupt(), Interrupted(signal.SIGTERM), stopped):
+        with pytest.raises(type(error)), user_code("loss()"):
+            raise error
+
+
+def test_an_interrupt_raised_by_hand_is_none_where_raycomp_hears_the_signals() -> None:
+    with interruptible(), pytest.raises(TaskError, match="KeyboardInterrupt"), user_code("loss()"):
+        interrupt()
+    with pytest.raises(Interrupted), interruptible(), user_code("loss()"):
+        signal.raise_signal(signal.SIGINT)
+
+
+class Leaving(Dataset[int]):
+    """Ends its process where it is read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        sys.exit(5)
+
+
+class Reading(Task):
+    """Needs no more than its data."""
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_leaving_in_a_loading_process_names_the_data(processes: int) -> None:
+    wanted = [torch.tensor([0, 1])]
+    with pytest.raises(TaskError, match="sample 0 of Reading's data raised SystemExit: 5"):
+        list(fetched_batches(Reading(), Leaving(), wanted, 0, 0, num_data_workers=processes))

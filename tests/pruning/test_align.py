@@ -220,3 +220,19 @@ def test_a_moving_average_of_the_model_made_at_the_beginning_is_masked() -> None
     value = torch.randn(3, 4)
     assert torch.equal(averaged(value), model(value))
     assert int((averaged.module[1](torch.ones(1, 6)) == 0).sum()) == 3  # type: ignore[union-attr, operator, index]
+
+
+@pytest.mark.parametrize("average", [None, get_ema_multi_avg_fn(0.63)])
+def test_a_mean_of_masks_masks_what_the_last_of_them_does(average: Any) -> None:
+    """With `use_buffers`, torch averages the masks, too: 0.37 of a weight is neither kept nor masked."""
+    model = nn.Sequential(nn.Linear(4, 8))
+    pruner = L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+    averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged.update_parameters(model)
+    pruner.compress()
+    averaged.update_parameters(model)
+    averaged(torch.ones(1, 4))
+    found = {name.removeprefix("module."): value for name, value in averaged.named_buffers() if "mask" in name}
+    masks = {name: value for name, value in model.named_buffers() if "mask" in name}
+    assert found.keys() == masks.keys() and all(torch.equal(found[name], masks[name]) for name in masks)
+    assert any(0 < value.mean() < 1 for value in masks.values())

@@ -209,7 +209,7 @@ def test_a_later_mask_keeps_the_rank_that_a_forward_pass_has_shown() -> None:
         optimizer.step()
     assert shape == (1, 6, 1, 1)
     pruner.pruner.set_masks({}, 1.0)
-    pruner.pruner._follow()
+    pruner.pruner.follow()
     assert pruner.get_masks()["act"]["_output_0"].shape == (1, 6, 1, 1)
 
 

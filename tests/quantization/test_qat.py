@@ -256,6 +256,16 @@ def test_a_moving_average_of_the_model_made_at_the_beginning_quantizes(use_buffe
     assert not torch.equal(averaged(value), linear()(value))
 
 
+def test_torch_s_own_mean_of_buffers_can_be_made_of_a_quantized_model() -> None:
+    quantizer = quantized(linear(), target_names=["weight"])
+    averaged = AveragedModel(quantizer.model, use_buffers=True)
+    averaged.update_parameters(quantizer.model)
+    train(quantizer, torch.tensor([[1.0, 2.0]]))
+    averaged.update_parameters(quantizer.model)
+    (enabled,) = (value for name, value in averaged.named_buffers() if name.endswith("enabled"))
+    assert bool(enabled)
+
+
 def test_whether_it_rounds_is_read_again_where_it_was_written() -> None:
     quantizer = quantized(linear(), target_names=["weight"])
     train(quantizer, torch.tensor([[1.0, 2.0]]))

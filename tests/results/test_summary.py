@@ -49,4 +49,4 @@ def test_something_else_is_refused(text: str) -> None:
 def test_figures_of_something_else_name_the_place() -> None:
     with pytest.raises(ArtifactError) as caught:
         RunSummary.from_figures({"models": [{"name": "dense"}]}, job="a", run="b", created="c")
-    assert caught.value.where == "models.0.metrics"
+    assert caught.value.where == "manifest.json" and "models[0].metrics" in caught.value.message

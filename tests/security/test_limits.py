@@ -166,6 +166,15 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a million lists in a plan": lambda real: {"plan.json": lambda p: p.update(keep=[["x"]] * MANY)},
     "a million wrong ranges": lambda real: {"calibration.json": lambda c: c["targets"].update(fc=[{}] * MANY)},
     "a million wrong numbers": lambda real: {"plan.json": lambda p: p.update(keep=[["x"] * MANY])},
+    "a million wrong values of a dict": lambda real: program(
+        real, lambda p: p.update(range_constraints={str(number): 0 for number in range(MANY)})
+    ),
+    "a million wrong figures": lambda real: {
+        "summary.json": lambda s: s.update(timings={str(number): "x" for number in range(MANY)})
+    },
+    "a million wrong targets": lambda real: {
+        "calibration.json": lambda c: c.update(targets={str(number): 0 for number in range(MANY)})
+    },
     "coordinates named by thousands of cuts": lambda real: {"plan.json": named_again},
     "coordinates named by thousands of groups": lambda real: {"plan.json": grouped_again},
     "an ONNX constant of 16 GB": lambda real: {"int8.onnx": hollow_onnx(real)},

@@ -208,3 +208,42 @@ def check_recurrent(layer: nn.RNNBase, x: Tensor, out: int) -> None:
                 run(*weights[:index], odd, *weights[index + 1 :])
     with pytest.raises(GraphError, match="weights of a recurrent layer"):
         run(*weights[:-1])
+
+
+def calling(function: Any, *args: Any, **kwargs: Any) -> Interpreted:
+    """A graph of one operator, whose first argument is the input."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"), *args), kwargs))
+    return interpreted(nn.Module(), graph)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("name", ["div.Tensor_mode", "div_.Scalar_mode", "divide.Scalar_mode", "divide_.Tensor_mode"])
+def test_a_quotient_beyond_its_type_is_an_error_and_ends_no_process(name: str, dtype: torch.dtype) -> None:
+    """-2^63 by -1: on x86 the processor itself interrupts whoever asks for it."""
+    by: Any = -1 if "Scalar" in name else torch.tensor([1, -1], dtype=dtype)
+    root = nn.Module()
+    graph = fx.Graph()
+    x, other = graph.placeholder("x"), graph.placeholder("y")
+    given = by if "Scalar" in name else other
+    graph.output(graph.call_function(pure_operator(f"aten.{name}"), (x, given), {"rounding_mode": "trunc"}))
+    model = interpreted(root, graph)
+    least = torch.iinfo(dtype).min
+    with pytest.raises(GraphError, match="divided by -1"):
+        model(torch.tensor([7, least], dtype=dtype), torch.as_tensor(by))
+    right = [-7, least] if "Tensor" in name else [-7, 8]
+    found = model(torch.tensor([7, -8], dtype=dtype), torch.as_tensor(by))
+    assert found.tolist() == ([7, 8] if "Tensor" in name else right)
+
+
+@pytest.mark.parametrize(
+    "name, args",
+    [("new_empty.default", ([4096],)), ("empty_like.default", ()), ("new_empty.default", ([64, 64],))],
+)
+def test_memory_that_an_operator_leaves_as_it_was_is_zeros(name: str, args: tuple[Any, ...]) -> None:
+    model = calling(pure_operator(f"aten.{name}"), *args)
+    for _ in range(8):
+        left = torch.full((4096,), 7.25)
+        x = torch.ones(4096)
+        del left
+        assert not model(x).any()

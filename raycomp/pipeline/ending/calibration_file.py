@@ -10,7 +10,7 @@ from typing_extensions import TypeAliasType
 
 from raycomp.core.moments import Calibration
 from raycomp.pipeline.ending.artifact import CALIBRATION
-from raycomp.storage.documents import Document, parse_document
+from raycomp.storage.documents import Document, ManyNamed, parse_document
 
 Numbers = TypeAliasType("Numbers", "float | list[Numbers]")
 
@@ -34,7 +34,7 @@ class _Range(Document):
 
 class _Calibration(Document):
     folds: JsonValue
-    targets: dict[str, dict[str, _Range]]
+    targets: ManyNamed[ManyNamed[_Range]]
 
 
 _ADAPTER = TypeAdapter(_Calibration)

@@ -17,12 +17,13 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8
 from raycomp.pipeline.build import ResolvedStage, dense_model
+from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.inputs import differing_inputs, real_inputs
 from raycomp.pipeline.notes import Notes, layers_by_cause
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
-from raycomp.pipeline.task import Task
+from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, SearchFigures, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
@@ -40,6 +41,7 @@ class RunFacts:
         artifact_uri: where the artifact will be.
         environment: the cluster.
         timings: part → seconds, so far.
+        searches: what was searched for.
     """
 
     run: str
@@ -47,6 +49,7 @@ class RunFacts:
     artifact_uri: str
     environment: dict[str, str]
     timings: dict[str, float]
+    searches: tuple[SearchFigures, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,6 @@ def conclude(
     earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
     facts: RunFacts,
     folder: Path,
-    found: tuple[SearchFigures, ...] = (),
 ) -> Conclusion:
     """Finishes the last stage, lowers, measures, and writes the artifact's files into `folder`.
 
@@ -96,10 +98,24 @@ def conclude(
         earlier: the outcomes and masks of the stages before it, and the surgery done before each.
         facts: what the report says of the run.
         folder: an empty folder.
-        found: what searches found.
 
     Whatever fails here is a note of the summary: a training is never lost to its ending.
     """
+    with standing_in() as told:
+        return _concluded(job, task, start, resolved, state, earlier, facts, folder, told)
+
+
+def _concluded(
+    job: JobConfig,
+    task: Task,
+    start: StageStart,
+    resolved: ResolvedStage,
+    state: StageState,
+    earlier: Sequence[tuple[StageOutcome, Masks, Plan]],
+    facts: RunFacts,
+    folder: Path,
+    told: Sequence[str],
+) -> Conclusion:
     watch = Stopwatch(facts.timings)
     torch.set_num_threads(job.scaling.threads_per_worker)
     with watch.part("speed up and verify"):
@@ -110,7 +126,7 @@ def conclude(
     with notes.instead_of("masks.safetensors holds the masks of the last stage alone"):
         masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = dense_model(task, job.training.seed).eval()
-    example, *others = _inputs(task, notes)
+    example, *others = _inputs(task, job.training.seed, notes)
     with watch.part("lower to int8"):
         int8 = _lowered(job, result, example, others, notes)
     with watch.part("write the artifact"):
@@ -151,12 +167,13 @@ def conclude(
         config_yaml=job.to_yaml(),
         artifact_uri=facts.artifact_uri,
         runs_alone=(folder / artifact.PROGRAM).exists(),
-        searches=found,
+        searches=facts.searches,
     )
+    notes.say(*told)
     return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
 
 
-def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
+def _inputs(task: Task, seed: int, notes: Notes) -> tuple[Any, ...]:
     """What the models are exported for and measured with: an input, and others where sizes differ."""
     with notes.instead_of("the sizes that real batches have are not known"):
         differing = differing_inputs(task, torch.float32)
@@ -164,7 +181,7 @@ def _inputs(task: Task, notes: Notes) -> tuple[Any, ...]:
             return differing
     with notes.instead_of("the evaluation data can't be read, and the models are exported for the example input"):
         return (real_inputs(task, torch.float32, 2),)
-    return (task.example_input(),)
+    return (given(task, "example_input", seed),)
 
 
 def _forms(dense: nn.Module, result: StageResult, int8: Int8Model | None, notes: Notes) -> figures.Forms:

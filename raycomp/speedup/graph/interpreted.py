@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.operators import name_of_function, named_function
+from raycomp.speedup.graph.operators import as_run, name_of_function, named_function
 from raycomp.speedup.graph.result_bytes import Allowance, is_traced
 from raycomp.speedup.graph.shapes import Check, check_of
 
@@ -38,6 +38,7 @@ class _Step:
     Args:
         name: the node's.
         function: what is called; for a layer or a tensor of the module its path, in parts.
+        run: what is run in the function's place.
         kind: the node's `op`.
         args, kwargs: with slots for values.
         result: the slot for the result.
@@ -47,6 +48,7 @@ class _Step:
 
     name: str
     function: Any
+    run: Any
     kind: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -94,7 +96,7 @@ class Interpreted(fx.GraphModule):
                         step.check(given, named)
                     if measure is not None:
                         measure.step(step.function, given, named, step.name)
-                    values[step.result] = step.function(*given, **named)
+                    values[step.result] = step.run(*given, **named)
                 except Exception as error:
                     if _is_of_others(error):
                         raise
@@ -167,6 +169,7 @@ def _steps(graph: fx.Graph) -> tuple[tuple[_Step, ...], tuple[str, ...], Any]:
         _Step(
             node.name,
             node.target if node.op == "call_function" else tuple(str(node.target).split(".")),
+            as_run(node.target),
             node.op,
             tuple(_template(argument, slots) for argument in node.args),
             {key: _template(argument, slots) for key, argument in node.kwargs.items()},

@@ -158,6 +158,16 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 """What a graph may call beside operators: arithmetic on sizes, items of results, and raycomp's own."""
 
 
+_UNSET = ("aten::empty", "aten::empty_like", "aten::new_empty")
+
+
+def as_run(function: Any) -> Callable[..., Any]:
+    """What runs in a function's place: an operator's result that would hold what this process had there is zeros."""
+    if not isinstance(function, torch._ops.OpOverload) or function._schema.name not in _UNSET:
+        return function  # type: ignore[no-any-return]
+    return lambda *args, **kwargs: function(*args, **kwargs).zero_()
+
+
 def is_identifier(name: str) -> bool:
     """Whether a name could stand in source as a plain variable: no keyword, none of Python's own `__names__`."""
     return bool(_IDENTIFIER.fullmatch(name)) and not keyword.iskeyword(name) and not name.startswith("__")

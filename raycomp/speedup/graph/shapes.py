@@ -1,6 +1,7 @@
-"""What operators take on trust: those whose native code reads or writes beyond tensors of other sizes than it expects.
+"""What operators take on trust: those whose native code reads or writes beyond tensors of other sizes than it expects,
+or ends the process on a number.
 
-A stored graph may come from a stranger, so that these sizes are compared before such an operator is called.
+A stored graph may come from a stranger, so that these are looked at before such an operator is called.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from raycomp.speedup.graph.result_bytes import is_traced
 
 Check = Callable[[Sequence[Any], Mapping[str, Any]], None]
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
@@ -46,8 +49,24 @@ def _recurrent(gates: int) -> Callable[..., None]:
     return check
 
 
+def _quotient(self: Any, other: Any, rounding_mode: str | None = None) -> None:
+    """The least number by -1 is beyond all numbers of its type, for which a processor knows but an interrupt."""
+    dtype = torch.result_type(self, other)
+    if rounding_mode != "trunc" or dtype.is_floating_point or dtype.is_complex or is_traced():
+        return
+    least = torch.iinfo(torch.int64 if dtype == torch.bool else dtype).min
+    beyond = (torch.as_tensor(self) == least) & (torch.as_tensor(other) == -1)
+    if bool(beyond.any()):
+        raise ValueError(f"{least} divided by -1 is no {dtype}")
+
+
 _CHECKS: dict[str, Callable[..., None]] = {
     "aten._weight_norm.default": _weight_norm,
+    **{
+        f"aten.{name}.{kind}_mode": _quotient
+        for name in ("div", "div_", "divide", "divide_")
+        for kind in ("Tensor", "Scalar")
+    },
     **{f"aten.{name}.input": _recurrent(gates) for name, gates in _GATES.items()},
 }
 
