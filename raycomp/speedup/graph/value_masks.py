@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
+from raycomp.config import nearest
 from raycomp.core.attach import forward_arguments
 from raycomp.core.layout import traced_shapes
 from raycomp.core.masks import ApplyMethod, Masks, apply_mask, fits
@@ -79,10 +80,11 @@ def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
     """
     result = copy.deepcopy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
+    for name in masks.keys() - modules.keys():
+        message = f"masks name a module that the model lacks: {name!r}"
+        raise SpeedupError(message, where="masks", remedy=nearest(name, modules))
     for (name, target), mask in masks.by_target():
         method = masks.method(name, target)
-        if name not in modules:
-            raise SpeedupError(f"masks name a module that the model lacks: {name!r}", where="masks")
         if target_kind(target) == "parameter":
             _mask_parameter(modules[name], name, target, mask, method)
         elif method != "bypass":
