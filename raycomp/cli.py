@@ -255,7 +255,7 @@ def sweep(sweep: Path, resume: bool) -> None:
 
         result = run_sweep(sweep, resume=resume, progress=progress, resume_with=how)
     console = _console()
-    console.print(Visible(result.table()))
+    console.print(Visible(result.table()), soft_wrap=True)
     for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):
         print_line(console, line)
     if len(result.failed) == len(result.rows):
