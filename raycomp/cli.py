@@ -199,9 +199,13 @@ def show(uri: str) -> None:
 @click.argument("uri")
 def list_runs(uri: str) -> None:
     """List the stored runs of a storage or of one job's folder, each with what `show` and `export` take."""
+    from raycomp.storage import MANIFEST, open_store
+
     if not _list(uri):
         click.echo(f"there is no stored run below {uri}", err=True)
         sys.exit(1)
+    if open_store(uri).exists(MANIFEST):
+        click.echo(f"this is a stored run itself; what it holds: {shlex.join(['raycomp', 'show', uri])}", err=True)
 
 
 def _list(uri: str) -> bool:
@@ -228,11 +232,8 @@ def _list(uri: str) -> bool:
 def export(uri: str, form: str, directory: Path) -> None:
     """Copy a stored model into DIRECTORY, verified by its hashes."""
     from raycomp.pipeline.ending.load import export as export_files
-    from raycomp.storage.artifact import understood
 
-    with understood(uri):
-        written = export_files(uri, form, directory)
-    for path in written:
+    for path in export_files(uri, form, directory):
         click.echo(path)
 
 
