@@ -33,7 +33,7 @@ from raycomp.report.table import SweepTable
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact, scratch
-from raycomp.tune.events import TrialEvents
+from raycomp.tune.events import TrialEvents, Unheard
 from raycomp.tune.front import with_front
 from raycomp.tune.resources import TRIAL_RESOURCES, largest, trials_at_once
 from raycomp.tune.sweep_store import REPORT, SweepRecord, SweepStore, sweeps_of, unfinished_sweep
@@ -219,6 +219,7 @@ class _Sweep:
                 storage_path=self.sweep_store.tune_uri,
                 failure_config=tune.FailureConfig(max_failures=self.plan.job.scaling.max_failures),
                 callbacks=[events],
+                progress_reporter=Unheard(),
                 verbose=0,
             ),
         )

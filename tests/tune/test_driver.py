@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ray import tune
 from ray.tune.execution import class_cache
 
 from raycomp.config import JobConfig
@@ -108,6 +109,29 @@ def test_a_sweep_of_failures_still_ends_with_its_table(tmp_path: Path, trials: C
     result = sweep({**settings(tmp_path), "metric": None}, tmp_path)
     assert result.front == ()
     assert "no luck" in Path(result.report_path).read_text()
+
+
+def test_ray_tune_reports_nothing_of_its_own(
+    tmp_path: Path, trials: Callable[[End], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook its reporter cleared the cell, and an empty object of its own stood there."""
+    given: list[tune.RunConfig] = []
+
+    class Tuner:
+        def __init__(self, *_: object, run_config: tune.RunConfig, **__: object) -> None:
+            given.append(run_config)
+
+        def fit(self) -> None:
+            """Ends at once."""
+
+    for name in ("with_parameters", "with_resources"):
+        monkeypatch.setattr(tune, name, lambda *_, **__: None)
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    assert all(row.error for row in sweep(settings(tmp_path), tmp_path).rows)
+    (run_config,) = given
+    reporter = run_config.progress_reporter
+    assert reporter is not None and not reporter.should_report([], done=True)
 
 
 def test_trials_are_sent_no_keys_in_an_environment_that_ray_logs(monkeypatch: pytest.MonkeyPatch) -> None:
