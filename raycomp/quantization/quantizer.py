@@ -176,7 +176,10 @@ class Quantizer(Compressor):
 
     def blank_calibration(self) -> Calibration:
         """The calibration's form, as it is before there are ranges: every target, with scales of 1."""
-        return _calibration(self.quantizers)
+        found = _calibration(self.quantizers)
+        for values in (values for targets in found.values() for values in targets.values()):
+            del values["tracked_min"], values["tracked_max"]
+        return found
 
     def update_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
         """Takes over ranges that were stored before: all of them, or none.

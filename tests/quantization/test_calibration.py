@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from raycomp.core.target import TargetId
-from raycomp.deploy.int8.int8 import lower_int8
+from raycomp.deploy.int8.int8 import foreseen_hindrances, lower_int8
 from raycomp.errors import ArtifactError, CompressionError, RaycompError
 from raycomp.pipeline.ending.calibration_file import read_calibration
 from raycomp.pruning import L1NormPruner
 from raycomp.quantization import PtqQuantizer, QATQuantizer
+from raycomp.quantization.calibration import canonical_calibration
 from raycomp.speedup import cut_calibration
 from raycomp.speedup.surgery.plan import Plan
 
@@ -181,6 +182,15 @@ def test_a_module_that_masks_or_a_lowering_don_t_know_is_told_though_it_names_no
         pruner.update_masks({0: {}})  # type: ignore[dict-item]
     with pytest.raises(RaycompError, match=r"the calibration names 'nope'"):
         lower_int8(nn.Linear(4, 2), {"": {"_input_0": GRID}, "nope": {}}, [], torch.ones(2, 4))
+
+
+def test_the_form_of_a_calibration_before_there_are_ranges_is_right() -> None:
+    """By it validation foresees the int8 model."""
+    model = nn.Sequential(nn.Linear(4, 2))
+    entry = {"op_names": ["0"], "target_names": ["_input_", "weight", "_output_"], "quant_dtype": "int8"}
+    blank = QATQuantizer(model, [entry]).blank_calibration()
+    assert set(canonical_calibration(blank)["0"]) == {"_input_0", "weight", "_output_0"}
+    assert foreseen_hindrances(nn.Sequential(nn.Linear(4, 2)), blank, [], torch.ones(2, 4)) == {}
 
 
 def test_an_average_goes_on_from_an_input_by_its_short_name() -> None:
