@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +196,14 @@ def test_show_lists_figures_and_files(tmp_path: Path) -> None:
     for shown in ("sped-up", "12.5×", "within the tolerance", "warning: the loader", "model.onnx", "2.50 kB"):
         assert shown in result.stdout
     assert f"load    import raycomp; model = raycomp.load({uri!r})" in result.stdout.splitlines()
+
+
+def test_show_tells_how_near_int8_is_and_what_speaks_against_it(tmp_path: Path) -> None:
+    int8 = summary().int8
+    assert int8 is not None
+    result = _invoke("show", _stored(tmp_path, replace(summary(), int8=replace(int8, sqnr_db=4.5)).figures()))
+    assert "int8 against simulated: SQNR 4.5 dB; accuracy −0.001." in result.stdout
+    assert "warning: the int8 model's outputs are not those of the simulated quantization: SQNR 4.5 dB" in result.stdout
 
 
 def test_show_takes_an_artifact_without_figures(tmp_path: Path) -> None:

@@ -154,8 +154,9 @@ def on_demand(start: Callable[[], object]) -> Iterator[None]:
 def exposure(names: Sequence[str]) -> str:
     """Who can read secrets that Ray is given, and how to give it none."""
     return (
-        f"{', '.join(names)} go to the cluster in Ray's runtime environment, which its logs and its Jobs API show; "
-        "cluster.send_credentials: false sends none, where a role or a mounted file of the nodes serves"
+        f"{', '.join(names)} go to the cluster in Ray's runtime environment, where whoever sees its logs or its Jobs "
+        "API can read them; to send none, set cluster.send_credentials: false and give the nodes a role that may use "
+        "the storage, or a mounted file of credentials"
     )
 
 
