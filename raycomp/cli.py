@@ -169,7 +169,8 @@ def submit(
 def show(uri: str) -> None:
     """Show what a stored run holds, or which runs a job's folder holds."""
     from raycomp.report import files_table, result_table
-    from raycomp.report.comparison import load_line, verification_text
+    from raycomp.report.comparison import load_line, rounding_texts, verification_text
+    from raycomp.report.outcome import doubts
     from raycomp.report.table import Visible, print_line
     from raycomp.results.summary import RunSummary
     from raycomp.storage import MANIFEST, open_artifact, open_store
@@ -184,7 +185,8 @@ def show(uri: str) -> None:
             names = {"job": manifest.job, "run": manifest.run, "created": manifest.created}
             found = RunSummary.from_figures(manifest.figures, **names)
             console.print(Visible(result_table(found)))
-            lines = [verification_text(found), *(f"warning: {warning}" for warning in found.warnings)]
+            warnings = [f"warning: {warning}" for warning in (*doubts(found), *found.warnings)]
+            lines = [verification_text(found), *rounding_texts(found), *warnings]
         else:
             lines = [f"{manifest.job}  {manifest.run}"]
         alone = bool(manifest.figures.get("runs_alone", True))
@@ -199,9 +201,13 @@ def show(uri: str) -> None:
 @click.argument("uri")
 def list_runs(uri: str) -> None:
     """List the stored runs of a storage or of one job's folder, each with what `show` and `export` take."""
+    from raycomp.storage import MANIFEST, open_store
+
     if not _list(uri):
         click.echo(f"there is no stored run below {uri}", err=True)
         sys.exit(1)
+    if open_store(uri).exists(MANIFEST):
+        click.echo(f"this is a stored run itself; what it holds: {shlex.join(['raycomp', 'show', uri])}", err=True)
 
 
 def _list(uri: str) -> bool:
@@ -228,11 +234,8 @@ def _list(uri: str) -> bool:
 def export(uri: str, form: str, directory: Path) -> None:
     """Copy a stored model into DIRECTORY, verified by its hashes."""
     from raycomp.pipeline.ending.load import export as export_files
-    from raycomp.storage.artifact import understood
 
-    with understood(uri):
-        written = export_files(uri, form, directory)
-    for path in written:
+    for path in export_files(uri, form, directory):
         click.echo(path)
 
 
@@ -255,7 +258,7 @@ def sweep(sweep: Path, resume: bool) -> None:
 
         result = run_sweep(sweep, resume=resume, progress=progress, resume_with=how)
     console = _console()
-    console.print(Visible(result.table()))
+    console.print(Visible(result.table()), soft_wrap=True)
     for line in (f"sweep     {result.uri}", f"report    {result.report_path}"):
         print_line(console, line)
     if len(result.failed) == len(result.rows):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +198,14 @@ def test_show_lists_figures_and_files(tmp_path: Path) -> None:
     assert f"load    import raycomp; model = raycomp.load({uri!r})" in result.stdout.splitlines()
 
 
+def test_show_tells_how_near_int8_is_and_what_speaks_against_it(tmp_path: Path) -> None:
+    int8 = summary().int8
+    assert int8 is not None
+    result = _invoke("show", _stored(tmp_path, replace(summary(), int8=replace(int8, sqnr_db=4.5)).figures()))
+    assert "int8 against simulated: SQNR 4.5 dB; accuracy −0.001." in result.stdout
+    assert "warning: the int8 model's outputs are not those of the simulated quantization: SQNR 4.5 dB" in result.stdout
+
+
 def test_show_takes_an_artifact_without_figures(tmp_path: Path) -> None:
     result = _invoke("show", _stored(tmp_path, {}))
     assert result.exit_code == 0 and "digits-fused  r1" in result.stdout and "model.onnx" in result.stdout
@@ -340,13 +351,81 @@ def test_stored_runs_are_listed_as_a_shell_takes_them(tmp_path: Path) -> None:
     (files / "report.html").write_text("<p>report</p>")
     fields = {"job": "small", "run": "1", "lineage": {}, "versions": {}, "figures": {}}
     uri = publish(store.join("small", "artifacts"), "1", files, fields).uri
+    sweep = store.join("small", "sweeps", "s1")
+    of_trial = publish(sweep.join("jobs", "small-t1", "artifacts"), "2", files, fields).uri
+    assert _invoke("list", sweep.uri).stdout.startswith(f"'{of_trial}'  20")
     for command, place in (("list", store.uri), ("list", f"{store.uri}/small"), ("show", f"{store.uri}/small")):
         result = _invoke(command, place)
         assert result.exit_code == 0, result.output
         assert result.stdout.startswith(f"'{uri}'  20")
+    own = _invoke("list", uri)
+    assert own.stdout.startswith(f"'{uri}'  20") and own.stdout.count("\n") == 1
+    assert own.stderr == f"this is a stored run itself; what it holds: raycomp show '{uri}'\n"
     assert _invoke("list", tmp_path / "files").exit_code == 1
     assert _invoke("export", uri, "--to", "report", tmp_path / "out").exit_code == 0
     assert (tmp_path / "out" / "report.html").read_text() == "<p>report</p>"
+
+
+@pytest.fixture
+def small_artifact(tmp_path: Path) -> str:
+    files = tmp_path / "made"
+    files.mkdir()
+    (files / "report.html").write_text("<p>report</p>")
+    fields = {"job": "small", "run": "1", "lineage": {}, "versions": {}, "figures": {}}
+    return publish(open_store(str(tmp_path / "store")), "1", files, fields).uri
+
+
+def _exported_to(uri: str, target: Path | str) -> str:
+    """What is told of a target that can't be written, in words alone."""
+    result = _invoke("export", uri, "--to", "report", target)
+    assert result.exit_code == 1 and uri not in result.stderr and "damaged" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+def test_a_target_that_can_t_be_made_is_told_and_not_the_artifact(small_artifact: str, tmp_path: Path) -> None:
+    told = _exported_to(small_artifact, "/proc/x")
+    assert told.startswith("error /proc/x: it can't be written: ") and "choose" in told
+    (tmp_path / "file").write_text("")
+    told = _exported_to(small_artifact, tmp_path / "file" / "out")
+    assert (
+        told
+        == f"error {tmp_path}/file/out: it can't be written: a file is where a folder should be choose another folder"
+    )
+    (tmp_path / "out" / "report.html").mkdir(parents=True)
+    assert f"{tmp_path}/out/report.html: it can't be written: a folder is where a file" in _exported_to(
+        small_artifact, tmp_path / "out"
+    )
+    assert _invoke("export", small_artifact, "--to", "report", tmp_path / "a" / "b" / "c").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "the disk is full make room, or choose another disk"),
+        (errno.EROFS, "the file system is read-only choose a folder that you may write"),
+        (errno.EACCES, "permission denied choose a folder that you may write"),
+        (errno.EIO, "[Errno 5] Input/output error choose a folder that you may write"),
+    ],
+)
+def test_a_target_that_fails_while_it_is_written_is_told_and_left_empty(
+    number: int, told: str, small_artifact: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copy(_source: Path, target: Path) -> None:
+        target.write_text("half of it")
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("shutil.copy", copy)
+    assert (
+        _exported_to(small_artifact, tmp_path / "out")
+        == f"error {tmp_path}/out/report.html: it can't be written: {told}"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_damaged_artifact_is_told_as_the_artifact(small_artifact: str, tmp_path: Path) -> None:
+    (Path(small_artifact) / "report.html").write_text("<p>rapport</p>")
+    result = _invoke("export", small_artifact, "--to", "report", tmp_path / "out")
+    assert result.exit_code == 1 and result.stderr.startswith(f"error {small_artifact}: 'report.html' is not what was")
 
 
 def test_the_schema_of_sweeps_is_printed() -> None:

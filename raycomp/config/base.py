@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from raycomp.config import nni
 from raycomp.config.values import KeyPath, closest, format_path, nearest, shown
@@ -112,6 +113,18 @@ class Settings(BaseModel):
     def key_names(cls) -> list[str]:
         """The keys as a file spells them."""
         return [field.alias or name for name, field in cls.model_fields.items()]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema, with a description of each key: pydantic has none beside some references, and of none that a
+        subclass narrows."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, field in cls.model_fields.items():
+            fields = [base.model_fields.get(name) for base in cls.__mro__ if issubclass(base, Settings)]
+            told = (found.description for found in fields if found is not None and found.description)
+            properties[field.alias or name].setdefault("description", next(told, ""))
+        return schema
 
     @model_validator(mode="wrap")
     @classmethod

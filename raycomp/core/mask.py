@@ -19,8 +19,8 @@ class Mask(AdoptsShapes):
     Args:
         shape: the target's shape; () for an activation, whose mask has none before the first decision.
         method: mul, add or bypass.
-        has_rank: whether the mask broadcasts to the target as it is; else it is the [1, channels] of an activation
-            whose rank a forward pass has yet to show, with the channels in dimension 1.
+        has_rank: whether the mask broadcasts to the target as it is, as [channels] does where these are last; else it
+            is the [1, channels] of an activation, with the channels in dimension 1. A forward pass shows the rank.
     """
 
     mask: Tensor
@@ -75,7 +75,8 @@ class Mask(AdoptsShapes):
             parameter.mul_(self.mask.to(parameter))
 
     def _in_rank(self, mask: Tensor, rank: int) -> Tensor:
-        # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
-        if self.has_rank or not 0 < mask.dim() < rank:
+        if not 0 < mask.dim() < rank:
             return mask
-        return mask.reshape(*mask.shape, *[1] * (rank - mask.dim()))
+        ones = [1] * (rank - mask.dim())
+        # [1, channels] of an activation whose rank wasn't known: behind the channels all is kept or masked alike.
+        return mask.reshape(*ones, *mask.shape) if self.has_rank else mask.reshape(*mask.shape, *ones)

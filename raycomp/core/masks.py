@@ -39,7 +39,11 @@ def fits(mask: Tensor, shape: Sequence[int]) -> bool:
     return mask.dim() <= len(shape) and all(size in (1, whole) for size, whole in behind)
 
 
-def _check_tensors(module: str, targets: Any) -> None:
+def _check_tensors(module: Any, targets: Any) -> None:
+    if not isinstance(module, str):
+        raise CompressionError(
+            f"got {shown(module)} as a module", where=f"masks[{module!r}]", remedy="its name in the model"
+        )
     for target, mask in targets.items() if isinstance(targets, Mapping) else [("", targets)]:
         where = f"masks[{module!r}][{target!r}]"
         if not isinstance(targets, Mapping) or not isinstance(target, str):
@@ -91,7 +95,7 @@ class Masks(dict[str, dict[str, Tensor]]):
             raise CompressionError(f"got {shown(masks)}", where="masks", remedy="{module: {target: tensor}}")
         for module, targets in masks.items():
             _check_tensors(module, targets)
-        given, result = cls(masks), cls()
+        given, result = cls(masks), cls({module: {} for module in masks})
         for target_id, mask in given.by_target():
             result.put(TargetId(target_id.module, canonical_target(target_id.target)), mask, given.method(*target_id))
         return result

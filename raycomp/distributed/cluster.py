@@ -106,6 +106,7 @@ def connect(job: JobConfig, tell: Tell = _silent, *, for_data: bool = False) -> 
         os.environ.setdefault(name, value)
     spare = _DATA_CPUS if for_data else _SPARE_CPUS
     with ExitStack() as stack:
+        stack.enter_context(_raylet_unheard())  # in Ray's last seconds, too
         if not ray.is_initialized():
             with same_signals(), _deaf():
                 _start(stack, job, tell, spare)
@@ -135,6 +136,17 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _raylet_unheard() -> Iterator[None]:
+    """Keeps what Ray's own processes warn of from the terminal."""
     printed = ray_worker.print_to_stdstream
     ray_worker.print_to_stdstream = lambda data, *args, **more: (
         None if data.get("pid") == "raylet" else printed(data, *args, **more)
@@ -143,9 +155,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         ray_worker.print_to_stdstream = printed
-        context.enable_progress_bars = bars
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager
@@ -165,8 +174,9 @@ def on_demand(start: Callable[[], object]) -> Iterator[None]:
 def exposure(names: Sequence[str]) -> str:
     """Who can read secrets that Ray is given, and how to give it none."""
     return (
-        f"{', '.join(names)} go to the cluster in Ray's runtime environment, which its logs and its Jobs API show; "
-        "cluster.send_credentials: false sends none, where a role or a mounted file of the nodes serves"
+        f"{', '.join(names)} go to the cluster in Ray's runtime environment, where whoever sees its logs or its Jobs "
+        "API can read them; to send none, set cluster.send_credentials: false and give the nodes a role that may use "
+        "the storage, or a mounted file of credentials"
     )
 
 

@@ -256,12 +256,17 @@ class Pruner(Compressor):
         Raises:
             CompressionError: a target that this pruner doesn't have, or a mask that doesn't fit it.
         """
-        given = dict(Masks.canonical(masks).by_target())
+        canonical = Masks.canonical(masks)
+        given = dict(canonical.by_target())
         for target_id, mask in given.items():
             if target_id not in self.masks:
                 remedy = nearest(str(target_id), map(str, self.masks))
                 raise CompressionError(f"{type(self).__name__} has no such target", where=str(target_id), remedy=remedy)
             self._check_fit(target_id, mask)
+        ours = {target_id.module for target_id in self.masks}
+        for module in canonical.keys() - ours:
+            message, remedy = f"{type(self).__name__} prunes no such module", nearest(module, ours)
+            raise CompressionError(message, where=f"masks[{module!r}]", remedy=remedy)
         for target_id, mask in given.items():
             self.masks[target_id].set_(mask)
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from raycomp.config import QuantizeTarget
+from raycomp.core.integers import IntegerRange, bits_of
 from raycomp.core.target import AdoptsShapes, set_buffer_
-from raycomp.quantization.functional import IntegerRange, bits_of, fake_quantize, scale_and_zero_point
+from raycomp.quantization.functional import fake_quantize, scale_and_zero_point
 
 
 class FakeQuantize(AdoptsShapes):
@@ -84,16 +85,22 @@ class FakeQuantize(AdoptsShapes):
             self._buffers[name] = torch.full_like(self.get_buffer(name), value)
         self.active = False
 
-    def calibration(self) -> dict[str, Any]:
-        """The target's part of a calibration config."""
+    def said(self) -> dict[str, Any]:
+        """What the config list says of the target, as a calibration config repeats it."""
         return {
-            "scale": self.scale.detach().clone(),
-            "zero_point": self.zero_point.detach().clone(),
             "quant_dtype": self.settings.quant_dtype,
             "quant_scheme": self.settings.quant_scheme,
             "quant_bits": bits_of(self.settings.quant_dtype),
             "quant_min": self.limits.quant_min,
             "quant_max": self.limits.quant_max,
+        }
+
+    def calibration(self) -> dict[str, Any]:
+        """The target's part of a calibration config."""
+        return {
+            "scale": self.scale.detach().clone(),
+            "zero_point": self.zero_point.detach().clone(),
+            **self.said(),
             "axis": None if self.axis is None else self.axis % self.scale.dim(),
             "tracked_min": self.tracked_min.detach().clone(),
             "tracked_max": self.tracked_max.detach().clone(),

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from raycomp.core.integers import IntegerRange
+
 _SMALLEST_SCALE = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class IntegerRange:
-    """The integers that a quantized value may take: intN is ±(2^(N-1)-1), uintN is 0 to 2^N-1."""
-
-    quant_min: int
-    quant_max: int
-
-    @classmethod
-    def of(cls, dtype: str) -> IntegerRange:
-        """The range of `int8`, `uint4`, …"""
-        bits = bits_of(dtype)
-        if dtype.startswith("u"):
-            return cls(0, 2**bits - 1)
-        return cls(-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1)
-
-
-def bits_of(dtype: str) -> int:
-    """8 for `int8` and `uint8`."""
-    return int(dtype.removeprefix("u").removeprefix("int"))
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, dtype: str, scheme: str) -> tuple[Tensor, Tensor]:

@@ -67,11 +67,11 @@ class QATQuantizer(Quantizer):
             quantizer.active = started and bool(torch.isfinite(quantizer.tracked_min).all())
         self.set_parameter_ranges(active=started)
 
-    def update_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Takes over ranges that were stored before; averages go on from them. Errors as in `Quantizer`."""
-        super().update_calibration_config(calibration_config)
-        given = {TargetId(module, target) for module, targets in calibration_config.items() for target in targets}
-        self._averaged |= given & self.watchers.keys()
+    def take_over(self, target_id: TargetId, numbers: Mapping[str, Tensor]) -> None:
+        """Takes over a stored range; an average goes on from it."""
+        super().take_over(target_id, numbers)
+        if target_id in self.watchers:
+            self._averaged.add(target_id)
 
     def rewind(self) -> None:
         super().rewind()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from math import prod
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from raycomp.config import QuantizeEntry, QuantizeTarget, nearest
+from raycomp.core.calibration import NUMBERS, canonical_calibration, varies_along
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
@@ -24,8 +26,6 @@ from raycomp.quantization.fake_quantize import FakeQuantize
 from raycomp.quantization.fold import fold, fold_problem, folded_weight, is_activation
 from raycomp.quantization.granularity import by_group, granularity_problem, scale_layout
 from raycomp.quantization.range_watcher import RangeWatcher, group_range, value_range
-
-_STORED = ("scale", "zero_point", "tracked_min", "tracked_max")
 
 
 class Quantizer(Compressor):
@@ -176,28 +176,55 @@ class Quantizer(Compressor):
 
     def blank_calibration(self) -> Calibration:
         """The calibration's form, as it is before there are ranges: every target, with scales of 1."""
-        return _calibration(self.quantizers)
+        found = _calibration(self.quantizers)
+        for values in (values for targets in found.values() for values in targets.values()):
+            del values["tracked_min"], values["tracked_max"]
+        return found
 
     def update_calibration_config(self, calibration_config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Takes over ranges that were stored before.
+        """Takes over ranges that were stored before: all of them, or none.
 
         Raises:
-            CompressionError: a target that this quantizer doesn't have, or a value that is missing.
+            CompressionError: a target that this quantizer doesn't have, or a value that is missing or not right there.
         """
-        for module, targets in calibration_config.items():
-            for target, values in targets.items():
-                target_id = TargetId(module, target)
-                if target_id not in self.quantizers:
-                    message, remedy = f"{type(self).__name__} has no such target", map(str, self.quantizers)
-                    raise CompressionError(message, where=str(target_id), remedy=nearest(str(target_id), remedy))
-                if missing := [name for name in _STORED if name not in values]:
-                    lacks = f"the calibration lacks {', '.join(missing)}"
-                    raise CompressionError(lacks, where=str(target_id), remedy="as get_calibration_config() gives it")
-                quantizer = self.quantizers[target_id]
-                quantizer.set_range(torch.as_tensor(values["tracked_min"]), torch.as_tensor(values["tracked_max"]))
-                for name in ("scale", "zero_point"):
-                    set_buffer_(quantizer, name, torch.as_tensor(values[name]))
-                quantizer.active = True
+        settings = {key: quantizer.said() for key, quantizer in self.quantizers.items()}
+        given = canonical_calibration(calibration_config)
+        for target_id in (TargetId(module, target) for module, targets in given.items() for target in targets):
+            if target_id not in self.quantizers:
+                message, near = f"{type(self).__name__} has no such target", nearest(str(target_id), map(str, settings))
+                raise CompressionError(message, where=str(target_id), remedy=near)
+        ours = {key.module for key in self.quantizers}
+        for module in given.keys() - ours:
+            message, remedy = f"{type(self).__name__} quantizes no such module", nearest(module, ours)
+            raise CompressionError(message, where=f"calibration[{module!r}]", remedy=remedy)
+        judged = canonical_calibration(given, NUMBERS, settings)
+        entries = {TargetId(module, target): each for module, by in judged.items() for target, each in by.items()}
+        shapes = {target_id: self._fitting_shape(target_id, values["scale"]) for target_id, values in entries.items()}
+        for target_id, values in entries.items():
+            self.take_over(target_id, {name: _with_shape(values[name], shapes[target_id]) for name in NUMBERS})
+
+    def take_over(self, target_id: TargetId, numbers: Mapping[str, Tensor]) -> None:
+        """Takes over a target's stored range, scale and zero point, found right and of one shape."""
+        quantizer = self.quantizers[target_id]
+        quantizer.set_range(numbers["tracked_min"], numbers["tracked_max"])
+        for name in ("scale", "zero_point"):
+            set_buffer_(quantizer, name, numbers[name])
+        quantizer.active = True
+
+    def _fitting_shape(self, target_id: TargetId, scale: Tensor) -> tuple[int, ...]:
+        """The shape that a target's scale has, where that of a stored one means the same."""
+        layout, given = self.layouts[target_id], tuple(scale.shape)
+        axis, shape = scale_layout(_settings(self.selected[target_id]).granularity, layout)
+        if axis is not None and layout.shape is None:
+            if varies_along(scale, axis) and layout.rank in (None, scale.dim()):
+                return given
+            remedy = f"should have a scale for each entry of dimension {axis}, and the size 1 in the others"
+        else:
+            if given == shape or scale.numel() == prod(shape) == 1:
+                return shape
+            remedy = f"should be {shape}"
+        message = f"the calibration's scale has the shape {given}"
+        raise CompressionError(message, where=str(target_id), remedy=remedy)
 
     def result(self) -> tuple[nn.Module, Calibration]:
         """The model and its calibration config."""
@@ -240,6 +267,10 @@ class Quantizer(Compressor):
 def _settings(selected: Selected) -> QuantizeTarget:
     assert isinstance(selected.settings, QuantizeTarget)
     return selected.settings
+
+
+def _with_shape(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return numbers.reshape(shape) if numbers.numel() == prod(shape) else numbers.reshape(()).expand(shape)
 
 
 def _calibration(quantizers: Mapping[TargetId, FakeQuantize]) -> Calibration:

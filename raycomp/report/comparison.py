@@ -62,10 +62,15 @@ def rounding_texts(summary: RunSummary) -> tuple[str, ...]:
             f"sped-up simulated against simulated: {near}{_metric(summary, summary.simulation.metric_difference)}."
         )
     if summary.int8 is not None:
-        reference = "simulated" if summary.simulation is None else "sped-up simulated"
+        reference = int8_reference(summary)
         near = f"SQNR {text.number(summary.int8.sqnr_db)} dB{_metric(summary, summary.int8.metric_difference)}"
         found.append(f"int8 against {reference}: {near}{float_share(summary)}.")
     return tuple(found)
+
+
+def int8_reference(summary: RunSummary) -> str:
+    """The form whose function the int8 model should have."""
+    return "simulated" if summary.simulation is None else "sped-up simulated"
 
 
 def float_share(summary: RunSummary) -> str:

@@ -9,7 +9,14 @@ from typing import Any
 import yaml
 
 from raycomp.report import text
-from raycomp.report.comparison import comparison, float_share, load_line, rounding_texts, verification_text
+from raycomp.report.comparison import (
+    comparison,
+    float_share,
+    int8_reference,
+    load_line,
+    rounding_texts,
+    verification_text,
+)
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
 from raycomp.report.outcome import change, doubts, outcome
 from raycomp.report.plots import Mark, Point, bar, line_chart
@@ -34,8 +41,8 @@ def headline(summary: RunSummary) -> str:
 
 def what_was_run(summary: RunSummary) -> str:
     """The job's stages and compressors, read from the job file."""
-    job = yaml.safe_load(summary.config_yaml) if summary.config_yaml else None
-    if not isinstance(job, Mapping):
+    job = _job(summary)
+    if not job:
         return ""
     rows = [
         (escape(str(stage.get("name", ""))), "<br>".join(escape(_compressor(item)) for item in stage["compressors"]))
@@ -92,7 +99,8 @@ def result(summary: RunSummary) -> str:
     )
     note = paragraph(
         "Under each value: for metrics the difference from dense, for all else how many times smaller or faster it is "
-        "than dense (below 1× is worse). Latency is the median time of one call on the machine under Environment.",
+        "than dense (below 1× is worse). A dash is what wasn't measured. Latency is the median time of one call on the "
+        "machine under Environment.",
         "soft small",
     )
     described = {**FORMS, "int8": FORMS["int8"] + float_share(summary)}
@@ -122,6 +130,7 @@ def int8(summary: RunSummary) -> str:
     figures = summary.int8
     if figures is None:
         return ""
+    reference = f"the {int8_reference(summary)} model"
     share = figures.weight_bytes / figures.float_weight_bytes if figures.float_weight_bytes else None
     hardware = (
         "The processor that measured has VNNI instructions, so 8-bit dot products are exact and fast."
@@ -134,8 +143,8 @@ def int8(summary: RunSummary) -> str:
     if figures.reduce_range:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
-        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against simulated rounding",
-        "Metric": f"{_difference(figures.metric_difference)} against simulated rounding",
+        "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against {reference}",
+        "Metric": f"{_difference(figures.metric_difference)} against {reference}",
         "Weights": f"{text.size(figures.weight_bytes)}, {text.percent(share)} of the "
         f"{text.size(figures.float_weight_bytes)} that they take in float32",
     }
@@ -238,9 +247,21 @@ def job_file(summary: RunSummary) -> str:
     """The job file, to run it again."""
     if not summary.config_yaml:
         return ""
-    again = '<p class="soft">Save it as job.yaml; <code>raycomp run job.yaml</code> runs it again.</p>'
+    file, in_file, _ = str(_job(summary).get("task", {}).get("entrypoint", "")).partition(".py:")
+    runs = "<code>raycomp run job.yaml</code> runs it again"
+    if in_file:
+        again = f"Save it as job.yaml where {escape(file)}.py is relative to it; {runs}."
+    else:
+        from_python = "<code>CompressionJob(&quot;job.yaml&quot;, task=…)</code>"
+        again = f"Save it as job.yaml; {runs} where the task is in a module, {from_python} where Python gave it."
+    again = f'<p class="soft">{again}</p>'
     shown = f"<details><summary>Show the job file</summary>{code_block(summary.config_yaml)}</details>"
     return section("Job file", again, shown)
+
+
+def _job(summary: RunSummary) -> Mapping[str, Any]:
+    job = yaml.safe_load(summary.config_yaml) if summary.config_yaml else None
+    return job if isinstance(job, Mapping) else {}
 
 
 def _heads(summary: RunSummary) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Literal
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.jupyter import JupyterMixin
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +24,7 @@ from raycomp.results.summary import RunSummary, TrialFigures
 
 ARTIFACT_LABEL = "artifact  "
 """How the line begins that names a published artifact; whoever follows a job's log looks for it."""
+_UNBOUNDED = 10_000
 
 
 @dataclass(frozen=True)
@@ -34,18 +39,41 @@ class Visible:
                 yield Segment(visible(segment.text, lines=True), segment.style)
 
 
-def result_table(summary: RunSummary) -> Table:
+def result_table(summary: RunSummary) -> ResultTable:
     """A column for each form of the model, a row for each quantity, with the comparison to dense beside each value."""
-    table = Table(
-        box=box.SIMPLE_HEAD, title=Text(f"{summary.job}  {summary.run}", "italic"), title_justify="left", pad_edge=False
-    )
-    table.add_column("")
-    for model in summary.models:
-        table.add_column(Text(model.name), justify="right", no_wrap=True)
-    for row in comparison(summary.models):
-        dense, *others = row.cells
-        table.add_row(Text(row.label), dense.value, *map(_cell, others))
-    return table
+    return ResultTable(summary)
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """The forms of a run's model side by side; those that the console isn't wide enough for stand below."""
+
+    summary: RunSummary
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
+        yield Text(f"{self.summary.job}  {self.summary.run}", "italic", overflow="fold")
+        rest = list(range(len(self.summary.models)))
+        while rest:
+            fitting = [
+                count for count in range(1, len(rest) + 1) if self._width(console, rest[:count]) <= options.max_width
+            ]
+            count = max(fitting, default=1)
+            yield self._part(rest[:count])
+            rest = rest[count:]
+
+    def _width(self, console: Console, columns: Sequence[int]) -> int:
+        return Measurement.get(console, console.options.update(max_width=_UNBOUNDED), self._part(columns)).maximum
+
+    def _part(self, columns: Sequence[int]) -> Table:
+        models = self.summary.models
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        for column in columns:
+            table.add_column(Text(models[column].name), justify="right", no_wrap=True)
+        for row in comparison(models):
+            cells = [Text(cell.value) if index == 0 else _cell(cell) for index, cell in enumerate(row.cells)]
+            table.add_row(Text(row.label), *(cells[column] for column in columns))
+        return table
 
 
 def print_result(console: Console, summary: RunSummary, artifact_uri: str, report_path: str) -> None:
@@ -79,30 +107,65 @@ def files_table(files: Mapping[str, tuple[int, str]]) -> Table:
     return table
 
 
-def sweep_table(trials: Sequence[TrialFigures], metric: str, mode: Literal["max", "min"] = "max") -> Table:
+def sweep_table(trials: Sequence[TrialFigures], metric: str, mode: Literal["max", "min"] = "max") -> SweepTable:
     """All trials, the best metric first and failed ones last; a star marks those on the Pareto front."""
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, caption="★ Pareto front of metric against MACs", caption_justify="left"
-    )
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.settings))
-    table.add_column("")
-    table.add_column("trial", no_wrap=True)
-    for key in short_keys(keys):
-        table.add_column(Text(key), overflow="fold")
-    for name in (metric, "MACs", "file size"):
-        table.add_column(Text(name), justify="right", no_wrap=True)
-    table.add_column("artifact or error", overflow="fold")
-    for trial in ranked(trials, mode):
-        table.add_row(
-            "★" if trial.on_front else "",
-            Text(trial.trial),
-            *(Text(_setting(trial.settings.get(key))) for key in keys),
-            text.number(trial.metric),
-            text.count(trial.macs),
-            text.size(trial.file_bytes),
-            Text(trial.error, style="red") if trial.error else Text(trial.artifact_uri),
+    return SweepTable(tuple(ranked(trials, mode)), metric)
+
+
+@dataclass(frozen=True, repr=False)
+class SweepTable(JupyterMixin):
+    """The trials of a sweep, and below them where each trial's artifact is, one URI in a line.
+
+    In a notebook, as a text (`print(table)`), and where a console wraps softly, URIs come unbroken whatever the width.
+
+    Args:
+        trials: in the order in which they are shown.
+        metric: the name of what they are compared by.
+    """
+
+    trials: tuple[TrialFigures, ...]
+    metric: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield self.figures()
+        for line in self.artifacts():
+            yield Text(line, overflow="ignore", no_wrap=True) if console.is_jupyter else Text(line)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), force_jupyter=False, force_terminal=False)
+        console.print(Visible(self), soft_wrap=True)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    def figures(self) -> Table:
+        """What was set and what came of it, or why nothing did."""
+        table = Table(
+            box=box.SIMPLE_HEAD, pad_edge=False, caption="★ Pareto front of metric against MACs", caption_justify="left"
         )
-    return table
+        keys = list(dict.fromkeys(key for trial in self.trials for key in trial.settings))
+        failed = any(trial.error for trial in self.trials)
+        table.add_column("")
+        table.add_column("trial", no_wrap=True)
+        for key in short_keys(keys):
+            table.add_column(Text(key), overflow="fold")
+        for name in (self.metric, "MACs", "file size"):
+            table.add_column(Text(name), justify="right", no_wrap=True)
+        if failed:
+            table.add_column("error", overflow="fold")
+        for trial in self.trials:
+            table.add_row(
+                "★" if trial.on_front else "",
+                Text(trial.trial),
+                *(Text(_setting(trial.settings.get(key))) for key in keys),
+                text.number(trial.metric),
+                text.count(trial.macs),
+                text.size(trial.file_bytes),
+                *([Text(trial.error, style="red")] if failed else []),
+            )
+        return table
+
+    def artifacts(self) -> list[str]:
+        """Each trial and its artifact's URI, quoted for a shell."""
+        return [f"{trial.trial}  {shlex.quote(trial.artifact_uri)}" for trial in self.trials if trial.artifact_uri]
 
 
 def ranked(trials: Sequence[TrialFigures], mode: Literal["max", "min"] = "max") -> list[TrialFigures]:

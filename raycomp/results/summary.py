@@ -15,7 +15,7 @@ from raycomp.storage.documents import ManyFrozen, ManyNamed, not_a_document, par
 
 FORMS = {
     "dense": "the model as it was, before compression",
-    "masked": "the trained model under its masks, without rounding; as large as dense",
+    "masked": "the trained model under its masks, without rounding; as large and as fast as dense",
     "simulated": "what trained: masks, and rounding simulated in float; as large as dense, and slower",
     "sped-up": "what was masked is cut out; computes the same function as the masked model",
     "sped-up simulated": "the sped-up model with rounding simulated in float; the simulated model, cut",

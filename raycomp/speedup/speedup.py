@@ -30,7 +30,7 @@ from raycomp.speedup.graph.example import Example, batch_size, with_batch_size
 from raycomp.speedup.graph.trace import trace
 from raycomp.speedup.graph.value_masks import (
     buffer_name,
-    check_value_masks,
+    fitted_masks,
     full_name,
     masked_copy,
     new_value_masks,
@@ -100,8 +100,7 @@ class ModelSpeedup(Public):
         self.plan = Plan()
         self.unpruned: tuple[Unpruned, ...] = ()
         self.inexact_difference: float | None = None
-        trained = Masks.canonical(masks)
-        check_value_masks(model, trained, dummy_input)
+        trained = fitted_masks(model, Masks.canonical(masks), dummy_input)
         self.simulated = masked_copy(model, trained)
         self._modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
         self._example = dummy_input

@@ -111,7 +111,9 @@ def understood(where: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except RaycompError as error:
-        place = where if error.where is None or folder is None else error.where.replace(str(folder), where)
+        place = error.where or where
+        if folder is not None and type(error) is not StorageError:  # which is about the copy's own disk
+            place = place.replace(str(folder), where)
         error.where = place if where in place else f"{where}: {place}"
         if error.remedy is None and type(error) is not StorageError:
             error.remedy = _DAMAGED
@@ -157,14 +159,17 @@ def open_artifact(uri: str | os.PathLike[str], endpoint: str | None = None, regi
 
 
 def artifact_uris(uri: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The URIs of the artifacts of a job's folder or of all jobs of a storage, sorted.
+    """The URIs of the artifacts of a job's or sweep's folder, of all jobs of a storage, or of one that is itself there.
 
     Raises:
         StorageError: the place can't be read.
     """
     store = open_store(uri)
-    places = [store, store.join("artifacts"), *(store.join(name, "artifacts") for name in store.folders())]
-    found = [place.join(name) for place in places for name in place.folders()]
+    jobs = [
+        each.join(name) for each in (store, store.join("jobs")) for name in each.folders()
+    ]  # a sweep's have a folder
+    places = [store, *(job.join("artifacts") for job in (store, *jobs))]
+    found = [store, *(place.join(name) for place in places for name in place.folders())]
     return tuple(sorted({each.uri for each in found if each.exists(MANIFEST)}))
 
 

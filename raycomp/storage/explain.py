@@ -41,6 +41,7 @@ _LOCAL_FINAL: dict[int, tuple[str, str]] = {
     errno.EPERM: ("permission denied", _WRITABLE),
     errno.EROFS: ("the file system is read-only", _WRITABLE),
     errno.ENOTDIR: ("a file is where a folder should be", "choose another folder"),
+    errno.EISDIR: ("a folder is where a file should be", "choose another folder"),
     errno.EEXIST: ("a file is where a folder should be", "choose another folder"),
     errno.ENOSPC: ("the disk is full", "make room, or choose another disk"),
     errno.EDQUOT: ("the disk quota is used up", "make room, or choose another disk"),

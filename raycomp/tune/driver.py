@@ -15,7 +15,6 @@ import ray
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
-from rich.table import Table
 
 from raycomp.config import nearest
 from raycomp.config.sweep import SweepConfig
@@ -30,10 +29,11 @@ from raycomp.distributed.task_recipe import TaskRecipe, task_entry
 from raycomp.errors import ClusterError, ConfigError, Problem
 from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import render_sweep, sweep_table
+from raycomp.report.table import SweepTable
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import RunSummary, TrialFigures
 from raycomp.storage import open_artifact, scratch
-from raycomp.tune.events import TrialEvents
+from raycomp.tune.events import TrialEvents, Unheard
 from raycomp.tune.front import with_front
 from raycomp.tune.resources import TRIAL_RESOURCES, largest, trials_at_once
 from raycomp.tune.sweep_store import REPORT, SweepRecord, SweepStore, sweeps_of, unfinished_sweep
@@ -76,8 +76,8 @@ class SweepResult:
         """The trials that ended without a model, or without its metric."""
         return tuple(row for row in self.rows if row.error)
 
-    def table(self) -> Table:
-        """All trials, the best first, for a terminal."""
+    def table(self) -> SweepTable:
+        """All trials, the best first, and their artifacts, for a notebook or `print`."""
         return sweep_table(self.rows, self.metric, self.mode)
 
 
@@ -219,6 +219,7 @@ class _Sweep:
                 storage_path=self.sweep_store.tune_uri,
                 failure_config=tune.FailureConfig(max_failures=self.plan.job.scaling.max_failures),
                 callbacks=[events],
+                progress_reporter=Unheard(),
                 verbose=0,
             ),
         )

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ray.tune import Callback
+from ray.tune import Callback, ProgressReporter
 from ray.tune.experiment import Trial
 
 from raycomp.distributed.progress import Progress, Silent
@@ -54,6 +54,20 @@ class TrialEvents(Callback):
 
     def _say(self, trial: Trial, line: str) -> None:
         self._progress.message(f"trial {trial.config['trial']['id']} {line}")
+
+
+class Unheard(ProgressReporter):
+    """Reports nothing. Ray Tune's own clears a notebook's cell and shows an empty object there, however quiet it is."""
+
+    def setup(self, *args: Any, **settings: Any) -> None:
+        """Nothing."""
+
+    def should_report(self, trials: list[Trial], done: bool = False) -> bool:
+        """Never."""
+        return False
+
+    def report(self, trials: list[Trial], done: bool, *sys_info: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 def last_error(text: str) -> str:

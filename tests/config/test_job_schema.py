@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema
 import pytest
 
-from raycomp.config import job_schema
+from raycomp.config import job_schema, sweep_schema
 
 JOB: dict[str, Any] = {
     "name": "digits",
@@ -45,6 +46,23 @@ def errors(job: object) -> list[jsonschema.ValidationError]:
 def test_the_schema_is_a_schema_and_plain_json() -> None:
     jsonschema.Draft202012Validator.check_schema(job_schema())
     assert json.loads(json.dumps(job_schema())) == job_schema()
+
+
+def keys(schema: object, place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every property that a schema has anywhere, by its place."""
+    if isinstance(schema, dict):
+        properties = schema.get("properties", {})
+        yield from ((f"{place}.{name}", value) for name, value in properties.items())
+    inner = schema.items() if isinstance(schema, dict) else enumerate(schema) if isinstance(schema, list) else ()
+    for name, value in inner:
+        yield from keys(value, f"{place}.{name}")
+
+
+@pytest.mark.parametrize("schema", [job_schema, sweep_schema])
+def test_every_key_has_a_description(schema: Callable[[], dict[str, Any]]) -> None:
+    found = dict(keys(schema()))
+    assert len(found) > 10
+    assert [place for place, value in found.items() if not value.get("description", "").strip()] == []
 
 
 def test_it_takes_a_job() -> None:

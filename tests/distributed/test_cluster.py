@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,26 @@ def test_storage_in_the_folder_that_ray_deletes_is_refused(tmp_path: Path, monke
         with pytest.raises(ConfigError, match=r"storage\.uri: .* which Ray deletes \(an s3:// URI"):
             CompressionJob(job, base_dir=ROOT).validate()
     assert list(folder.iterdir()) == []
+
+
+def test_what_ray_says_in_its_last_seconds_stays_out_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped after the block, and warned of its own worker processes until then."""
+    printed: list[str] = []
+
+    def warn() -> None:
+        data = {"lines": ["6 PYTHON worker processes have been started"], "pid": "raylet"}
+        cluster.ray_worker.print_to_stdstream(data)
+
+    def start(stack: ExitStack, *_: object) -> None:
+        stack.callback(warn)
+        warn()
+
+    monkeypatch.setattr(cluster.ray_worker, "print_to_stdstream", lambda data, *_: printed.extend(data["lines"]))
+    monkeypatch.setattr(cluster, "_start", start)
+    monkeypatch.setattr(cluster, "_checked", lambda *_: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with cluster.connect(parse_job(tiny.job(tiny.quantizer()))):
+        warn()
+    assert printed == []
+    warn()
+    assert len(printed) == 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raycomp.quantization.functional import IntegerRange, fake_quantize, moving_average, scale_and_zero_point
+from raycomp.core.integers import IntegerRange
+from raycomp.quantization.functional import fake_quantize, moving_average, scale_and_zero_point
 
 
 def tensors(*values: float) -> list[Tensor]:

@@ -108,13 +108,25 @@ def test_what_was_run_is_read_from_the_job() -> None:
     assert "Workers 2" in run
 
 
+def test_the_job_file_says_where_it_runs_again() -> None:
+    """It names its task relative to itself, or names what Python gave."""
+    job = "name: a\ntask: {entrypoint: '%s'}\nstages: []\n"
+    of_file, given = (
+        _sections(replace(summary(), config_yaml=job % entrypoint))["Job file"]
+        for entrypoint in ("tasks/digits.py:Digits", "__main__:MyTask")
+    )
+    assert "Save it as job.yaml where tasks/digits.py is relative to it; raycomp run job.yaml runs it again" in of_file
+    assert 'CompressionJob("job.yaml", task=…) where Python gave it' in given
+
+
 def test_verification_and_int8_are_explained() -> None:
     sections = _sections(summary())
     assert sections["Is the sped-up model the same function?"].startswith(
         "verified sped-up against simulated: greatest difference"
     )
     int8 = sections["Integer arithmetic"]
-    assert "38.25 dB" in int8 and "no VNNI" in int8 and "held to 7 bits" in int8 and "25.0 % of the 80.0 kB" in int8
+    assert "38.25 dB, of its outputs against the simulated model" in int8
+    assert "no VNNI" in int8 and "held to 7 bits" in int8 and "25.0 % of the 80.0 kB" in int8
 
 
 def test_vnni_and_failed_verification_read_otherwise() -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from raycomp.report import files_table, print_result, result_table, sweep_table
 from raycomp.report.comparison import comparison, rounding_texts, verification_text
-from raycomp.report.table import ARTIFACT_LABEL, short_keys
+from raycomp.report.table import ARTIFACT_LABEL, Visible, short_keys
 from raycomp.results.summary import ModelFigures, Simulation, Verification
 from tests.report.summaries import summary, trials
 
@@ -92,6 +94,51 @@ def test_a_sweep_shows_the_best_first_and_failures_last() -> None:
     assert order == sorted(order)
     assert [("★" in lines[index]) for index in order] == [True, True, False, False]
     assert "loss is not finite at step 12" in " ".join(lines[order[3]].split())
+
+
+LONG = "s3://models/compressed/digits/sweeps/20260101-000000-abcdef/trials/t1/artifacts/20260101-000000-abcdef"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_uris_of_a_sweep_come_unbroken_in_a_terminal_a_notebook_and_a_text(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = sweep_table([replace(trials()[0], artifact_uri=LONG)], "accuracy")
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(Visible(table), soft_wrap=True)
+    assert f"t1  {LONG}\n" in console.file.getvalue()  # type: ignore[attr-defined]
+    notebook = Console(width=width, force_jupyter=True)
+    monkeypatch.setattr("rich.jupyter.get_console", lambda: notebook)
+    assert LONG in table._repr_mimebundle_([], [])["text/plain"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert LONG in str(table)
+
+
+def test_an_artifact_is_quoted_for_a_shell() -> None:
+    table = sweep_table([replace(trials()[0], artifact_uri="/my models/a")], "accuracy")
+    assert "t1  '/my models/a'" in str(table)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_what_a_run_prints_to_paste_comes_unbroken(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_result(console, summary(), LONG, f"{LONG}/report.html")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert f"{ARTIFACT_LABEL}{LONG}" in lines and f"report    {LONG}/report.html" in lines
+    assert f"load      import raycomp; model = raycomp.load({LONG!r})" in lines
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_every_form_and_figure_is_shown_whole_whatever_the_width(width: int) -> None:
+    """Six forms side by side lost their labels and half of each number at 80 columns."""
+    dense, *_, int8 = summary().models
+    names = ["masked", "simulated", "sped-up", "sped-up simulated", "int8"]
+    models = (dense, *(replace(int8, name=name) for name in names))
+    text = _shown(result_table(replace(summary(), models=models)), width=width)
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    assert re.findall(r"sped-up simulated|sped-up|simulated|masked|dense|int8", text) == ["dense", *names]
+    assert (text.count("32.0 kB  12.5×"), text.count("400 kB")) == (5, 1)
+    assert text.count("latency, batch 32") == text.count("parameters") >= 1
 
 
 def test_keys_are_cut_to_what_tells_them_apart() -> None:

@@ -46,6 +46,47 @@ def test_a_mask_that_doesn_t_fit_names_itself(module: str, masks: Any, told: str
         ModelSpeedup(_network(), X, {module: masks})
 
 
+def _mask(shape: tuple[int, ...]) -> Tensor:
+    """A mask whose first entry is zero."""
+    mask = torch.ones(shape)
+    mask.view(-1)[0] = 0
+    return mask
+
+
+IMAGE = torch.ones(2, 3, 8, 8)
+"""As wide and high as the convolution has channels."""
+
+
+@pytest.mark.parametrize("module", ["0", "1"])
+@pytest.mark.parametrize("shape", [(8,), (8, 8), (1, 8, 8), (8, 1, 1), (8, 1), (1, 1, 8, 8, 1)])
+def test_a_mask_of_another_rank_is_told_the_right_shape(module: str, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    with pytest.raises(RaycompError, match=r"\(2, 8, 8, 8\) \(one mask for all samples, .*: \(1, 8, 1, 1\) for "):
+        ModelSpeedup(model, IMAGE, {module: {"_output_": _mask(shape)}})
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 8, 1, 1)])
+@pytest.mark.parametrize("module", ["0", "1", "2"])
+def test_a_mask_of_channels_in_dimension_1_masks_these_alone(module: str, shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    simulated = ModelSpeedup(model, IMAGE, {module: {"_output_": _mask(shape)}}).simulated
+    expected = model(IMAGE)
+    if module == "2":
+        expected[:, 0] = 0
+        torch.testing.assert_close(simulated(IMAGE), expected)
+    torch.testing.assert_close(simulated(IMAGE)[:, 1:], model(IMAGE)[:, 1:])
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 1, 8)])
+def test_a_mask_of_channels_that_are_last_masks_these_alone(shape: tuple[int, ...]) -> None:
+    texts, model = torch.randn(2, 8, 8), nn.Sequential(nn.Linear(8, 8)).eval()
+    expected = model(texts)
+    expected[..., 0] = 0
+    torch.testing.assert_close(ModelSpeedup(model, texts, {"0": {"_output_": _mask(shape)}}).simulated(texts), expected)
+    with pytest.raises(RaycompError, match=r"\(1, 1, 8\) for its channels"):
+        ModelSpeedup(model, texts, {"0": {"_output_": _mask((1, 8))}})
+
+
 def test_a_mask_of_positions_is_taken() -> None:
     mask = torch.ones(1, 1, 6, 6)
     mask[..., 0] = 0

@@ -47,22 +47,22 @@ def test_a_plan_names_registered_operators_only() -> None:
 
 
 def test_scales_of_cut_channels_go() -> None:
-    scale = torch.arange(8.0).reshape(8, 1, 1, 1)
-    activation = torch.arange(8.0).reshape(1, 8, 1, 1)
+    scale = torch.arange(1.0, 9.0).reshape(8, 1, 1, 1)
+    activation = torch.arange(1.0, 9.0).reshape(1, 8, 1, 1)
     calibration = {
         "0": {
             "weight": {"scale": scale, "zero_point": torch.zeros(8, 1, 1, 1), "axis": 0, "quant_dtype": "int8"},
             "_input_0": {"scale": torch.tensor(0.5), "axis": None},
             "_output_0": {"scale": activation, "axis": 1},
         },
-        "2": {"weight": {"scale": torch.arange(4.0).reshape(4, 1, 1, 1), "axis": 0}},
+        "2": {"weight": {"scale": torch.arange(1.0, 5.0).reshape(4, 1, 1, 1), "axis": 0}},
     }
     cut = cut_calibration(calibration, plan([1, 2, 7]))
-    assert cut["0"]["weight"]["scale"].flatten().tolist() == [0, 3, 4, 5, 6]
+    assert cut["0"]["weight"]["scale"].flatten().tolist() == [1, 4, 5, 6, 7]
     assert cut["0"]["weight"]["zero_point"].shape == (5, 1, 1, 1)
-    assert cut["0"]["_output_0"]["scale"].flatten().tolist() == [0, 3, 4, 5, 6]
+    assert cut["0"]["_output_0"]["scale"].flatten().tolist() == [1, 4, 5, 6, 7]
     assert cut["0"]["_input_0"]["scale"].item() == 0.5
-    assert cut["2"]["weight"]["scale"].flatten().tolist() == [0, 1, 2, 3]
+    assert cut["2"]["weight"]["scale"].flatten().tolist() == [1, 2, 3, 4]
     assert calibration["0"]["weight"]["scale"] is scale
 
 

@@ -7,10 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from ray import tune
 from ray.tune.execution import class_cache
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from raycomp.config import JobConfig
 from raycomp.distributed.cluster import Cluster
+from raycomp.pipeline.task import Task
 from raycomp.results.summary import TrialFigures
 from raycomp.tune import sweep
 from raycomp.tune.driver import _keys_kept, _Sweep
@@ -89,6 +94,48 @@ def test_resume_runs_what_is_not_done(tmp_path: Path, trials: Callable[[End], li
     assert third.sweep != first.sweep
 
 
+class Given(Task):
+    """What Python gives in place of the job's task."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+
+    def train_data(self) -> TensorDataset:
+        images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(self.seed))
+        return TensorDataset(images, (images.mean((1, 2, 3)) > 0).long())
+
+    def eval_data(self) -> TensorDataset:
+        return self.train_data()
+
+
+class Killed(BaseException):
+    """Ends the driver."""
+
+
+def test_a_sweep_of_a_task_that_python_gave_goes_on_where_its_driver_was_killed(
+    tmp_path: Path, trials: Callable[[End], list[str]]
+) -> None:
+    def killed(order: TrialOrder) -> TrialFigures:
+        if order.trial == "01":
+            raise Killed
+        return good(order)
+
+    trials(killed)
+    with pytest.raises(Killed):
+        sweep(settings(tmp_path), tmp_path, task=Given(1))
+    told: list[object] = []
+    ran = trials(good)
+    rows = sweep(settings(tmp_path), tmp_path, task=Given(1), resume=True).rows
+    assert ran == ["01", "02"] and [row.metric for row in rows] == [0.75, 0.5, 0.25]
+    ran = trials(good)
+    sweep(settings(tmp_path), tmp_path, task=Given(2), resume=True, progress=told.append)
+    assert ran == ["00", "01", "02"]
+    assert "there is no unfinished sweep like this one: a new one begins" in told
+
+
 def test_without_resume_a_sweep_begins_anew(tmp_path: Path, trials: Callable[[End], list[str]]) -> None:
     trials(lambda order: None)
     first = sweep(settings(tmp_path), tmp_path)
@@ -108,6 +155,29 @@ def test_a_sweep_of_failures_still_ends_with_its_table(tmp_path: Path, trials: C
     result = sweep({**settings(tmp_path), "metric": None}, tmp_path)
     assert result.front == ()
     assert "no luck" in Path(result.report_path).read_text()
+
+
+def test_ray_tune_reports_nothing_of_its_own(
+    tmp_path: Path, trials: Callable[[End], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook its reporter cleared the cell, and an empty object of its own stood there."""
+    given: list[tune.RunConfig] = []
+
+    class Tuner:
+        def __init__(self, *_: object, run_config: tune.RunConfig, **__: object) -> None:
+            given.append(run_config)
+
+        def fit(self) -> None:
+            """Ends at once."""
+
+    for name in ("with_parameters", "with_resources"):
+        monkeypatch.setattr(tune, name, lambda *_, **__: None)
+    monkeypatch.setattr(tune, "Tuner", Tuner)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
+    assert all(row.error for row in sweep(settings(tmp_path), tmp_path).rows)
+    (run_config,) = given
+    reporter = run_config.progress_reporter
+    assert reporter is not None and not reporter.should_report([], done=True)
 
 
 def test_trials_are_sent_no_keys_in_an_environment_that_ray_logs(monkeypatch: pytest.MonkeyPatch) -> None:

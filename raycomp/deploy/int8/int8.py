@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.core.calibration import canonical_calibration
 from raycomp.deploy.int8.reference import lowering, simulate_int8
 from raycomp.deploy.measure import hardware
 from raycomp.deploy.onnx_export import OnnxExport, export_to_ir
@@ -105,8 +106,8 @@ def lower_int8(
             bits otherwise; None decides by this machine.
 
     Raises:
-        SpeedupError: the calibration does not fit the model, holds what integers cannot, or the model cannot be
-            exported.
+        CompressionError: the calibration is none: another form, or numbers that no range has.
+        SpeedupError: the calibration does not fit the model, or the model cannot be exported.
     """
     machine = hardware()
     reduced = not machine.vnni if reduce_range is None else reduce_range
@@ -144,7 +145,7 @@ def foreseen_hindrances(
         calibration: of the form that it will have; the values of the scales don't count.
 
     Raises:
-        SpeedupError: as `lower_int8`.
+        CompressionError, SpeedupError: as `lower_int8`.
     """
     exported, _ = _exported(model, calibration, folds, example, (), reduced=False)
     from raycomp.deploy.int8.hindrances import hindrances
@@ -161,7 +162,7 @@ def _exported(
     reduced: bool,
 ) -> tuple[OnnxExport, tuple[str, ...]]:
     """The lowered graph, and the weights whose scales had to grow."""
-    if not any(calibration.values()):
+    if not any(canonical_calibration(calibration).values()):
         raise SpeedupError("the calibration is empty: nothing was quantized", remedy="run a quantizer first")
     reference = simulate_int8(model, calibration, folds, reduce_range=reduced)
     with lowering():

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raycomp.config import nearest
 from raycomp.core.attach import TargetSpace
+from raycomp.core.calibration import canonical_calibration
 from raycomp.core.folding import Hosted
 from raycomp.core.target import TargetId
 from raycomp.deploy.int8.fold import fold_
@@ -92,12 +94,14 @@ def simulate_int8(
         the copy, on the CPU and in eval mode.
 
     Raises:
+        CompressionError: the calibration is none.
         SpeedupError: calibration or folds name what the model does not have, or grids that cannot be stored.
     """
     copied = as_float32(model)
-    grids = {
-        TargetId(name, target): entry for name, targets in calibration.items() for target, entry in targets.items()
-    }
+    judged = canonical_calibration(calibration, ("scale", "zero_point", "quant_min", "quant_max"))
+    for name in judged:
+        _check_module(copied, name)
+    grids = {TargetId(name, target): entry for name, targets in judged.items() for target, entry in targets.items()}
     for host in [fold[0] for fold in folds if TargetId(fold[0], "bias") in grids]:
         # A bias is quantized as it is, before a norm is folded into it; a weight afterwards.
         bias = TargetId(host, "bias")
@@ -108,7 +112,7 @@ def simulate_int8(
         # No kernel takes such scales: the weight keeps the numbers of its grid, as floats.
         _check(copied, target_id)
         parameter = copied.get_submodule(target_id.module).get_parameter(target_id.target)
-        parameter.data = on_blocks_grid(parameter.data, grids.pop(target_id), str(target_id))
+        parameter.data = on_blocks_grid(parameter.data, grids.pop(target_id))
     space = TargetSpace(copied)
     fold_(space, folds)
     for target_id, entry in grids.items():
@@ -121,13 +125,7 @@ def simulate_int8(
 
 
 def _check(model: nn.Module, target_id: TargetId) -> None:
-    try:
-        module = model.get_submodule(target_id.module)
-    except AttributeError:
-        raise SpeedupError(
-            f"the calibration names {target_id.module!r}, which the model does not have",
-            remedy="give the calibration that belongs to this model",
-        ) from None
+    module = model.get_submodule(target_id.module)
     lacks = isinstance(module, Hosted) or module._parameters.get(target_id.target) is None
     if not target_id.target.startswith("_") and lacks:
         raise SpeedupError(
@@ -135,3 +133,10 @@ def _check(model: nn.Module, target_id: TargetId) -> None:
             where=str(target_id),
             remedy="a folded batch norm or an absent bias has no scale of its own",
         )
+
+
+def _check_module(model: nn.Module, name: str) -> None:
+    names = dict(model.named_modules(remove_duplicate=False))
+    if name not in names:
+        message = f"the calibration names {name!r}, which the model does not have"
+        raise SpeedupError(message, remedy=nearest(name, names))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from pydantic import ConfigDict, JsonValue, TypeAdapter
 from typing_extensions import TypeAliasType
 
+from raycomp.core.calibration import NUMBERS, canonical_calibration
 from raycomp.core.moments import Calibration
+from raycomp.errors import ArtifactError, CompressionError
 from raycomp.pipeline.ending.artifact import CALIBRATION
 from raycomp.storage.documents import Document, ManyNamed, parse_document
 
@@ -16,7 +15,7 @@ Numbers = TypeAliasType("Numbers", "float | list[Numbers]")
 
 
 class _Range(Document):
-    """One target's range; what else is said of it (data type, granularity, …) is kept as it is."""
+    """One target's range; what else is said of it is judged with its numbers."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, JsonValue]
@@ -25,11 +24,6 @@ class _Range(Document):
     zero_point: Numbers
     tracked_min: Numbers
     tracked_max: Numbers
-
-    def values(self) -> dict[str, Any]:
-        """The values by name, with tensors."""
-        floats = {name: torch.tensor(getattr(self, name)) for name in ("scale", "tracked_min", "tracked_max")}
-        return {**self.model_dump(), **floats, "zero_point": torch.tensor(self.zero_point, dtype=torch.int32)}
 
 
 class _Calibration(Document):
@@ -47,4 +41,7 @@ def read_calibration(text: bytes) -> Calibration:
         ArtifactError: it is something else.
     """
     read = parse_document(_ADAPTER, text, "a calibration", CALIBRATION)
-    return {module: {name: found.values() for name, found in by.items()} for module, by in read.targets.items()}
+    try:
+        return canonical_calibration(read.model_dump()["targets"], NUMBERS)
+    except CompressionError as error:
+        raise ArtifactError(f"{error.where}: {error.message}", where=CALIBRATION, remedy=error.remedy) from None

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 from torch import nn
 
 from raycomp.config import nearest
 from raycomp.deploy.onnx_runtime import load_onnx
 from raycomp.deploy.pt2 import load_pt2
-from raycomp.errors import ArtifactError, RaycompError
+from raycomp.errors import ArtifactError, RaycompError, StorageError
 from raycomp.pipeline.ending import artifact as files
 from raycomp.pipeline.ending.calibration_file import read_calibration
 from raycomp.pipeline.ending.conclude import Conclusion
@@ -20,6 +23,7 @@ from raycomp.results.summary import RunSummary
 from raycomp.speedup import Plan, apply_plan
 from raycomp.storage import Artifact, load_tensors, open_artifact
 from raycomp.storage.artifact import understood
+from raycomp.storage.explain import explained
 
 _FORMATS = {
     "onnx": (files.ONNX, files.INT8),
@@ -112,6 +116,7 @@ def export(
     Raises:
         RaycompError: an unknown format.
         ArtifactError: the artifact isn't there or isn't whole, or lacks that format.
+        StorageError: the folder can't be written.
     """
     if to not in _FORMATS:
         raise RaycompError(f"can't export to {to!r}", where="to", remedy=nearest(to, _FORMATS))
@@ -120,10 +125,37 @@ def export(
     names = [name for name in _FORMATS[to] if name in artifact.names]
     if not names:
         raise ArtifactError(f"the artifact has no {to} form", where=artifact.uri, remedy="see the report's warnings")
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    with _writing(Path(directory)):
+        Path(directory).mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
-        fetched = [artifact.fetch(name, Path(folder)) for name in names]
-        return tuple(Path(shutil.copy(path, directory)) for path in fetched)
+        with understood(str(uri)):
+            fetched = [artifact.fetch(name, Path(folder)) for name in names]
+        return tuple(_copy(path, Path(directory)) for path in fetched)
+
+
+def _copy(path: Path, directory: Path) -> Path:
+    """A whole copy of a file, or none."""
+    target, partial = directory / path.name, directory / f".{path.name}.{uuid4().hex}"
+    with _writing(target):
+        try:
+            shutil.copy(path, partial)
+            partial.replace(target)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    return target
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns an OSError of the block into an error about what can't be written, and why."""
+    try:
+        with explained(str(target)):
+            yield
+    except StorageError as error:
+        remedy = error.remedy or "choose a folder that you may write"
+        raise StorageError(f"it can't be written: {error.message}", where=error.where, remedy=remedy) from error
 
 
 def _fetch(artifact: Artifact, name: str, folder: Path) -> Path:

@@ -11,8 +11,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
+from raycomp.config import nearest
 from raycomp.core.attach import forward_arguments
-from raycomp.core.layout import traced_shapes
+from raycomp.core.layout import layout_of, traced_shapes
 from raycomp.core.masks import ApplyMethod, Masks, apply_mask, fits
 from raycomp.core.parts import replace_input, replace_output
 from raycomp.core.target import TargetId, target_kind
@@ -40,31 +41,58 @@ class ValueMask:
             raise ValueError(f"a mask can't be applied by {self.method!r}")
 
 
-def check_value_masks(model: nn.Module, masks: Masks, example: Example) -> None:
-    """Holds the masks of inputs and outputs against what the modules of the model take and give on the example.
+def fitted_masks(model: nn.Module, masks: Masks, example: Example) -> Masks:
+    """The masks, those of inputs and outputs in the rank of what the modules of the model take and give on the example.
+
+    `[channels]` is taken where the channels are last, `[1, channels]` where they are in dimension 1.
 
     Raises:
         SpeedupError: a mask doesn't fit, or masks what isn't there.
     """
     given = {key: mask for key, mask in masks.by_target() if target_kind(key.target) != "parameter"}
-    if not given:
-        return
     known = dict(model.named_modules(remove_duplicate=False))
     some = {TargetId(key.module, end) for key in given for end in ("_input_0", "_output_0")}
     try:
-        shapes = traced_shapes(model, {key for key in some | given.keys() if key.module in known}, example)
+        wanted = {key for key in some | given.keys() if key.module in known}
+        shapes = traced_shapes(model, wanted, example) if wanted else {}
+        layouts = {key: layout_of(model, key, shapes[key]) for key in given if key in shapes}
     except CompressionError as error:
         raise SpeedupError(error.message, where=error.where, remedy=error.remedy) from error
-    ran = {key.module for key in shapes}
+    ran, fitted = {key.module for key in shapes}, Masks(masks)
     for key, mask in given.items():
-        shape = shapes.get(key)
-        if shape is None and key.module in ran:
+        if key in shapes:
+            fitted[key.module][key.target] = _fitted(key, mask, shapes[key], layouts[key].value_channel_dim)
+        elif key.module in ran:
             raise SpeedupError("masks name what the module neither takes nor gives", where=str(key))
-        if shape is not None and not fits(mask, (1, *shape[1:])):
-            message = f"the mask's shape is {tuple(mask.shape)}, and the value's {shape}"
-            raise SpeedupError(
-                message, where=str(key), remedy="one mask for all samples, which broadcasts to the value"
-            )
+    return fitted
+
+
+def _fitted(key: TargetId, mask: Tensor, shape: tuple[int, ...], channel_dim: int | None) -> Tensor:
+    whole = _in_rank(mask, shape, channel_dim)
+    if whole is not None and fits(whole, (1, *shape[1:])):
+        return whole
+    message = f"the mask's shape is {tuple(mask.shape)}, and the value's {shape}"
+    remedy = "one mask for all samples, which broadcasts to the value dimension by dimension"
+    if len(shape) > 1:
+        channels = len(shape) - 1 if channel_dim == -1 else 1
+        right = tuple(size if dim == channels else 1 for dim, size in enumerate(shape))
+        which = "for its channels" if channel_dim is not None else f"for those of dimension {channels}"
+        remedy = f"{remedy}: {right} {which}"
+    raise SpeedupError(message, where=str(key), remedy=remedy)
+
+
+def _in_rank(mask: Tensor, shape: tuple[int, ...], channel_dim: int | None) -> Tensor | None:
+    """A mask in the rank of a value; None where its shape doesn't tell which dimensions it is of."""
+    ones = [1] * (len(shape) - mask.dim())
+    if not mask.dim() or not ones:
+        return mask
+    # Where the class doesn't tell, one size may be that of the channels and that of the width.
+    is_last = channel_dim == -1 or len(shape) == 2 or (channel_dim is None and shape[1] != shape[-1])
+    if mask.dim() == 1 and is_last:
+        return mask.reshape(*ones, *mask.shape)
+    if mask.dim() == 2 and channel_dim != -1:
+        return mask.reshape(*mask.shape, *ones)
+    return None
 
 
 def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
@@ -79,10 +107,11 @@ def masked_copy(model: nn.Module, masks: Masks) -> nn.Module:
     """
     result = copy.deepcopy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
+    for name in masks.keys() - modules.keys():
+        message = f"masks name a module that the model lacks: {name!r}"
+        raise SpeedupError(message, where="masks", remedy=nearest(name, modules))
     for (name, target), mask in masks.by_target():
         method = masks.method(name, target)
-        if name not in modules:
-            raise SpeedupError(f"masks name a module that the model lacks: {name!r}", where="masks")
         if target_kind(target) == "parameter":
             _mask_parameter(modules[name], name, target, mask, method)
         elif method != "bypass":

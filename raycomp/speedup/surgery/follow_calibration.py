@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raycomp.core.calibration import canonical_calibration
 from raycomp.speedup.surgery.plan import ActivationCut, Cut, Plan
 
 Calibration = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -19,10 +20,13 @@ def cut_calibration(calibration: Calibration, plan: Plan) -> dict[str, dict[str,
     Args:
         calibration: by module and target; scales have the target's rank where they belong to its channels.
         plan: the surgery of the model that was calibrated.
+
+    Raises:
+        CompressionError: the calibration is none: another form, or numbers that no range has.
     """
     return {
         module: {target: _cut_target(values, module, target, plan) for target, values in targets.items()}
-        for module, targets in calibration.items()
+        for module, targets in canonical_calibration(calibration).items()
     }
 
 
