@@ -20,6 +20,7 @@ _SECTIONS = (
     sections.verification,
     sections.int8,
     sections.curves,
+    sections.searches,
     sections.layers,
     sections.unpruned,
     sections.timings,

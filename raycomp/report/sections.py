@@ -213,6 +213,20 @@ def layers(summary: RunSummary) -> str:
     )
 
 
+def searches(summary: RunSummary) -> str:
+    """What each search found, and what it was worth before training."""
+    parts = []
+    for found in summary.searches:
+        told = (
+            f"{found.compressor} of stage {found.stage} judged {found.judged} choices under their masks, before any "
+            f"training: {text.number(found.first)} where all layers lose alike, {text.number(found.best)} the best. "
+            "The artifact's searched.yaml has it as a config list."
+        )
+        rows = [(dotted(name), text.percent(part)) for name, part in found.parts.items()]
+        parts += [paragraph(escape(told), "soft"), table((Column("Layers", "name"), Column("Pruned")), rows)]
+    return section("What was searched for", *parts) if parts else ""
+
+
 def unpruned(summary: RunSummary) -> str:
     """What masks wanted gone and speedup kept, since removing it would have changed the outputs."""
     if summary.verification is None and not summary.unpruned:
