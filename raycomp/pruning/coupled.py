@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from raycomp.core.coupling import Coupling
 from raycomp.core.layout import Layout
@@ -15,7 +15,7 @@ from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem
 from raycomp.pruning.budget import Costs
 from raycomp.speedup.analysis.coupling import coupling
-from raycomp.speedup.analysis.dependency import TracedModel
+from raycomp.speedup.analysis.dependency import TracedModel, layers_of
 
 
 def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selection:
@@ -29,14 +29,7 @@ def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selec
         message = "which channels go together is found from the model's graph, and there is no example input"
         raise ConfigError([Problem("config_list", message, "give the evaluator a dummy_input")])
     traced = TracedModel.of(model, example)
-    known = {value.tensor for value in traced.graph.state()}
-    names = [name for name, module in traced.model.named_modules() if _is_layer(module, name, known)]
-    return replace(selection, coupling=coupling(traced, names))
-
-
-def _is_layer(module: nn.Module, name: str, known: set[str]) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim > 1 and (f"{name}.weight" if name else "weight") in known
+    return replace(selection, coupling=coupling(traced, layers_of(traced)))
 
 
 def costs(found: Coupling, selected: Iterable[TargetId], layouts: Mapping[TargetId, Layout]) -> Costs:

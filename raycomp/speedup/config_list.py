@@ -13,7 +13,7 @@ from raycomp.config.entries import Granularity
 from raycomp.core.layout import layout_of
 from raycomp.core.selection import default_targets, resolve, select, type_name
 from raycomp.core.target import TargetId
-from raycomp.speedup.analysis.dependency import Dependencies, TracedModel, dependencies
+from raycomp.speedup.analysis.dependency import TracedModel, dependencies, layers_of
 from raycomp.speedup.analysis.study import Group
 from raycomp.speedup.graph.example import Example
 
@@ -73,22 +73,37 @@ def complete_config_list(
 def _with_groups(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
     model = traced.model
     entries, selected = _selected(model, config_list)
-    names = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
-    names = [name for name in names if _has_channels(model, name)]
-    if not names:
+    chosen = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
+    names = [name for name in chosen if _has_channels(model, name)]
+    groups = list(dependencies(traced, names, obstacles=False).groups) if names else []
+    groups += _groups_of_norms(traced, [name for name in chosen if name not in names])
+    if not groups:
         return [dict(entry) for entry in config_list]
-    found = dependencies(traced, names, obstacles=False)
     settings = {
         n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
     }
-    numbers = _numbered(found, settings)
+    numbers = _numbered(groups, settings)
     result: ConfigList = []
     for index, entry in enumerate(config_list):
         if _is_grouped_here(entries[index]):
-            result += _by_group(model, dict(entry), selected[index], found, numbers)
+            result += _by_group(model, dict(entry), selected[index], groups, numbers)
         else:
             result.append(dict(entry))
     return result
+
+
+def _groups_of_norms(traced: TracedModel, norms: Sequence[str]) -> list[Group]:
+    """Norms whose channels can only go together: those behind layers whose channels do."""
+    if not norms:
+        return []
+    found = dependencies(traced, layers_of(traced), obstacles=False)
+    behind = {parameter: name for name, parameters in found.followers.items() for parameter in parameters}
+    together: dict[Group, list[str]] = {}
+    for norm in norms:
+        group = next((each for each in found.groups if behind.get(f"{norm}.weight") in each.modules), None)
+        if group is not None:
+            together.setdefault(group, []).append(norm)
+    return [Group(tuple(names), group.blocks, group.unit) for group, names in together.items()]
 
 
 def _selected(
@@ -121,10 +136,10 @@ def _settings(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in _SELECTION}
 
 
-def _numbered(found: Dependencies, settings: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+def _numbered(groups: Sequence[Group], settings: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """The id of each module that needs one: members of a group with equal settings."""
     numbers: dict[str, str] = {}
-    for group in found.groups:
+    for group in groups:
         kinds = [settings[name] for name in group.modules]
         if len(group.modules) > 1 and any(kind != kinds[0] for kind in kinds):
             names = ", ".join(group.modules)
@@ -140,13 +155,13 @@ def _numbered(found: Dependencies, settings: Mapping[str, dict[str, Any]]) -> di
 
 
 def _by_group(
-    model: nn.Module, entry: dict[str, Any], names: Sequence[str], found: Dependencies, numbers: Mapping[str, str]
+    model: nn.Module, entry: dict[str, Any], names: Sequence[str], groups: Sequence[Group], numbers: Mapping[str, str]
 ) -> ConfigList:
     """One entry for each group, and one for the rest."""
     rest = _settings(entry)
     parts: dict[tuple[str | None, int, tuple[int, ...]], list[str]] = {}
     for name in names:
-        group = next((each for each in found.groups if name in each.modules), Group((name,)))
+        group = next((each for each in groups if name in each.modules), Group((name,)))
         blocks = group.blocks if name in numbers else 1
         parts.setdefault((numbers.get(name), blocks, _runs(model, name, group, rest)), []).append(name)
     result = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from raycomp.core.detached_copy import detached_copy
 from raycomp.speedup.analysis.study import Group, Study, canonical_names
@@ -90,3 +90,14 @@ def _dependencies(
         ),
         {named[name]: tuple(parameters) for name, parameters in following.items()},
     )
+
+
+def layers_of(traced: TracedModel) -> list[str]:
+    """The names of all modules that have a weight with channels, and use it."""
+    known = {value.tensor for value in traced.graph.state()}
+    found = []
+    for name, module in traced.model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and (f"{name}.weight" if name else "weight") in known:
+            found.append(name)
+    return found
