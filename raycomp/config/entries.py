@@ -13,7 +13,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_serializer
 
 from raycomp.config import nni
 from raycomp.config.base import Conflict, Given, Settings
-from raycomp.config.values import CountOrZero, Items, KeyPath, NonNegative, Number, SomeItems, Text, expects, refuse
+from raycomp.config.values import (
+    CountOrZero,
+    Items,
+    KeyPath,
+    NonNegative,
+    Number,
+    Positive,
+    SomeItems,
+    Text,
+    expects,
+    refuse,
+)
 
 
 def canonical_target(name: str) -> str:
@@ -109,16 +120,35 @@ class Budget(Settings):
     """Multiply-accumulates of one sample: 0.5 is half of what the model has, 1000000 a million."""
     parameters: _Amount | None = None
     """Parameters: 0.5 is half of what the model has, 1000000 a million."""
+    latency: Annotated[float, Field(gt=0, lt=1), expects("a number between 0 and 1")] | None = None
+    """Seconds of a call with `evaluation.latency_batch_size` samples, as a part of what the model takes; a job measures
+    them where it measures its result."""
+    latency_ms: Positive | None = None
+    """The same in milliseconds."""
 
     @classmethod
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
         if not any(given.has(name) for name in cls.model_fields):
-            yield Conflict((), "it says of nothing how much may stay", "add macs or parameters: 0.5 for half of it")
+            yield Conflict(
+                (), "it says of nothing how much may stay", "add macs, parameters or latency: 0.5 for half of it"
+            )
+        if given.has("latency") and given.has("latency_ms"):
+            yield Conflict(("latency_ms",), "latency and latency_ms exclude each other", "leave one of them out")
 
     def limits(self) -> dict[str, float]:
-        """What is given, by name."""
-        return {name: value for name, value in self if value is not None}
+        """What is given of what the graph can tell, by name."""
+        return {name: value for name in ("macs", "parameters") if (value := getattr(self, name)) is not None}
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether a latency is given, which only measuring can tell."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def by_macs(self, part: float) -> Budget:
+        """The budget with a part of the multiply-accumulates in place of the latency."""
+        macs = part if self.macs is None else min(self.macs, part)
+        return Budget(macs=macs, parameters=self.parameters)
 
 
 class PruneTarget(_SaysWhatWasGiven):

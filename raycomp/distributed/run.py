@@ -25,7 +25,7 @@ from raycomp.distributed.lease import Lease, lease
 from raycomp.distributed.progress import Progress
 from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
-from raycomp.distributed.search import SearchOrder, run_searches
+from raycomp.distributed.search import SearchOrder, run_searches, time_budgets
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
@@ -33,7 +33,9 @@ from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.earlier import kept_for_the_ending
 from raycomp.pipeline.ending.artifact import REPORT
 from raycomp.pipeline.ending.conclude import RunFacts, Stopwatch
+from raycomp.pipeline.latency import timed_budgets
 from raycomp.pipeline.preflight import Checked
+from raycomp.pipeline.search import searches
 from raycomp.pipeline.task import Task, data_made_once
 from raycomp.report import text
 from raycomp.results.progress import ProgressEvent
@@ -266,6 +268,14 @@ class _Run:
     def _search(self, index: int, resolved: ResolvedStage) -> ResolvedStage:
         """What the stage's config lists mean once its searches have found what they look for."""
         order = SearchOrder(self.work.config, self.work.recipe, self.run_store, resolved, index)
+        if timed_budgets(self.work.config, index):
+            with self.work.watch.part("time budgets"):
+                resolved, found = on_head(time_budgets, order)
+            for line in found:
+                self.work.listener.message(line)
+            order = replace(order, resolved=resolved)
+        if not searches(self.work.config.stages[index]):
+            return resolved
         with self.work.watch.part("search"):
             return run_searches(order, self.cluster, self.work.listener.tell)
 

@@ -20,6 +20,7 @@ from raycomp.distributed.run_store import RunStore
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import RaycompError
 from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.latency import Timed, timed_budgets, with_macs, within_latency
 from raycomp.pipeline.search import StageSearch, searches
 from raycomp.pipeline.task import data_made_once
 from raycomp.pruning.search.search import Judge, Search
@@ -85,6 +86,33 @@ class _Judge:
 
     def judge(self, ratios: Ratios) -> float:
         return self._search.judge([ratios])[0]
+
+
+_TIMED = TypeAdapter(list[Timed])
+
+
+def time_budgets(order: SearchOrder) -> tuple[ResolvedStage, list[str]]:
+    """The stage with a part of the multiply-accumulates in place of every budget of latency, and what was found.
+
+    Runs on the head node, which times the result, too. What was found before an interruption isn't timed again.
+    """
+    job, index, name = order.job, order.index, f"latency-{order.index}.json"
+    places = timed_budgets(job, index)
+    known = read_record(order.run_store.files, name, _TIMED) or []
+    resolved, found = order.resolved, list[Timed]()
+    with scratch() as folder, data_made_once():
+        for number, place in enumerate(places):
+            if number < len(known):
+                timed = known[number]
+                resolved = with_macs(resolved, place, timed.macs)
+            else:
+                task = order.recipe.make(job.task, order.run_store.fetch_prepared(folder))
+                start = order.run_store.fetch_start(index)
+                resolved, timed = within_latency(job, index, place, task, start, resolved)
+            found.append(timed)
+    if len(known) < len(places):
+        write_record(order.run_store.files, name, _TIMED, found)
+    return resolved, [f"stage {job.stages[index].name}: {timed.told}" for timed in found]
 
 
 def run_searches(order: SearchOrder, cluster: Cluster, tell: Callable[[str], None]) -> ResolvedStage:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from raycomp.config import PruneTarget
 from raycomp.core.coupling import Coupling
 from raycomp.core.layout import Layout
 from raycomp.core.selection import Selection
@@ -53,3 +54,15 @@ def costs(found: Coupling, selected: Iterable[TargetId], layouts: Mapping[Target
         if found.makers(own) <= masked or (target_id.module in norms and norms <= masked):
             channels[target_id] = own
     return Costs(found, channels)
+
+
+def by_macs(selection: Selection, part: float) -> Selection:
+    """A selection with a part of the multiply-accumulates in place of budgets of latency."""
+
+    def changed(settings: Any) -> Any:
+        if not isinstance(settings, PruneTarget) or settings.budget is None or not settings.budget.is_timed:
+            return settings
+        return settings.model_copy(update={"budget": settings.budget.by_macs(part)})
+
+    selected = {key: replace(item, settings=changed(item.settings)) for key, item in selection.selected.items()}
+    return replace(selection, selected=selected)

@@ -111,6 +111,8 @@ def _budgeted(units: Sequence[Unit], costs: Costs | None) -> tuple[dict[int, int
         raise ValueError(
             "a budget is the whole model's: its targets need one and the same, all in global groups or none"
         )
+    if budget.is_timed:
+        raise ValueError("a latency is measured in a job: run it as one, or give a budget of macs")
     limits = costs.due(budget.limits(), goes[0].fraction)
     keys = ranked_keys(goes) if ranked else even_keys(goes)
     found, is_met = counts_within(goes, keys, lambda counts: costs.within(limits, masks_of(goes, counts)))

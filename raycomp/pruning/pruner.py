@@ -26,7 +26,7 @@ from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.budget import Costs
-from raycomp.pruning.coupled import costs, with_coupling
+from raycomp.pruning.coupled import by_macs, costs, with_coupling
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
 from raycomp.pruning.schedule import Once, Schedule
@@ -223,10 +223,13 @@ class Pruner(Compressor):
         self.schedule = self.own_schedule()
 
     def rehearse(self) -> None:
-        """Sets the masks of made-up saliencies."""
+        """Sets the masks of made-up saliencies; a latency, which a job has yet to measure, counts as half the work."""
+        asked = self.selection
+        self.choose(by_macs(asked, 0.5))
         made_up = {target_id: torch.Size(self.grid(target_id)) for target_id in self.goals}
         self.set_masks({key: torch.arange(grid.numel()).float().view(grid) for key, grid in made_up.items()}, 1.0)
         self.follow()
+        self.choose(asked)
 
     def commit(self) -> None:
         """Zeroes the masked elements of the parameters for good."""
