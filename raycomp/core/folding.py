@@ -33,11 +33,6 @@ class Folded:
         self.names = names
         self.passed = passed
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What `isinstance` sees: a forward may ask whether it has a tensor, and pass it on."""
-        return Tensor
-
     def through(self, name: str, value: Tensor) -> Any:
         """Behind the next module: the value itself behind the last one."""
         return value if self.passed + 1 == len(self.names) else Folded(value, self.names, self.passed + 1)

@@ -59,9 +59,7 @@ class Timed:
         """What the user should know of it."""
         if self.latency > self.wanted * (1 + _TOLERATED):
             return f"a latency of {self.wanted:.3f} can't be met: all that may go leaves {self.latency:.3f}"
-        return (
-            f"a latency of {self.wanted:.3f} is {self.macs:.3f} of the MACs, timed {self.latency:.3f}"
-        )
+        return f"a latency of {self.wanted:.3f} is {self.macs:.3f} of the MACs, timed {self.latency:.3f}"
 
 
 def timed_budgets(job: JobConfig, index: int) -> list[int]:

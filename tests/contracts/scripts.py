@@ -81,7 +81,8 @@ class Algorithm:
     @property
     def rounds(self) -> int:
         """How many rounds it trains."""
-        return 1 + max(row.get("total_iteration", row.get("iterations", 0)) for row in self.rows)
+        counted = {"LotteryTicketPruner": "total_iteration", "ADMMPruner": "iterations"}
+        return 1 + max(row[counted[row["type"]]] if row["type"] in counted else 0 for row in self.rows)
 
 
 def _build(chain: Chain, row: Settings, teacher: nn.Module) -> Any:
