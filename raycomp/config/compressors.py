@@ -206,6 +206,10 @@ class ADMMPrunerConfig(PrunerSettings):
     """Epochs of each of them."""
     rho: NonNegative = 1e-4
     """The weight of the term that draws."""
+    granularity: Annotated[Literal["fine-grained", "coarse-grained"], expects("'fine-grained' or 'coarse-grained'")] = (
+        "fine-grained"
+    )
+    """Of targets that don't say their own: single weights, or output channels."""
 
 
 class AroundSettings(CompressorSettings):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -20,8 +21,10 @@ from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
 from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of, worker_bundles
 from raycomp.distributed.interrupt import raise_if_interrupted, same_signals
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
-from raycomp.errors import ClusterError
+from raycomp.errors import ClusterError, RaycompError
 from raycomp.storage import s3
+
+Result = TypeVar("Result")
 
 # Reports block until the controller polls; a replacement worker group is awaited this long.
 _TRAIN_SETTINGS = {
@@ -200,6 +203,22 @@ def head_node_id() -> str:
 def head_node_options() -> dict[str, object]:
     """Options of a task that must run on the head node."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(head_node_id(), soft=False)}
+
+
+def on_head(function: Callable[..., Result], *args: Any) -> Result:
+    """Runs `function(*args)` on the head node.
+
+    Raises:
+        RaycompError: as the function raised it, also where it ran in a task.
+    """
+    if on_head_node():
+        return function(*args)
+    try:
+        return ray.get(ray.remote(**head_node_options())(function).remote(*args))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RaycompError):
+            raise error.cause from None
+        raise
 
 
 def has_other_files(config: ClusterConfig) -> bool:

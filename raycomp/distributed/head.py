@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import ray
 
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
-from raycomp.distributed.cluster import head_node_options, on_head_node
 from raycomp.distributed.run_store import RunStore
 from raycomp.distributed.search import found_by_searches
 from raycomp.distributed.task_recipe import TaskRecipe
-from raycomp.errors import ArtifactError, RaycompError
+from raycomp.errors import ArtifactError
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
@@ -26,8 +21,6 @@ from raycomp.pipeline.task import Task, data_made_once
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.speedup import Plan
 from raycomp.storage import MANIFEST, open_artifact, publish, scratch
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -69,22 +62,6 @@ class HeadOrder:
                 remedy="run again with --resume: the stage is trained again",
             )
         return replace(state, notes=tuple(dict.fromkeys([*state.notes, *self.notes])))
-
-
-def on_head(function: Callable[..., Result], *args: Any) -> Result:
-    """Runs `function(*args)` on the head node.
-
-    Raises:
-        RaycompError: as the function raised it, also where it ran in a task.
-    """
-    if on_head_node():
-        return function(*args)
-    try:
-        return ray.get(ray.remote(**head_node_options())(function).remote(*args))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, RaycompError):
-            raise error.cause from None
-        raise
 
 
 def resolve_next(job: JobConfig, recipe: TaskRecipe, run_store: RunStore, index: int) -> ResolvedStage:

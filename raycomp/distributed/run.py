@@ -18,14 +18,14 @@ from ray.actor import ActorHandle
 from raycomp.config import JobConfig
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
-from raycomp.distributed.cluster import Cluster, connect, on_demand
-from raycomp.distributed.head import HeadOrder, end_stage, on_head, publish_run, resolve_next
+from raycomp.distributed.cluster import Cluster, connect, on_demand, on_head
+from raycomp.distributed.head import HeadOrder, end_stage, publish_run, resolve_next
 from raycomp.distributed.interrupt import interruptible, told
 from raycomp.distributed.lease import Lease, lease
 from raycomp.distributed.progress import Progress
 from raycomp.distributed.ray_data import data_cpus, ray_datasets
 from raycomp.distributed.run_store import RunRecord, RunStore, job_uri, unfinished_run
-from raycomp.distributed.search import SearchOrder, run_searches, time_budgets
+from raycomp.distributed.search import SearchOrder, settle
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.distributed.trainer import progress_sink, train_stage
 from raycomp.distributed.worker import Saved, WorkerOrder
@@ -238,7 +238,7 @@ class _Run:
         for index in range(self._first_to_do(), last + 1):
             if index:
                 resolved = on_head(resolve_next, self.work.config, self.work.recipe, self.run_store, index)
-            resolved = self._search(index, resolved)
+            resolved = self._settled(index, resolved)
             self._train(index, resolved, sink)
             notes = tuple(self.work.listener.notes)
             order = HeadOrder(self.work.config, self.work.recipe, self.run_store, resolved, index, notes)
@@ -265,19 +265,14 @@ class _Run:
         self.record = record
         self.run_store.write_record(record)
 
-    def _search(self, index: int, resolved: ResolvedStage) -> ResolvedStage:
-        """What the stage's config lists mean once its searches have found what they look for."""
-        order = SearchOrder(self.work.config, self.work.recipe, self.run_store, resolved, index)
-        if timed_budgets(self.work.config, index):
-            with self.work.watch.part("time budgets"):
-                resolved, found = on_head(time_budgets, order)
-            for line in found:
-                self.work.listener.message(line)
-            order = replace(order, resolved=resolved)
-        if not searches(self.work.config.stages[index]):
+    def _settled(self, index: int, resolved: ResolvedStage) -> ResolvedStage:
+        """What the stage prunes by, once what has to be timed and searched for is."""
+        if not timed_budgets(self.work.config, index) and not searches(self.work.config.stages[index]):
             return resolved
+        order = SearchOrder(self.work.config, self.work.recipe, self.run_store, resolved, index)
+        listener = self.work.listener
         with self.work.watch.part("search"):
-            return run_searches(order, self.cluster, self.work.listener.tell)
+            return settle(order, self.cluster, listener.tell, listener.message)
 
     def _train(self, index: int, resolved: ResolvedStage, sink: ActorHandle) -> None:
         stage = self.work.config.stages[index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -14,13 +14,13 @@ from pydantic import TypeAdapter
 from ray.util import ActorPool
 
 from raycomp.config import JobConfig
-from raycomp.distributed.cluster import Cluster
+from raycomp.distributed.cluster import Cluster, on_head
 from raycomp.distributed.records import read_record, write_record
 from raycomp.distributed.run_store import RunStore
 from raycomp.distributed.task_recipe import TaskRecipe
 from raycomp.errors import RaycompError
 from raycomp.pipeline.build import ResolvedStage
-from raycomp.pipeline.latency import Timed, timed_budgets, with_macs, within_latency
+from raycomp.pipeline.latency import Timed, timed_budgets, within_latency
 from raycomp.pipeline.search import StageSearch, searches
 from raycomp.pipeline.task import data_made_once
 from raycomp.pruning.search.search import Judge, Search
@@ -88,50 +88,55 @@ class _Judge:
         return self._search.judge([ratios])[0]
 
 
-_TIMED = TypeAdapter(list[Timed])
+_TIMED = TypeAdapter(Timed)
+Tell = Callable[[str], None]
 
 
-def time_budgets(order: SearchOrder) -> tuple[ResolvedStage, list[str]]:
-    """The stage with a part of the multiply-accumulates in place of every budget of latency, and what was found.
+def settle(order: SearchOrder, cluster: Cluster, tell: Tell, note: Tell) -> ResolvedStage:
+    """What a stage prunes by, once its budgets of latency are timed and its searches have found what they look for.
 
-    Runs on the head node, which times the result, too. What was found before an interruption isn't timed again.
-    """
-    job, index, name = order.job, order.index, f"latency-{order.index}.json"
-    places = timed_budgets(job, index)
-    known = read_record(order.run_store.files, name, _TIMED) or []
-    resolved, found = order.resolved, list[Timed]()
-    with scratch() as folder, data_made_once():
-        for number, place in enumerate(places):
-            if number < len(known):
-                timed = known[number]
-                resolved = with_macs(resolved, place, timed.macs)
-            else:
-                task = order.recipe.make(job.task, order.run_store.fetch_prepared(folder))
-                start = order.run_store.fetch_start(index)
-                resolved, timed = within_latency(job, index, place, task, start, resolved)
-            found.append(timed)
-    if len(known) < len(places):
-        write_record(order.run_store.files, name, _TIMED, found)
-    return resolved, [f"stage {job.stages[index].name}: {timed.told}" for timed in found]
-
-
-def run_searches(order: SearchOrder, cluster: Cluster, tell: Callable[[str], None]) -> ResolvedStage:
-    """All searches of a stage; what was judged before an interruption isn't judged again.
+    What was timed or judged before an interruption isn't again.
 
     Args:
-        order: what is searched; its place is that of each search in turn.
-        cluster: where.
+        order: what is settled; its place is that of each compressor in turn.
+        cluster: where candidates are judged; latencies are timed on the head node, as the result's.
         tell: hears how far a search is.
+        note: hears what the report should say.
 
     Raises:
         RaycompError: what judging a candidate raised.
         ClusterError: judges were lost again and again.
     """
-    resolved = order.resolved
-    for place in searches(order.job.stages[order.index]):
-        own = SearchOrder(order.job, order.recipe, order.run_store, resolved, order.index, place)
-        resolved = _run(own, cluster, tell)
-    return resolved
+    stage = order.job.stages[order.index]
+    timed, searching = timed_budgets(order.job, order.index), searches(stage)
+    for place in range(len(stage.compressors)):
+        own = asked = replace(order, place=place)
+        if place in timed:
+            resolved, found = on_head(_timed, own, None)
+            own = replace(own, resolved=resolved)
+        if place in searching:
+            resolved, parts = _searched(own, cluster, tell)
+            own = replace(own, resolved=resolved)
+            if place in timed:
+                # Layers that lose unlike parts take another time than such as lose alike.
+                resolved, found = on_head(_timed, asked, parts)
+                own = replace(own, resolved=resolved)
+        if place in timed:
+            note(f"stage {stage.name}: {found.told}")
+        order = own
+    return order.resolved
+
+
+def _timed(order: SearchOrder, parts: Ratios | None) -> tuple[ResolvedStage, Timed]:
+    name = f"latency-{order.index}-{order.place}{'' if parts is None else '-found'}.json"
+    known = read_record(order.run_store.files, name, _TIMED)
+    with scratch() as folder, data_made_once():
+        task = order.recipe.make(order.job.task, order.run_store.fetch_prepared(folder))
+        start = order.run_store.fetch_start(order.index)
+        resolved, timed = within_latency(order.job, order.index, order.place, task, start, order.resolved, parts, known)
+    if known is None:
+        write_record(order.run_store.files, name, _TIMED, timed)
+    return resolved, timed
 
 
 def found_by_searches(job: JobConfig, run_store: RunStore) -> tuple[SearchFigures, ...]:
@@ -141,7 +146,7 @@ def found_by_searches(job: JobConfig, run_store: RunStore) -> tuple[SearchFigure
     return tuple(record.figures for record in records if record is not None and record.figures is not None)
 
 
-def _run(order: SearchOrder, cluster: Cluster, tell: Callable[[str], None]) -> ResolvedStage:
+def _searched(order: SearchOrder, cluster: Cluster, tell: Tell) -> tuple[ResolvedStage, Ratios]:
     name = _name(order.index, order.place)
     stored = read_record(order.run_store.files, name, _ADAPTER) or SearchRecord([])
     rounds, begun = list(stored.rounds), time.monotonic()
@@ -157,9 +162,9 @@ def _run(order: SearchOrder, cluster: Cluster, tell: Callable[[str], None]) -> R
         )
 
     with order.made() as search, _judges(order, cluster) as judge:
-        resolved, figures = search.run(judge, stored.rounds, told)
+        resolved, figures = search.run(judge, stored.rounds, told, is_over=stored.figures is not None)
     write_record(order.run_store.files, name, _ADAPTER, SearchRecord(rounds, figures))
-    return resolved
+    return resolved, tuple(figures.parts.values())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor
 from raycomp.core.detached_copy import detached_copy
 from raycomp.core.moments import Calibration
+from raycomp.core.selection import Selection
 from raycomp.core.target import TargetId
 from raycomp.deploy.int8 import lower_int8
 from raycomp.deploy.measure import latencies_s
@@ -31,6 +32,7 @@ from raycomp.pipeline.task import Task
 from raycomp.pruning.coupled import by_macs
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import l2_norm
+from raycomp.pruning.search.space import Ratios, SearchSpace
 from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import ModelSpeedup, cut_calibration
 
@@ -74,7 +76,14 @@ def timed_budgets(job: JobConfig, index: int) -> list[int]:
 
 
 def within_latency(
-    job: JobConfig, index: int, place: int, task: Task, start: StageStart, resolved: ResolvedStage
+    job: JobConfig,
+    index: int,
+    place: int,
+    task: Task,
+    start: StageStart,
+    resolved: ResolvedStage,
+    found: Ratios | None = None,
+    known: Timed | None = None,
 ) -> tuple[ResolvedStage, Timed]:
     """The stage with a part of the multiply-accumulates in place of a compressor's budget of latency.
 
@@ -85,26 +94,32 @@ def within_latency(
         task: the user's.
         start: what the stages before left.
         resolved: what the stage's config lists mean for that model.
+        found: what a search found that each unit of the compressor's targets loses: all parts are moved alike until
+            the latency is met.
+        known: what was timed before, and isn't timed again.
     """
     torch.set_num_threads(job.scaling.threads_per_worker)
-    found = _Study(job, index, place, task, start, resolved).search()
-    return with_macs(resolved, place, found.macs), found
-
-
-def with_macs(resolved: ResolvedStage, place: int, part: float) -> ResolvedStage:
-    """The stage with a part of the multiply-accumulates in place of a compressor's budget of latency."""
+    study = _Study(job, index, place, task, start, resolved, found)
+    timed = known or study.search()
     selections = list(resolved.selections)
-    selections[place] = by_macs(selections[place], part)
-    return ResolvedStage(tuple(selections))
+    selections[place] = study.selection_at(timed.macs)
+    return ResolvedStage(tuple(selections)), timed
 
 
 class _Study:
     """Cuts and times one stage's model."""
 
     def __init__(
-        self, job: JobConfig, index: int, place: int, task: Task, start: StageStart, resolved: ResolvedStage
+        self,
+        job: JobConfig,
+        index: int,
+        place: int,
+        task: Task,
+        start: StageStart,
+        resolved: ResolvedStage,
+        found: Ratios | None,
     ) -> None:
-        self.job = job
+        self.job, self.found = job, found
         self.selection = resolved.selections[place]
         self.chain: Chain = stage_chain(job, index, task, start, resolved)
         members = [member for member in self.chain.members if isinstance(member, Compressor)]
@@ -146,9 +161,18 @@ class _Study:
         assert self.budget.latency_ms is not None
         return min(self.budget.latency_ms / 1000 / dense_s, 1.0)
 
+    def selection_at(self, macs: float) -> Selection:
+        """What the pruner prunes by, where a part of the multiply-accumulates stays."""
+        selection = by_macs(self.selection, macs)
+        if self.found is None:
+            return selection
+        self.pruner.choose(selection)
+        space = SearchSpace(self.pruner)
+        return space.chosen(space.fitted(self.found))
+
     def part(self, macs: float) -> float:
         """What the model takes, cut to a part of its multiply-accumulates, as a part of what it takes uncut."""
-        self.pruner.choose(by_macs(self.selection, macs))
+        self.pruner.choose(self.selection_at(macs))
         for mask in self.pruner.masks.values():
             mask.set_(torch.ones_like(mask.mask))
         self.pruner.set_masks({key: self._stand_in(key) for key in self.pruner.goals}, 1.0)

@@ -66,6 +66,8 @@ class StageSearch:
         judge: Judge | None = None,
         known: Sequence[Sequence[float]] = (),
         told: Callable[[Search], None] = lambda search: None,
+        *,
+        is_over: bool = False,
     ) -> tuple[ResolvedStage, SearchFigures]:
         """Searches to the end.
 
@@ -73,12 +75,15 @@ class StageSearch:
             judge: judges the candidates of a round; default: this process, one after the other.
             known: the metrics of rounds that were judged before.
             told: hears of every round.
+            is_over: whether the known rounds are all there are.
 
         Returns:
             the stage, which prunes by what was found, and what the report says.
         """
         search = self._searching.search(self.space)
-        best = searched(search, judge or self.judge, known=known, goes_on=self._searching.limits.go_on, told=told)
+        total = sum(map(len, known))
+        goes_on = (lambda search: len(search.judged) < total) if is_over else self._searching.limits.go_on
+        best = searched(search, judge or self.judge, known=known, goes_on=goes_on, told=told)
         selections = list(self.resolved.selections)
         selections[self.place] = self.space.chosen(best.ratios)
         return ResolvedStage(tuple(selections)), self._figures(search, best)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,11 @@ class ADMMPruner(Pruner):
         iterations: rounds before the masks.
         training_epochs: how long each of them is.
         rho: the weight of the term.
+        granularity: of targets that don't say their own: single weights (`fine-grained`) or output channels
+            (`coarse-grained`).
     """
 
-    fusion_order = ("iterations", "training_epochs", "rho", "evaluator")
-    default_granularity = (1,)
+    fusion_order = ("iterations", "training_epochs", "granularity", "evaluator", "rho")
 
     def __init__(
         self,
@@ -49,7 +50,9 @@ class ADMMPruner(Pruner):
         iterations: int = 3,
         training_epochs: int = 1,
         rho: float = 1e-4,
+        granularity: Literal["fine-grained", "coarse-grained"] = "fine-grained",
     ) -> None:
+        self.default_granularity = (1,) if granularity == "fine-grained" else "out_channel"
         self.iterations = iterations
         self.training_epochs = training_epochs
         self.rho = rho

@@ -44,7 +44,7 @@ class Pruner(Compressor):
     kind: ClassVar[Kind] = "pruner"
     grows_back: ClassVar[bool] = False
     """Whether blocks that one decision pruned may be kept by the next."""
-    default_granularity: ClassVar[Granularity] = "out_channel"
+    default_granularity: Granularity = "out_channel"
     """Of parameters."""
     coupled: ClassVar[bool] = False
     """Whether its saliencies are of all weights that go together, which the model's graph tells."""

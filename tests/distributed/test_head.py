@@ -7,7 +7,7 @@ import os
 import pytest
 import ray
 
-from raycomp.distributed import head
+from raycomp.distributed import cluster
 from raycomp.distributed.cluster import head_node_id, on_head_node
 from raycomp.errors import SpeedupError
 
@@ -24,17 +24,17 @@ def _refuse() -> None:
 
 def test_a_driver_on_the_head_node_works_itself(local_ray: str) -> None:
     assert on_head_node()
-    assert head.on_head(_where) == (os.getpid(), head_node_id())
+    assert cluster.on_head(_where) == (os.getpid(), head_node_id())
     with pytest.raises(SpeedupError, match="unknown operator"):
-        head.on_head(_refuse)
+        cluster.on_head(_refuse)
 
 
 def test_a_driver_elsewhere_sends_a_task_to_the_head_node(local_ray: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "on_head_node", lambda: False)
-    pid, node = head.on_head(_where)
+    monkeypatch.setattr(cluster, "on_head_node", lambda: False)
+    pid, node = cluster.on_head(_where)
     assert pid != os.getpid()
     assert node == head_node_id()
     with pytest.raises(SpeedupError) as caught:
-        head.on_head(_refuse)
+        cluster.on_head(_refuse)
     assert (caught.value.where, caught.value.remedy) == ("conv1", "leave it out")
     assert str(caught.value) == "conv1: unknown operator (leave it out)"
