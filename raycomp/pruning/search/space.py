@@ -9,6 +9,7 @@ from typing import Any
 
 from raycomp.config import PruneTarget
 from raycomp.core.selection import Selected, Selection
+from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem
 from raycomp.pruning.budget import counts_within, even_keys, masks_of
 from raycomp.pruning.masks import Unit, units_of
@@ -98,7 +99,12 @@ class SearchSpace:
     def chosen(self, ratios: Sequence[float]) -> Selection:
         """The pruner's selection with a ratio of its own for each target; what can't go is left as it is."""
         part_of = {key: part for unit, part in zip(self.units, ratios, strict=True) for key in unit.keys}
-        selected = {key: _with_ratio(item, part_of.get(key, 0.0)) for key, item in self.selection.selected.items()}
+        weights = {key: TargetId(key.module, "weight") for key in self.selection.selected}
+        selected = {
+            # A bias that follows its weight says the same.
+            key: _with_ratio(item, part_of.get(key, part_of.get(weights[key], 0.0)))
+            for key, item in self.selection.selected.items()
+        }
         return replace(self.selection, selected=selected)
 
 
@@ -114,10 +120,17 @@ def _with_ratio(item: Selected, ratio: float) -> Selected:
 
 def config_list(selection: Selection) -> list[dict[str, Any]]:
     """A selection as a config list, in which every entry names its modules: what a search found, to be used again."""
-    entries: dict[str, dict[str, Any]] = {}
+    targets: dict[tuple[str, str], list[str]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for target_id, item in selection.selected.items():
         assert isinstance(item.settings, PruneTarget)
         own = item.settings.model_dump(mode="json")
-        entry = {"target_names": [target_id.target], **own}
-        entries.setdefault(repr(entry), {"op_names": [], **entry})["op_names"].append(target_id.module)
-    return list(entries.values())
+        settings[repr(own)] = own
+        targets.setdefault((target_id.module, repr(own)), []).append(target_id.target)
+    modules: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (module, own_settings), names in targets.items():
+        modules.setdefault((own_settings, tuple(names)), []).append(module)
+    return [
+        {"op_names": found, "target_names": list(names), **settings[own_settings]}
+        for (own_settings, names), found in modules.items()
+    ]
