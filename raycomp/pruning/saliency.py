@@ -40,9 +40,14 @@ def _named(granularity: str, layout: Layout, shape: Sequence[int]) -> list[int]:
     """One block per channel; a one-dimensional target has only channels."""
     if len(shape) < 2:
         return [1] * len(shape)
-    if layout.channel_dim is None and not layout.is_parameter:
-        raise ValueError("which dimension holds its channels isn't known: give block sizes, such as [-1, 1, -1, -1]")
     output = layout.channel_dim or 0
+    if layout.channel_dim is None and not layout.is_parameter:
+        if len(shape) == 3:
+            # [n, channels, length], or [n, length, channels].
+            raise ValueError(
+                "which of its 3 dimensions holds the channels isn't known: give [-1, 1, -1] or [-1, -1, 1]"
+            )
+        output = 1
     of_inputs = layout.is_parameter and granularity != "out_channel"
     sizes = [-1] * len(shape)
     sizes[_input_dim(output) if of_inputs else output] = 1

@@ -22,7 +22,20 @@ WORLDS = (1, 2, 4)
 STILL = {"learning_rate": 0.0}
 LARGER = {"samples": 209}
 
+VALUES = [{"op_types": ["ReLU"], "target_names": ["_output_"], "sparse_ratio": 0.5}]
+
 JOBS: dict[str, dict[str, Any]] = {
+    **{
+        f"{kind} of outputs": tiny.job(
+            {"type": kind, "config_list": VALUES, **settings}, tiny.quantizer(0), arguments=STILL, steps=4
+        )
+        for kind, settings in {
+            "L1NormPruner": {"training_steps": 3},
+            "TaylorPruner": {"training_steps": 3},
+            "ActivationMeanRankPruner": {"training_steps": 3},
+            "MovementPruner": {"warmup_step": 1, "cooldown_begin_step": 3},
+        }.items()
+    },
     # A learning rate of 0 keeps the weights, so every decision of every worker count is made from the same ones.
     "decisions": tiny.job(tiny.scheduled_pruner(3, 3), tiny.quantizer(4), tiny.distiller(), arguments=STILL, steps=12),
     "L1 decision": tiny.job(tiny.pruner("L1NormPruner"), tiny.quantizer(0), arguments=STILL, steps=4),
@@ -62,7 +75,7 @@ def test_the_decisions_are_real(runs: Runs) -> None:
     assert all(mask.mean() == 0.5 for mask in runs[1]["float64"][0].masks.values())
 
 
-@pytest.mark.parametrize("job", ["decisions", "L1 decision"])
+@pytest.mark.parametrize("job", [name for name in JOBS if "decision" in name or "outputs" in name])
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_decisions_from_the_same_weights_are_the_same(runs: Runs, world: int, job: str) -> None:
     alone, ranks = runs[1][job][0], runs[world][job]
