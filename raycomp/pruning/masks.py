@@ -100,17 +100,17 @@ def _budgeted(units: Sequence[Unit], costs: Costs | None) -> tuple[dict[int, int
     if not units:
         return {}, []
     assert costs is not None
+    budget, ranked = units[0].settings.budget, units[0].settings.global_group_id is not None
+    assert budget is not None
+    if any((unit.settings.budget, unit.settings.global_group_id is not None) != (budget, ranked) for unit in units):
+        raise ValueError(
+            "a budget is the whole model's: its targets need one and the same, all in global groups or none"
+        )
     stays = [unit for unit in units if any(key not in costs.channels for key in unit.keys)]
     goes = [unit for unit in units if unit not in stays]
     counts = {id(unit): unit.pinned for unit in stays}
     if not goes:
         raise ValueError("a budget is given, and no channel of its targets can be removed")
-    budget, ranked = goes[0].settings.budget, goes[0].settings.global_group_id is not None
-    assert budget is not None
-    if any((unit.settings.budget, unit.settings.global_group_id is not None) != (budget, ranked) for unit in goes):
-        raise ValueError(
-            "a budget is the whole model's: its targets need one and the same, all in global groups or none"
-        )
     limits = costs.due(budget.limits(), goes[0].fraction)
     keys = ranked_keys(goes) if ranked else even_keys(goes)
     found, is_met = counts_within(goes, keys, lambda counts: costs.within(limits, masks_of(goes, counts)))

@@ -26,7 +26,7 @@ from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.budget import Costs
-from raycomp.pruning.coupled import costs, with_coupling
+from raycomp.pruning.coupled import costs, in_groups, with_coupling
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
 from raycomp.pruning.schedule import Once, Schedule
@@ -81,7 +81,7 @@ class Pruner(Compressor):
         has_budget = any(isinstance(each, PruneTarget) and each.budget is not None for each in settings)
         if selection.coupling is not None or not (has_budget or cls.coupled):
             return selection
-        return with_coupling(model, selection, example)
+        return with_coupling(model, in_groups(model, selection, example) if has_budget else selection, example)
 
     # What a subclass says.
 
@@ -144,6 +144,14 @@ class Pruner(Compressor):
     def count(self, target_id: TargetId) -> int:
         """How many blocks a target has."""
         return prod(self.grid(target_id))
+
+    def is_of_channels(self, target_id: TargetId) -> bool:
+        """Whether a parameter's blocks are output channels, or runs of them, with all that is in them."""
+        layout = self.layouts[target_id]
+        assert layout.shape is not None
+        whole = [size // layout.groups if dim == 0 else size for dim, size in enumerate(layout.shape)]
+        sizes = zip(self.blocks(target_id), whole, strict=True)
+        return all(block == size for dim, (block, size) in enumerate(sizes) if dim != (layout.channel_dim or 0))
 
     def check(self) -> None:
         """Refuses goals that it can't rank, blocks that don't fit, and align cycles."""
@@ -221,6 +229,7 @@ class Pruner(Compressor):
     def begin_again(self) -> None:
         """Decides as it did, from where the training is now; what is masked stays so."""
         self.schedule = self.own_schedule()
+        self.decide(Moment("begin", 0, self.chain.round))
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies."""
@@ -372,5 +381,12 @@ class Pruner(Compressor):
         try:
             self.blocks(target_id)
         except ValueError as error:
-            problems.append(Problem(f"{selected.where}.granularity", f"{target_id}: {error}"))
+            return [*problems, Problem(f"{selected.where}.granularity", f"{target_id}: {error}")]
+        settings, is_parameter = self._settings(target_id), self.layouts[target_id].is_parameter
+        if settings.budget is not None and not (is_parameter and self.is_of_channels(target_id)):
+            message = f"{target_id}: a budget says how many output channels go, and its blocks are others"
+            problems.append(Problem(f"{selected.where}.granularity", message, "out_channel"))
+        if settings.budget is not None and settings.apply_method != "mul":
+            message = f"{target_id}: what '{settings.apply_method}' masks isn't cut out, so no budget can be met by it"
+            problems.append(Problem(f"{selected.where}.apply_method", message, "mul"))
         return problems
