@@ -83,13 +83,15 @@ class ADMMPruner(Pruner):
         return super().is_due(moment) or (moment.event == "begin" and moment.round == self.first_round)
 
     def decide(self, moment: Moment) -> None:
-        if moment.event == "begin":
+        progress = self.schedule.progress(moment)
+        if moment.event == "begin" and moment.round == self.first_round:
             self._begin()
-        elif moment.event == "round" and moment.round < self.first_round + self.iterations - 1:
+        elif progress is not None and progress < 1:
             self._project()
-        else:
-            super().decide(moment)
+        elif progress is not None:
+            self.set_masks(self.saliencies(), progress)
             self.sparse, self.gap = {}, {}
+        self.follow()
 
     def saliencies(self) -> dict[TargetId, Tensor]:
         """The L2 norm of each block of the weights."""
