@@ -202,7 +202,10 @@ class Pruner(Compressor):
     def costs(self) -> Costs | None:
         """What its masks cost, where it was asked for."""
         found = self.selection.coupling
-        return None if found is None else costs(found, list(self.selected), self.layouts)
+        if found is None:
+            return None
+        goals = [key for key in self.goals if self.layouts[key].is_parameter and self.is_of_channels(key)]
+        return costs(found, [*goals, *self.followers], self.layouts)
 
     def set_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> None:
         """Makes and sets the masks of these saliencies; errors as in `decide`."""
@@ -340,10 +343,17 @@ class Pruner(Compressor):
         blocks = self.blocks(target_id)
         pruned = self.masks[target_id].mask[tuple(slice(None, None, block) for block in blocks)] == 0
         settings = self._settings(target_id)
-        due = self.schedule.due(progress, settings.sparse_ratio or 0.0)
+        due = self.schedule.due(progress, self._goal(settings))
         stays = None if self.grows_back else self.ranked(target_id, pruned)
         elements = block_elements(blocks) // (1 if self.layouts[target_id].is_parameter else blocks[0])
         return MaskRequest(target_id, self.ranked(target_id, saliency), elements, settings, due, stays)
+
+    def _goal(self, settings: PruneTarget) -> float:
+        """The part that goes: of a target by a ratio, of the model by a budget; 0 for a threshold."""
+        if settings.budget is None or self.costs is None:
+            return settings.sparse_ratio or 0.0
+        parts = [self.costs.part(name, limit) for name, limit in settings.budget.limits().items()]
+        return max(1 - min(parts), 0.0)
 
     def follow(self) -> None:
         """Sets the masks of the targets that follow others."""

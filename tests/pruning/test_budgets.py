@@ -23,6 +23,7 @@ from raycomp.pruning import (
     GroupTaylorPruner,
     L1NormPruner,
     LevelPruner,
+    LotteryTicketPruner,
     RandomPruner,
     SlimPruner,
 )
@@ -170,6 +171,37 @@ def test_slimmed_norms_keep_a_budget(name: str, ranked: bool) -> None:
     left = after_speedup(pruner, example)
     assert left == pytest.approx(predicted(pruner), rel=1e-12)
     assert left["macs"] <= 0.5
+
+
+def test_what_a_ratio_prunes_beside_a_budget_counts() -> None:
+    model, example = network("unnormed")
+    entries = [{"op_names": ["a", "c"], "budget": B}, {"op_names": ["b"], "sparse_ratio": 0.5}]
+    pruner = L1NormPruner(model, entries, evaluator_of(model, example))
+    left = after_speedup(pruner, example)
+    assert left == pytest.approx(predicted(pruner), rel=1e-12)
+    gone = {name: int((channel_mask(pruner, TargetId(name, "weight")) == 0).sum()) for name in ("a", "b", "c")}
+    # Of 87584 MACs, half of b's channels leave 50720, and each of the 8 shared channels has 6340 of these.
+    assert gone == {"a": 2, "b": 4, "c": 2}
+    assert left["macs"] * 87584 == pytest.approx(50720 - 2 * 6340)
+
+
+def test_lottery_rounds_leave_the_same_part_each_time() -> None:
+    torch.manual_seed(0)
+    model, example = Wide(), torch.randn(2, 3, 4, 4)
+    entries = [{"op_types": ["Conv2d"], "budget": {"macs": 0.25}}]
+    pruner = L1NormPruner(model, entries, evaluator_of(model, example))
+    found = []
+    evaluator = pruner.evaluator
+    assert isinstance(evaluator, TorchEvaluator)
+    train = evaluator.training_func
+
+    def noting(*args: Any) -> None:
+        found.append(predicted(pruner)["macs"])
+        train(*args)
+
+    evaluator.training_func = noting
+    LotteryTicketPruner(pruner, 2).compress(max_steps=1)
+    assert found == pytest.approx([1.0, 0.5, 0.25], abs=0.02)
 
 
 def test_a_budget_that_can_t_be_met_is_told() -> None:
@@ -332,3 +364,9 @@ def test_blocks_of_input_channels_are_not_judged_as_output_channels() -> None:
     entries = [{"op_names": ["b"], "sparse_ratio": 0.5, "granularity": "in_channel"}]
     with pytest.raises(ConfigError, match=r"b\.weight is judged by whole output channels"):
         GroupNormPruner(model, entries, evaluator_of(model, example))
+
+
+def test_a_batch_of_one_is_pruned_like_any_other() -> None:
+    model, example = network("residual")
+    pruner = L1NormPruner(model, channels_of("residual", budget=B), evaluator_of(model, example[:1]))
+    assert after_speedup(pruner, example[:1])["macs"] <= 0.5

@@ -323,3 +323,20 @@ def test_a_goal_and_what_follows_it_from_two_entries_of_any_order() -> None:
         masks = made(L1NormPruner, *order).compress()[1]
         for name, target in (("conv", "bias"), ("norm", "weight"), ("norm", "bias"), ("fc", "_input_0")):
             assert masks[name][target].flatten().tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "told"),
+    [
+        (LevelPruner, {"mode": "balance"}, r"LevelPruner\.mode: it does not say what is balanced"),
+        (LevelPruner, {"balance_gran": [4]}, r"LevelPruner\.balance_gran: .*add mode: balance"),
+        (
+            MovementPruner,
+            {"warmup_step": 5, "cooldown_begin_step": 5},
+            r"5 is not behind warmup_step, 5",
+        ),
+    ],
+)
+def test_arguments_that_a_job_file_could_not_have_together_are_refused(kind: Any, keys: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        made(kind, {"op_names": ["fc"], "sparse_ratio": 0.5}, **keys)

@@ -89,6 +89,21 @@ def test_masks_stay_behind_the_last_decision_though_scores_go_on() -> None:
     assert not numpy.array_equal(seen[4]["scores"], seen[1]["scores"])
 
 
+def test_two_fused_ones_both_learn() -> None:
+    """NNI's second hook on the optimizer's step takes the place of the first, whose scores then stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)).double()
+    first = MovementPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], None, 0, 3)
+    second = MovementPruner.from_compressor(
+        first, [{"op_names": ["1"], "sparse_ratio": 0.5}], warmup_step=0, cooldown_begin_step=3
+    )
+    steps(first, 3, rate=0.01)
+    for pruner, name in ((first, "0"), (second, "1")):
+        key = TargetId(name, "weight")
+        assert bool(pruner.masks[key].scores.detach().all())  # type: ignore[union-attr, operator]
+        assert float(pruner.get_masks()[name]["weight"].mean()) == 0.5
+
+
 def adam(gradient: numpy.ndarray, state: dict[str, Any]) -> numpy.ndarray:
     """What Adam (1e-2, 0.9, 0.999, 1e-8) adds."""
     state["t"] += 1

@@ -230,6 +230,12 @@ def test_goals_that_can_t_be_shared_out_are_refused() -> None:
         SimulatedAnnealingPruner(L1NormPruner(model, entries, evaluator_of(model))).compress()
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_layer_keeps_a_block_whatever_its_clamps_allow(name: str) -> None:
+    pruner = SEARCHES[name](basic(sparse_ratio=0.95, max_sparse_ratio=1))
+    assert all(bool(targets["weight"].any()) for targets in pruner.compress()[1].values())
+
+
 # AutoCompress: turns.
 
 
