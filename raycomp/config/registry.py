@@ -16,7 +16,7 @@ from pydantic import ConfigDict, GetCoreSchemaHandler, TypeAdapter, ValidationEr
 from pydantic_core import CoreSchema, core_schema
 
 from raycomp.config import nni
-from raycomp.config.base import UNKNOWN_TYPE, Settings, problems_of
+from raycomp.config.base import UNKNOWN_TYPE, Given, Settings, problems_of
 from raycomp.config.values import nearest
 from raycomp.errors import Problem
 
@@ -97,9 +97,14 @@ class Registration:
         return getattr(import_module(self.implementation.rpartition(":")[0]), self.name)
 
     def problems(self, arguments: Mapping[str, Any]) -> Iterator[Problem]:
-        """What is wrong with those arguments of the class that are settings, each by itself."""
+        """What is wrong with those arguments of the class that are settings, each by itself and taken together."""
+        given = {name: value for name, value in arguments.items() if name in self.settings.model_fields}
+        for key in ("type", "config_list", "pruner"):
+            given.pop(key, None)
+        for conflict in self.settings.conflicts(Given(given)):
+            yield Problem(self._argument(str(conflict.key[0]), None), conflict.message, conflict.remedy)
         for name, field in self.settings.model_fields.items():
-            if name in arguments and name not in ("type", "config_list", "pruner"):
+            if name in given:
                 kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
                 try:
                     TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(_plain(arguments[name]))

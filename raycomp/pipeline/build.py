@@ -194,14 +194,17 @@ def _resolved(model: nn.Module, settings: CompressorSettings, context: BuildCont
     entries: Sequence[SelectionEntry] = settings.config_list  # type: ignore[attr-defined]
     # First as the user wrote it, so that errors name his entries.
     resolve(model, settings.kind, entries, "config_list")
+    kind = settings.registration.load()
     if isinstance(settings, PrunerSettings):
         # With what the graph adds: channels that go together, norms and biases that follow.
         given = [entry.model_dump() for entry in entries]
         groups, align = context.speedup.dependency_groups, context.speedup.align
-        completed = complete_config_list(model, given, context.example, groups=groups, align=align)
+        completed = complete_config_list(
+            model, given, context.example, groups=groups, align=align, default=kind.granularity_under(settings)
+        )
         entries = parse_config_list("pruner", completed)
     found = resolve(model, settings.kind, entries, "config_list", context.example)
-    selection: Selection = settings.registration.load().completed(model, found, context.example)
+    selection: Selection = kind.completed(model, found, context.example)
     return selection
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from raycomp.config.entries import Granularity
 from raycomp.core.batch_share import weighted_by_samples
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
@@ -52,7 +53,8 @@ class ADMMPruner(Pruner):
         rho: float = 1e-4,
         granularity: Literal["fine-grained", "coarse-grained"] = "fine-grained",
     ) -> None:
-        self.default_granularity = (1,) if granularity == "fine-grained" else "out_channel"
+        self.granularity = granularity
+        self.default_granularity = self.granularity_under(self)
         self.iterations = iterations
         self.training_epochs = training_epochs
         self.rho = rho
@@ -61,6 +63,10 @@ class ADMMPruner(Pruner):
         self.gap: dict[TargetId, Tensor] = {}
         """U of each target."""
         super().__init__(model, config_list, evaluator)
+
+    @classmethod
+    def granularity_under(cls, settings: Any) -> Granularity:
+        return (1,) if settings.granularity == "fine-grained" else "out_channel"
 
     def own_schedule(self) -> Schedule:
         return RoundEnds(self.iterations, at_once, from_first_weights=False, first_round=self.chain.round)
@@ -86,13 +92,15 @@ class ADMMPruner(Pruner):
         return super().is_due(moment) or (moment.event == "begin" and moment.round == self.first_round)
 
     def decide(self, moment: Moment) -> None:
-        if moment.event == "begin":
+        progress = self.schedule.progress(moment)
+        if moment.event == "begin" and moment.round == self.first_round:
             self._begin()
-        elif moment.event == "round" and moment.round < self.first_round + self.iterations - 1:
+        elif progress is not None and progress < 1:
             self._project()
-        else:
-            super().decide(moment)
+        elif progress is not None:
+            self.set_masks(self.saliencies(), progress)
             self.sparse, self.gap = {}, {}
+        self.follow()
 
     def saliencies(self) -> dict[TargetId, Tensor]:
         """The L2 norm of each block of the weights."""

@@ -38,8 +38,8 @@ class AutoCompressPruner(SimulatedAnnealingPruner):
         goal = self.pruner.selection
         for turn in range(self.total_iteration):
             self.pruner.choose(goal)
+            self.look(SearchSpace(self.pruner, (turn + 1) / self.total_iteration))
             if turn:
                 self.pruner.begin_again()
-            self.look(SearchSpace(self.pruner, (turn + 1) / self.total_iteration))
             result = super().compress(max_steps, max_epochs)
         return result

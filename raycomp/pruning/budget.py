@@ -80,7 +80,8 @@ class Costs:
 def counts_within(
     units: Sequence[Prunable], keys: Sequence[Tensor], fits: Callable[[Sequence[int]], bool]
 ) -> tuple[list[int], bool]:
-    """How many steps each unit takes, no fewer than need be: all units' steps go in one order until the goal is met.
+    """How many steps each unit takes, no more than need be: all units' steps go in one order until the goal is met;
+    then the last ones of units come back that it doesn't need, where the step that met it was a large one.
 
     Args:
         units: all that the goal is for.
@@ -107,7 +108,27 @@ def counts_within(
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(counts(middle)) else (middle + 1, high)
-    return counts(low), True
+    return _without_surplus(counts(low), keys, least.tolist(), fits), True
+
+
+def _without_surplus(
+    counts: list[int], keys: Sequence[Tensor], least: Sequence[int], fits: Callable[[Sequence[int]], bool]
+) -> list[int]:
+    """The counts without steps that the goal doesn't need: of the steps that units took last, those that come late in
+    the order are given back first. What can't be given back once can't be later, either."""
+
+    def lateness(index: int) -> tuple[float, int]:
+        return float(keys[index][counts[index] - 1]), index
+
+    open_ = [index for index, count in enumerate(counts) if count > least[index]]
+    while open_:
+        index = max(open_, key=lateness)
+        fewer = [count - (place == index) for place, count in enumerate(counts)]
+        if fits(fewer):
+            counts = fewer
+        if counts is not fewer or counts[index] == least[index]:
+            open_.remove(index)
+    return counts
 
 
 def even_keys(units: Sequence[Prunable]) -> list[Tensor]:

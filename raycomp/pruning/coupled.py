@@ -8,15 +8,25 @@ from typing import Any
 
 from torch import nn
 
-from raycomp.config import PruneTarget
+from raycomp.config import PruneTarget, parse_config_list
 from raycomp.core.coupling import Coupling
 from raycomp.core.layout import Layout
-from raycomp.core.selection import Selection
+from raycomp.core.selection import Selection, resolve
 from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError, Problem
 from raycomp.pruning.budget import Costs
 from raycomp.speedup.analysis.coupling import coupling
 from raycomp.speedup.analysis.dependency import TracedModel, layers_of
+from raycomp.speedup.config_list import complete_config_list
+
+
+def in_groups(model: nn.Module, selection: Selection, example: Any) -> Selection:
+    """The selection with groups of what can only go together, and with what follows: only such masks can be cut out,
+    and a budget is that of the model behind speedup. Errors as of `with_coupling`."""
+    _refuse_none(example)
+    given = [entry.model_dump() for entry in selection.entries]
+    entries = parse_config_list("pruner", complete_config_list(model, given, example))
+    return resolve(model, "pruner", entries, "config_list", example)
 
 
 def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selection:
@@ -26,17 +36,22 @@ def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selec
         ConfigError: there is no example input to trace the model with.
         SpeedupError: the model can't be traced.
     """
+    _refuse_none(example)
+    traced = TracedModel.of(model, example)
+    return replace(selection, coupling=coupling(traced, layers_of(traced)))
+
+
+def _refuse_none(example: Any) -> None:
     if example is None:
         message = "which channels go together is found from the model's graph, and there is no example input"
         raise ConfigError([Problem("config_list", message, "give the evaluator a dummy_input")])
-    traced = TracedModel.of(model, example)
-    return replace(selection, coupling=coupling(traced, layers_of(traced)))
 
 
 def costs(found: Coupling, selected: Iterable[TargetId], layouts: Mapping[TargetId, Layout]) -> Costs:
     """What masks cost; those of targets whose channels can't go, or not by the masks of these targets alone, have none.
 
-    A channel goes where all layers that make it are masked, or all norms behind these.
+    A channel goes where all layers that make it are masked, or all norms behind these: one for each of the layers, at
+    least, for what has no norm would stay.
 
     Args:
         found: what goes with each channel.
@@ -50,8 +65,8 @@ def costs(found: Coupling, selected: Iterable[TargetId], layouts: Mapping[Target
         own = found.channels_of(str(target_id), layout.channel_dim or 0) if layout.is_parameter else None
         if own is None or target_id.target != "weight":
             continue
-        norms = found.norms(own)
-        if found.makers(own) <= masked or (target_id.module in norms and norms <= masked):
+        makers, norms = found.makers(own), found.norms(own)
+        if makers <= masked or (target_id.module in norms and norms <= masked and len(norms) >= len(makers)):
             channels[target_id] = own
     return Costs(found, channels)
 

@@ -65,7 +65,7 @@ class CoupledPruner(Pruner):
     def _goal_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
         problems = super()._goal_problems(target_id, selected)
         layout = self.layouts[target_id]
-        if not problems and layout.is_parameter and layout.output_channels % self.count(target_id):
+        if not problems and layout.is_parameter and not self.is_of_channels(target_id):
             message = f"{target_id} is judged by whole output channels"
             problems.append(Problem(f"{selected.where}.granularity", message, "out_channel"))
         return problems

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from raycomp.config import PruneTarget
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import ConfigList
 from raycomp.core.evaluator import Evaluator
@@ -16,6 +15,7 @@ from raycomp.core.selection import Selected
 from raycomp.core.target import TargetId
 from raycomp.errors import Problem
 from raycomp.pruning.magnitude import MagnitudePruner
+from raycomp.pruning.masks import MaskRequest
 from raycomp.pruning.saliency import block_elements, block_vectors, from_block_vectors, l1_norm, padded_sizes
 
 
@@ -71,12 +71,12 @@ class LevelPruner(MagnitudePruner):
             raise ValueError(f"balance_gran {whole} doesn't divide its {tuple(grid)} blocks")
         return whole
 
-    def _settings(self, target_id: TargetId) -> PruneTarget:
-        settings = super()._settings(target_id)
-        if self.mode == "normal" or target_id not in self.goals:
-            return settings
-        rows = prod(self.grid(target_id)) // block_elements(self._balanced(target_id))
-        return settings.model_copy(update={"internal_metric_block": rows})
+    def _request(self, target_id: TargetId, saliency: Tensor, progress: float) -> MaskRequest:
+        request = super()._request(target_id, saliency, progress)
+        if self.mode == "normal":
+            return request
+        rows = self.count(target_id) // block_elements(self._balanced(target_id))
+        return replace(request, settings=request.settings.model_copy(update={"internal_metric_block": rows}))
 
     def _goal_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:
         problems = super()._goal_problems(target_id, selected)

@@ -78,12 +78,13 @@ def make_masks(requests: Sequence[MaskRequest], costs: Costs | None = None) -> D
     undecided = [unit for unit in units if unit.is_undecided]
     counts = {id(unit): unit.pinned for unit in undecided}
     decided = [unit for unit in units if unit not in undecided]
-    budgeted = [unit for unit in decided if unit.settings.budget is not None]
-    found, notes = _budgeted(budgeted, costs)
-    counts |= found
     others = [unit for unit in decided if unit.settings.budget is None]
     counts |= _counts(others)
     spared = _spared(others, counts)
+    budgeted = [unit for unit in decided if unit.settings.budget is not None]
+    beside = [unit for unit in units if unit not in budgeted] if budgeted else []
+    found, notes = _budgeted(budgeted, costs, masks_of(beside, [counts[id(unit)] for unit in beside]))
+    counts |= found
     made: dict[Hashable, Tensor] = {}
     for unit in units:
         mask = unit.mask(counts[id(unit)])
@@ -95,27 +96,31 @@ def make_masks(requests: Sequence[MaskRequest], costs: Costs | None = None) -> D
     return Decision(made, tuple(notes))
 
 
-def _budgeted(units: Sequence[Unit], costs: Costs | None) -> tuple[dict[int, int], list[str]]:
-    """How many steps each unit prunes that has a budget, and what the user should know."""
+def _budgeted(
+    units: Sequence[Unit], costs: Costs | None, beside: Mapping[Hashable, Tensor]
+) -> tuple[dict[int, int], list[str]]:
+    """How many steps each unit prunes that has a budget, beside the masks of those without; and what the user should
+    know."""
     if not units:
         return {}, []
     assert costs is not None
+    budget, ranked = units[0].settings.budget, units[0].settings.global_group_id is not None
+    assert budget is not None
+    if any((unit.settings.budget, unit.settings.global_group_id is not None) != (budget, ranked) for unit in units):
+        raise ValueError(
+            "a budget is the whole model's: its targets need one and the same, all in global groups or none"
+        )
     stays = [unit for unit in units if any(key not in costs.channels for key in unit.keys)]
     goes = [unit for unit in units if unit not in stays]
     counts = {id(unit): unit.pinned for unit in stays}
     if not goes:
         raise ValueError("a budget is given, and no channel of its targets can be removed")
-    budget, ranked = goes[0].settings.budget, goes[0].settings.global_group_id is not None
-    assert budget is not None
-    if any((unit.settings.budget, unit.settings.global_group_id is not None) != (budget, ranked) for unit in goes):
-        raise ValueError(
-            "a budget is the whole model's: its targets need one and the same, all in global groups or none"
-        )
     if budget.is_timed:
         raise ValueError("a latency is measured in a job: run it as one, or give a budget of macs")
     limits = costs.due(budget.limits(), goes[0].fraction)
     keys = ranked_keys(goes) if ranked else even_keys(goes)
-    found, is_met = counts_within(goes, keys, lambda counts: costs.within(limits, masks_of(goes, counts)))
+    fixed = {key: mask for key, mask in beside.items() if key in costs.channels}
+    found, is_met = counts_within(goes, keys, lambda counts: costs.within(limits, fixed | masks_of(goes, counts)))
     notes = [] if is_met else [f"the budget {budget.limits()} can't be met: all that may go is masked"]
     return counts | {id(unit): count for unit, count in zip(goes, found, strict=True)}, notes
 

@@ -26,7 +26,7 @@ from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.budget import Costs
-from raycomp.pruning.coupled import by_macs, costs, with_coupling
+from raycomp.pruning.coupled import by_macs, costs, in_groups, with_coupling
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
 from raycomp.pruning.schedule import Once, Schedule
@@ -70,6 +70,11 @@ class Pruner(Compressor):
         return max(self.schedule.last_step - self.chain.step, 0) or None
 
     @classmethod
+    def granularity_under(cls, settings: object) -> Granularity:
+        """What is pruned together of a parameter whose entry doesn't say, under a job's settings of this class."""
+        return cls.default_granularity
+
+    @classmethod
     def completed(cls, model: nn.Module, selection: Selection, example: Any) -> Selection:
         """A selection with what the graph says of channels, where its settings or the algorithm ask for it.
 
@@ -81,7 +86,7 @@ class Pruner(Compressor):
         has_budget = any(isinstance(each, PruneTarget) and each.budget is not None for each in settings)
         if selection.coupling is not None or not (has_budget or cls.coupled):
             return selection
-        return with_coupling(model, selection, example)
+        return with_coupling(model, in_groups(model, selection, example) if has_budget else selection, example)
 
     # What a subclass says.
 
@@ -145,6 +150,14 @@ class Pruner(Compressor):
         """How many blocks a target has."""
         return prod(self.grid(target_id))
 
+    def is_of_channels(self, target_id: TargetId) -> bool:
+        """Whether a parameter's blocks are output channels, or runs of them, with all that is in them."""
+        layout = self.layouts[target_id]
+        assert layout.shape is not None
+        whole = [size // layout.groups if dim == 0 else size for dim, size in enumerate(layout.shape)]
+        sizes = zip(self.blocks(target_id), whole, strict=True)
+        return all(block == size for dim, (block, size) in enumerate(sizes) if dim != (layout.channel_dim or 0))
+
     def check(self) -> None:
         """Refuses goals that it can't rank, blocks that don't fit, and align cycles."""
         problems: list[Problem] = []
@@ -194,7 +207,10 @@ class Pruner(Compressor):
     def costs(self) -> Costs | None:
         """What its masks cost, where it was asked for."""
         found = self.selection.coupling
-        return None if found is None else costs(found, list(self.selected), self.layouts)
+        if found is None:
+            return None
+        goals = [key for key in self.goals if self.layouts[key].is_parameter and self.is_of_channels(key)]
+        return costs(found, [*goals, *self.followers], self.layouts)
 
     def set_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> None:
         """Makes and sets the masks of these saliencies; errors as in `decide`."""
@@ -221,6 +237,7 @@ class Pruner(Compressor):
     def begin_again(self) -> None:
         """Decides as it did, from where the training is now; what is masked stays so."""
         self.schedule = self.own_schedule()
+        self.decide(Moment("begin", 0, self.chain.round))
 
     def rehearse(self) -> None:
         """Sets the masks of made-up saliencies; a latency, which a job has yet to measure, counts as half the work."""
@@ -334,10 +351,17 @@ class Pruner(Compressor):
         blocks = self.blocks(target_id)
         pruned = self.masks[target_id].mask[tuple(slice(None, None, block) for block in blocks)] == 0
         settings = self._settings(target_id)
-        due = self.schedule.due(progress, settings.sparse_ratio or 0.0)
+        due = self.schedule.due(progress, self._goal(settings))
         stays = None if self.grows_back else self.ranked(target_id, pruned)
         elements = block_elements(blocks) // (1 if self.layouts[target_id].is_parameter else blocks[0])
         return MaskRequest(target_id, self.ranked(target_id, saliency), elements, settings, due, stays)
+
+    def _goal(self, settings: PruneTarget) -> float:
+        """The part that goes: of a target by a ratio, of the model by a budget; 0 for a threshold."""
+        if settings.budget is None or self.costs is None:
+            return settings.sparse_ratio or 0.0
+        parts = [self.costs.part(name, limit) for name, limit in settings.budget.limits().items()]
+        return max(1 - min(parts), 0.0)
 
     def follow(self) -> None:
         """Sets the masks of the targets that follow others."""
@@ -375,5 +399,12 @@ class Pruner(Compressor):
         try:
             self.blocks(target_id)
         except ValueError as error:
-            problems.append(Problem(f"{selected.where}.granularity", f"{target_id}: {error}"))
+            return [*problems, Problem(f"{selected.where}.granularity", f"{target_id}: {error}")]
+        settings, is_parameter = self._settings(target_id), self.layouts[target_id].is_parameter
+        if settings.budget is not None and not (is_parameter and self.is_of_channels(target_id)):
+            message = f"{target_id}: a budget says how many output channels go, and its blocks are others"
+            problems.append(Problem(f"{selected.where}.granularity", message, "out_channel"))
+        if settings.budget is not None and settings.apply_method != "mul":
+            message = f"{target_id}: what '{settings.apply_method}' masks isn't cut out, so no budget can be met by it"
+            problems.append(Problem(f"{selected.where}.apply_method", message, "mul"))
         return problems

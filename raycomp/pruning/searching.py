@@ -33,12 +33,15 @@ def judge_by(pruner: Pruner, space: SearchSpace, metric: Callable[[nn.Module], f
     """
 
     def judge(candidates: Sequence[Ratios]) -> list[float]:
-        before = pruner.get_masks()
-        try:
-            return [_metric(pruner, space.chosen(ratios), metric) for ratios in candidates]
-        finally:
-            pruner.choose(space.selection)
-            pruner.update_masks(before)
+        before, metrics = pruner.get_masks(), []
+        for ratios in candidates:
+            try:
+                metrics.append(_metric(pruner, space.chosen(ratios), metric))
+            finally:
+                # What one candidate masks would stay so for the next.
+                pruner.choose(space.selection)
+                pruner.update_masks(before)
+        return metrics
 
     return judge
 

@@ -58,34 +58,36 @@ def complete_config_list(
     *,
     groups: bool = True,
     align: bool = True,
+    default: Granularity = "out_channel",
 ) -> ConfigList:
     """The config list under `auto_set_dependency_group_ids` and `align_followers`, of which each can be left out; the
-    model is traced once. Errors as theirs."""
+    model is traced once. `default` is what its pruner prunes where an entry names no granularity. Errors as theirs."""
     result = [dict(entry) for entry in config_list]
     if not groups and not align:
         return result
     traced = TracedModel.of(model, dummy_input)
     if groups:
-        result = _with_groups(traced, result)
+        result = _with_groups(traced, result, default)
     return _with_followers(traced, result) if align else result
 
 
-def _with_groups(traced: TracedModel, config_list: Sequence[Mapping[str, Any]]) -> ConfigList:
+def _with_groups(
+    traced: TracedModel, config_list: Sequence[Mapping[str, Any]], default: Granularity = "out_channel"
+) -> ConfigList:
     model = traced.model
     entries, selected = _selected(model, config_list)
-    chosen = [name for index, entry in enumerate(entries) if _is_grouped_here(entry) for name in selected[index]]
+    grouped = [_is_grouped_here(entry, default) for entry in entries]
+    chosen = [name for is_grouped, own in zip(grouped, selected, strict=True) if is_grouped for name in own]
     names = [name for name in chosen if _has_channels(model, name)]
     groups = list(dependencies(traced, names, obstacles=False).groups) if names else []
     groups += _groups_of_norms(traced, [name for name in chosen if name not in names])
     if not groups:
         return [dict(entry) for entry in config_list]
-    settings = {
-        n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if _is_grouped_here(entries[i])
-    }
+    settings = {n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if grouped[i]}
     numbers = _numbered(groups, settings)
     result: ConfigList = []
     for index, entry in enumerate(config_list):
-        if _is_grouped_here(entries[index]):
+        if grouped[index]:
             result += _by_group(model, dict(entry), selected[index], groups, numbers)
         else:
             result.append(dict(entry))
@@ -119,11 +121,12 @@ def _has_channels(model: nn.Module, name: str) -> bool:
     return isinstance(weight, Tensor) and weight.ndim >= 2
 
 
-def _is_grouped_here(entry: PruneEntry) -> bool:
+def _is_grouped_here(entry: PruneEntry, default: Granularity = "out_channel") -> bool:
     if entry.target_names is not None and "weight" not in entry.target_names:
         return False
     settings = entry.settings_for("weight")
-    whole = settings.granularity in ("default", "out_channel") or _is_of_whole_channels(settings.granularity)
+    granularity = default if settings.granularity == "default" else settings.granularity
+    whole = granularity == "out_channel" or _is_of_whole_channels(granularity)
     return settings.dependency_group_id is None and settings.align is None and whole
 
 

@@ -80,9 +80,9 @@ class Algorithm:
 
     @property
     def rounds(self) -> int:
-        """How many rounds it trains."""
-        counted = {"LotteryTicketPruner": "total_iteration", "ADMMPruner": "iterations"}
-        return 1 + max(row[counted[row["type"]]] if row["type"] in counted else 0 for row in self.rows)
+        """How many rounds it trains; the turns of a search are stages of a job, and here there is one."""
+        rows = [row for row in self.rows if Need.SEARCH not in COMPRESSORS[row["type"]].needs]
+        return 1 + max((row.get("total_iteration", row.get("iterations", 0)) for row in rows), default=0)
 
 
 def _build(chain: Chain, row: Settings, teacher: nn.Module) -> Any:

@@ -174,7 +174,7 @@ def test_config_list_leaves_what_says_otherwise() -> None:
     assert auto_set_dependency_group_ids(MobileBlocks(), config, IMAGES) == [
         config[0],
         {**config[1], "dependency_group_id": "channels of project", "internal_metric_block": 4},
-        {"sparse_ratio": 0.5, "op_names": ["bn0"]},
+        {**config[2], "dependency_group_id": "channels of bn0", "internal_metric_block": 4},
     ]
 
 

@@ -52,6 +52,9 @@ class SearchSpace:
             self._ratio *= same_part_each_time(progress, self._ratio)
         if not units:
             raise ConfigError([Problem("config_list", "no channel of its targets can be removed")])
+        for unit in units:
+            # A ratio of its own can't say that all of a target goes.
+            unit.may_go_whole = False
         self.units: tuple[Unit, ...] = tuple(units)
         self.names = tuple(unit.name for unit in units)
 
