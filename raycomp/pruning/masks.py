@@ -175,20 +175,22 @@ class Unit:
         """Its targets'."""
         return ", ".join(str(member.key) for member in self.members)
 
-    @property
+    @cached_property
     def pinned(self) -> int:
         """The number of steps that are pruned already and stay so."""
+        if all(member.pruned is None for member in self.members):
+            return 0
         return int((self.values == -torch.inf).sum())
 
     @property
     def is_undecided(self) -> bool:
         """Whether a ratio would have to choose among steps of the same saliency alone."""
-        alive = self.values[self.values > -torch.inf]
-        if self.settings.sparse_threshold is not None or len(alive) < 2:
+        if self.settings.sparse_threshold is not None or len(self.values) - self.pinned < 2:
             return False
+        alive = self.values[self.values > -torch.inf] if self.pinned else self.values
+        low, high = torch.stack(alive.aminmax()).tolist()
         # Sums of the same numbers in another order differ by rounding.
-        same = torch.finfo(self.saliency.dtype).eps * _ALIKE * alive.abs().max()
-        if bool(alive.max() - alive.min() > same):
+        if high - low > torch.finfo(self.saliency.dtype).eps * _ALIKE * max(abs(low), abs(high)):
             return False
         is_shared_goal = self.settings.global_group_id is not None or self.settings.budget is not None
         return is_shared_goal or self.wanted() > self.pinned

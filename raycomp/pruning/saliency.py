@@ -79,9 +79,10 @@ def block_sum(value: Tensor, blocks: Sequence[int]) -> Tensor:
 
 def expand_blocks(grid: Tensor, blocks: Sequence[int]) -> Tensor:
     """The inverse of a block reduction: each entry of `grid` repeated over its block."""
-    for dim, block in enumerate(blocks):
-        grid = grid.repeat_interleave(block, dim=dim)
-    return grid
+    pairs = list(zip(grid.shape, blocks, strict=True))
+    split = grid.reshape([size for count, _ in pairs for size in (count, 1)])
+    repeated = split.expand([size for pair in pairs for size in pair])
+    return repeated.reshape([count * block for count, block in pairs])
 
 
 def block_elements(blocks: Sequence[int]) -> int:
