@@ -151,11 +151,11 @@ def layer_adaptive(squares: Tensor) -> Tensor:
     Args:
         squares: each block's squared norm.
     """
-    values, order = squares.detach().double().flatten().sort(stable=True)
+    ascending, order = squares.detach().flatten().sort(stable=True)
+    values = ascending.double()
     above = values.flip(0).cumsum(0).flip(0)
     scores = torch.zeros_like(values)
-    scores[order] = torch.where(above > 0, values / above, 0.0)
-    return scores.view(squares.shape)
+    return scores.scatter_(0, order, torch.where(above > 0, values / above, 0.0)).view(squares.shape)
 
 
 def taylor(weight: Tensor, gradient: Tensor, blocks: Sequence[int]) -> Tensor:
