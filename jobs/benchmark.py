@@ -1,6 +1,7 @@
 """What raycomp costs and gives, measured side by side in one run.
 
 python jobs/benchmark.py steps      # step time with compressors against the same DDP loop without
+python jobs/benchmark.py masks      # time of all masks of ResNet-50's weights against one topk over them
 python jobs/benchmark.py fashion    # Fashion-MNIST at 50 % of channels and int8: with and without distillation
 """
 
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +30,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raycomp import pruning
 from raycomp.config import JobConfig, load_job
 from raycomp.core.chain import Chain
 from raycomp.evaluators.plain import TorchEvaluator
-from raycomp.pruning import TaylorPruner
+from raycomp.pruning.pruner import Pruner
 from raycomp.quantization import QATQuantizer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -44,10 +49,12 @@ def main() -> None:
 
 @main.command()
 @click.option("--workers", default=2, show_default=True, help="DDP processes (gloo, one thread each).")
-@click.option("--batch", default=128, show_default=True, help="Global batch size.")
+@click.option("--batch", default=64, show_default=True, help="Global batch size.")
 @click.option("--rounds", default=40, show_default=True, help="Timed steps of each variant.")
 def steps(workers: int, batch: int, rounds: int) -> None:
-    """Step time of a ResNet-8 on 28 x 28 images: plain, with a Taylor pruner, with QAT and conv-BN folding."""
+    """Step time of a ResNet-20 on 28 x 28 images: plain, with each pruner that the training takes part in, with QAT."""
+    # glibc gives freed memory back after each step or keeps it, as the last small allocation falls; here it keeps it.
+    os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(1 << 30)}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_time_steps, (workers, batch, rounds, folder), nprocs=workers)
         times: dict[str, list[float]] = json.loads(Path(folder, "times.json").read_text())
@@ -64,11 +71,9 @@ def _time_steps(rank: int, workers: int, batch: int, rounds: int, folder: str) -
     generator = torch.Generator().manual_seed(rank)
     images = torch.randn(batch // workers, 1, 28, 28, generator=generator)
     labels = torch.randint(0, 10, (batch // workers,), generator=generator)
-    variants = {
-        "plain": _training(lambda model: None, images, labels),
-        "TaylorPruner": _training(_pruner, images, labels),
-        "QATQuantizer": _training(_quantizer, images, labels),
-    }
+    made = {"plain": lambda model: None, **{name: partial(_pruned, name) for name in _TRAINING_AWARE}}
+    made |= {"AGPPruner": _scheduled, "QATQuantizer": _quantizer}
+    variants = {name: _training(compress, images, labels) for name, compress in made.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for round_ in range(rounds + 5):
         for name, step in variants.items():
@@ -92,14 +97,15 @@ def _training(compress: Callable[[nn.Module], Chain | None], images: Tensor, lab
     from resnet import ResNet
 
     torch.manual_seed(0)
-    plain = ResNet(16)
+    plain = ResNet(16, blocks=3)
     chain = compress(plain)
     model = DistributedDataParallel(plain)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
-    if chain is not None:
-        chain.run([optimizer]).__enter__()
+    # Held by the step: a run ends where nobody holds it.
+    run = nullcontext() if chain is None else chain.run([optimizer])
+    run.__enter__()
 
-    def step() -> None:
+    def step(run: AbstractContextManager[None] = run) -> None:
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(images), labels)
         loss = loss if chain is None else chain.loss(loss, images)
@@ -113,19 +119,119 @@ def _unused(*args: Any) -> None:
     raise RuntimeError("the benchmark runs its own loop")
 
 
-def _evaluator(model: nn.Module) -> TorchEvaluator:
-    return TorchEvaluator(_unused, torch.optim.SGD(model.parameters(), lr=0.1), _unused)
+def _evaluator(model: nn.Module, *size: int) -> TorchEvaluator:
+    example = torch.zeros(2, *size)
+    return TorchEvaluator(_unused, torch.optim.SGD(model.parameters(), lr=0.1), _unused, dummy_input=example)
 
 
-def _pruner(model: nn.Module) -> Chain:
-    config = [{"op_types": ["Conv2d", "BatchNorm2d"], "sparse_ratio": 0.5}]
-    return TaylorPruner(model, config, _evaluator(model), training_steps=10_000).chain
+_NEVER = 1_000_000
+_CHANNELS = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+_TRAINING_AWARE: dict[str, dict[str, Any]] = {
+    "TaylorPruner": {"training_steps": _NEVER},
+    "GroupTaylorPruner": {"training_steps": _NEVER},
+    "SlimPruner": {"training_steps": _NEVER, "config_list": [{"op_types": ["BatchNorm2d"], "sparse_ratio": 0.5}]},
+    "MovementPruner": {"cooldown_begin_step": _NEVER},
+    "ADMMPruner": {"iterations": 2},
+    "ActivationAPoZRankPruner": {"training_steps": _NEVER},
+    "ActivationMeanRankPruner": {"training_steps": _NEVER},
+}
+
+
+def _pruned(name: str, model: nn.Module) -> Chain:
+    settings = {"config_list": _CHANNELS, **_TRAINING_AWARE[name]}
+    pruner: Pruner = getattr(pruning, name)(model, evaluator=_evaluator(model, 1, 28, 28), **settings)
+    return pruner.chain
+
+
+def _scheduled(model: nn.Module) -> Chain:
+    taylor = pruning.TaylorPruner(model, _CHANNELS, _evaluator(model, 1, 28, 28), training_steps=5)
+    return pruning.AGPPruner(taylor, interval_steps=5, total_times=_NEVER).pruner.chain
 
 
 def _quantizer(model: nn.Module) -> Chain:
     stages = load_job(EXAMPLES / "fashion.yaml").stages
     settings = next(item for item in stages[0].compressors if item.type == "QATQuantizer")
-    return QATQuantizer(model, settings.config_list, _evaluator(model)).chain
+    return QATQuantizer(model, settings.config_list, _evaluator(model, 1, 28, 28)).chain
+
+
+@main.command()
+@click.option("--rounds", default=5, show_default=True, help="Timed decisions of each variant.")
+def masks(rounds: int) -> None:
+    """Time of all masks of ResNet-50's 25 million weights, from the weights on, against one topk and one sort."""
+    torch.set_num_threads(1)
+    weights = torch.cat([parameter.detach().abs().flatten() for parameter in _resnet50().parameters()])
+    everywhere = [{**_CHANNELS[0], "global_group_id": "all"}]
+    budget = [{"op_types": ["Conv2d"], "budget": {"macs": 0.5}, "global_group_id": "all"}]
+    variants: dict[str, Step] = {
+        "topk": lambda: _discard(weights.topk(len(weights) // 2, sorted=False)),
+        "sort": lambda: _discard(weights.sort()),
+        "L1NormPruner": _decision(pruning.L1NormPruner, _CHANNELS),
+        "L1NormPruner, budget": _decision(pruning.L1NormPruner, budget),
+        "LevelPruner": _decision(pruning.LevelPruner, _CHANNELS),
+        "LevelPruner, one global group": _decision(pruning.LevelPruner, everywhere),
+        "LAMPPruner": _decision(pruning.LAMPPruner, _CHANNELS),
+        "FPGMPruner": _decision(pruning.FPGMPruner, _CHANNELS),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(rounds + 1):
+        for name, decide in variants.items():
+            begun = time.perf_counter()
+            decide()
+            if round_:
+                times[name].append(time.perf_counter() - begun)
+    table = Table("variant", "median ms", "ratio to topk", "ratio to sort")
+    for name, seconds in times.items():
+        found = [statistics.median(map(_ratio, seconds, times[other])) for other in ("topk", "sort")]
+        table.add_row(name, f"{1000 * statistics.median(seconds):.0f}", *(f"{ratio:.2f}" for ratio in found))
+    Console().print(table)
+
+
+def _ratio(mine: float, other: float) -> float:
+    return mine / other
+
+
+def _discard(value: object) -> None:
+    """Only the time counts."""
+
+
+def _decision(kind: type[Pruner], config_list: list[dict[str, Any]]) -> Step:
+    """All masks of a fresh ResNet-50, made anew each time."""
+    model = _resnet50()
+    pruner = kind(model, config_list, _evaluator(model, 3, 64, 64))
+
+    def decide() -> None:
+        for mask in pruner.masks.values():
+            mask.mask.fill_(1.0)
+        pruner.set_masks(pruner.saliencies(), 1.0)
+
+    return decide
+
+
+class _Bottleneck(nn.Module):
+    """ResNet-50's block (He et al., arXiv:1512.03385) without its norms, which hold few of the weights."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        is_same = stride == 1 and inputs == 4 * width
+        self.projection = nn.Identity() if is_same else nn.Conv2d(inputs, 4 * width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv2(torch.relu(self.conv1(x)))
+        return torch.relu(self.conv3(torch.relu(inner)) + self.projection(x))
+
+
+def _resnet50() -> nn.Module:
+    torch.manual_seed(0)
+    blocks, inputs = [], 64
+    for stage, (width, count) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for index in range(count):
+            blocks.append(_Bottleneck(inputs, width, 2 if stage and not index else 1))
+            inputs = 4 * width
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.ReLU())
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
 @dataclass(frozen=True)

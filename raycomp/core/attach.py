@@ -22,6 +22,8 @@ from raycomp.core.target import Target, TargetId
 
 _CONTAINER = "raycomp_targets"
 _PARAMETRIZATIONS = "parametrizations"
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks for the names of what it shall not send around."""
 
 
 class HookedTargets(nn.Module):
@@ -93,6 +95,15 @@ class TargetSpace:
         before = type(module)
         module.__class__ = type(before.__name__, (mixin, before), {"raycomp_swapped": True})
         self.on_detach(lambda: setattr(module, "__class__", before))
+
+    def keep_from_ddp(self) -> None:
+        """Lets DDP leave alone the buffers of what stands on the targets now, masks as large as weights among them:
+        they are decided from merged statistics, so every rank has the same."""
+        before = getattr(self.model, _NOT_SENT, None)
+        targets = [(name, module) for name, module in self.model.named_modules() if isinstance(module, Target)]
+        ours = [f"{name}.{own}" for name, target in targets for own, _ in target.named_buffers()]
+        setattr(self.model, _NOT_SENT, list(dict.fromkeys([*(before or ()), *ours])))
+        self.on_detach(partial(_restore_attribute, self.model, _NOT_SENT, before))
 
     def on_detach(self, undo: Callable[[], None]) -> None:
         """Registers what `detach` must undo; the last is undone first."""
@@ -258,6 +269,13 @@ def remove_parametrization(module: nn.Module, name: str, order: Sequence[str] = 
     module._parameters[name] = original
     known = [key for key in order if key in module._parameters]
     module._parameters = {key: module._parameters[key] for key in [*known, *module._parameters]}
+
+
+def _restore_attribute(module: nn.Module, name: str, value: Any) -> None:
+    if value is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, value)
 
 
 def _without_property(parametrized: type, name: str) -> type:

@@ -78,6 +78,7 @@ class Chain:
     def register(self, member: Moments) -> None:
         """Adds a compressor, or masks to keep, behind those that are there, and attaches its targets."""
         member.attach()
+        self.space.keep_from_ddp()
         self.members.append(member)
 
     def wrap(self) -> None:
@@ -85,6 +86,7 @@ class Chain:
         if not self.space.targets:
             for member in self.members:
                 member.attach()
+            self.space.keep_from_ddp()
 
     def unwrap(self) -> None:
         """Commits factors and masks into the weights, zeros where masked, and takes everything off the model."""

@@ -34,26 +34,15 @@ class Part:
     rank: int
     groups: int = 1
 
-    def add_to_(self, sums: Tensor, values: Tensor) -> None:
-        """Adds what lies at its coordinates to the sums of their channels.
+    def along(self, values: Tensor) -> Tensor:
+        """What lies at each of its coordinates, summed: in the order of `channel_of`.
 
         Args:
-            sums: [channels].
             values: of the parameter's shape.
         """
         if self.groups == 1:
-            along = values.movedim(self.dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
-        else:
-            along = values.unflatten(0, (self.groups, -1)).movedim(self.dim + 1, 1).flatten(2).sum(2).flatten()
-        places, channels = (index.to(values.device) for index in self._taken)
-        sums.index_add_(0, channels, along[places].to(sums.dtype))
-
-    @cached_property
-    def _taken(self) -> tuple[Tensor, Tensor]:
-        """The coordinates that go with a channel, and their channels."""
-        channels = torch.tensor(self.channel_of)
-        places = (channels >= 0).nonzero().flatten()
-        return places, channels[places]
+            return values.movedim(self.dim, 0).flatten(1).sum(1) if values.dim() > 1 else values
+        return values.unflatten(0, (self.groups, -1)).movedim(self.dim + 1, 1).flatten(2).sum(2).flatten()
 
 
 @dataclass(frozen=True)
@@ -140,6 +129,20 @@ class Coupling:
         parts: list[float] = (left.double() / sizes).tolist()
         return parts
 
+    def summed(self, along: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The sum over all coordinates that go with each channel: [channels].
+
+        Args:
+            along: of each part, what lies at its coordinates.
+            dtype: in which it is added up.
+        """
+        if not along:
+            return torch.zeros(len(self.cells), dtype=dtype)
+        every = torch.cat([each.to(dtype) for each in along])
+        # Behind the channels is a place for what goes with none.
+        sums = every.new_zeros(len(self.cells) + 1).index_add_(0, self._places.to(every.device), every)
+        return sums[:-1]
+
     def channels_of(self, parameter: str, dim: int) -> tuple[int, ...] | None:
         """The channels in a parameter's dimension; None where not all of its coordinates can go."""
         found = self._by_place.get((parameter, dim))
@@ -162,6 +165,12 @@ class Coupling:
     @cached_property
     def _cell_of(self) -> Tensor:
         return torch.tensor(self.cells, dtype=torch.int64)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The channel of every part's every coordinate, one past the last for none."""
+        places = torch.tensor([channel for part in self.parts for channel in part.channel_of], dtype=torch.int64)
+        return places.where(places >= 0, len(self.cells))
 
     @cached_property
     def _by_place(self) -> dict[tuple[str, int], Part]:

@@ -58,14 +58,14 @@ class Mask(AdoptsShapes):
         """Takes over a mask; that of an activation keeps the rank that a forward pass has shown."""
         set_buffer_(self, "mask", self._in_rank(mask, self.mask.dim()))
 
-    @torch.no_grad()
     def _make_whole_(self) -> None:
         """Sets the mask to 0 and 1 again, where others have written to it: AveragedModel makes means of buffers."""
         mask = self.mask
         if torch.compiler.is_compiling() or torch.compiler.is_exporting() or mask.is_inference():
             return
         if mask._version != self._seen:
-            mask.copy_(mask > _KEPT)
+            with torch.no_grad():
+                mask.copy_(mask > _KEPT)
             self._seen = mask._version
 
     @torch.no_grad()

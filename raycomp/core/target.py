@@ -69,11 +69,11 @@ class Target(nn.Module):
         target_id: which target this is.
     """
 
-    factors: nn.ModuleList
-    watchers: nn.ModuleList
+    factors: nn.ModuleList | None
+    watchers: nn.ModuleList | None
     quantizer: nn.Module | None
-    masks: nn.ModuleList
-    recorders: nn.ModuleList
+    masks: nn.ModuleList | None
+    recorders: nn.ModuleList | None
 
     def __init__(self, target_id: TargetId) -> None:
         super().__init__()
@@ -82,7 +82,8 @@ class Target(nn.Module):
         self.defer_quantizer = False
         self.register_module("quantizer", None)
         for slot in SLOTS:
-            self.add_module(slot, nn.ModuleList())
+            # Made on first use: every module there is costs DDP time, which looks for buffers before each forward pass.
+            self.register_module(slot, None)
 
     @property
     def kind(self) -> TargetKind:
@@ -91,6 +92,8 @@ class Target(nn.Module):
 
     def add(self, slot: Slot, transform: nn.Module) -> None:
         """Puts `transform` behind those that are in the slot."""
+        if getattr(self, slot) is None:
+            self.register_module(slot, nn.ModuleList())
         getattr(self, slot).append(transform)
 
     def set_quantizer(self, quantizer: nn.Module, owner: str) -> None:
@@ -110,7 +113,7 @@ class Target(nn.Module):
 
     def masked(self, value: Tensor) -> Tensor:
         """The value under all factors and masks, unquantized."""
-        for factor in self.factors:
+        for factor in self.factors or ():
             value = factor(value)
         return self._under_masks(value)
 
@@ -118,20 +121,20 @@ class Target(nn.Module):
         """The target's value as the compressed model sees it; what isn't a floating-point tensor passes through."""
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        for factor in self.factors:
+        for factor in self.factors or ():
             value = factor(value)
-        for watcher in self.watchers:
+        for watcher in self.watchers or ():
             watcher(value)
         if self.quantizer is not None and not self.defer_quantizer:
             value = self.quantizer(value)
         value = self._under_masks(value)
-        for recorder in self.recorders:
+        for recorder in self.recorders or ():
             recorder(value)
         return value
 
     def _under_masks(self, value: Tensor) -> Tensor:
         try:
-            for mask in self.masks:
+            for mask in self.masks or ():
                 value = mask(value)
         except CompressionError as error:
             raise CompressionError(error.message, where=str(self.target_id), remedy=error.remedy) from None

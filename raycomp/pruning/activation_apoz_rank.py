@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from raycomp.pruning.activations import ActivationPruner
@@ -16,4 +17,5 @@ class ActivationAPoZRankPruner(ActivationPruner):
 
     @staticmethod
     def judge(value: Tensor) -> Tensor:
-        return (value != 0).to(value.dtype)
+        # In one pass, where `(value != 0).to(…)` would make two of it.
+        return torch.ne(value, 0, out=torch.empty_like(value))

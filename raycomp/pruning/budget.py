@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -56,11 +57,15 @@ class Costs:
         masked = torch.zeros(len(self.coupling.cells), dtype=torch.bool)
         stays = torch.zeros_like(masked)
         for key, mask in masks.items():
-            channels = torch.tensor(self.channels[key])
+            channels = self._indices[key]
             masked[channels] = True
             stays[channels[mask.repeat_interleave(len(channels) // mask.numel()).cpu()]] = True
         kept, whole = self.coupling.kept(stays | ~masked), self.coupling.kept(torch.ones_like(masked))
         return {name: cost.of(kept) / cost.of(whole) for name, cost in self.coupling.costs.items()}
+
+    @cached_property
+    def _indices(self) -> dict[Hashable, Tensor]:
+        return {key: torch.tensor(channels) for key, channels in self.channels.items()}
 
     def part(self, name: str, limit: float) -> float:
         """A limit as a part of what the model has."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from raycomp.core.coupling import Coupling, Part
+from raycomp.core.coupling import Coupling
 from raycomp.core.selection import Selected
 from raycomp.core.target import TargetId
 from raycomp.errors import Problem
@@ -35,16 +36,13 @@ class CoupledPruner(Pruner):
             of_parameter: what is summed of a parameter, in its shape; None where there is nothing.
         """
         dtype = max((each.dtype for each in self._floating()), key=lambda each: each.itemsize)
-        sums = torch.zeros(len(self.coupling.cells), dtype=torch.promote_types(dtype, torch.float32))
-        sums = sums.to(next(self.model.parameters()).device)
-        known: dict[str, Tensor | None] = {}
-        for part in self.coupling.parts:
-            if part.parameter not in known:
-                known[part.parameter] = of_parameter(self._parameter(part))
-            values = known[part.parameter]
-            if values is not None:
-                part.add_to_(sums, values)
-        return sums
+        along: list[Tensor] = []
+        for name, parts in groupby(self.coupling.parts, lambda part: part.parameter):
+            parameter = self._parameter(name)
+            values = of_parameter(parameter)
+            for part in parts:
+                along.append(parameter.new_zeros(len(part.channel_of)) if values is None else part.along(values))
+        return self.coupling.summed(along, torch.promote_types(dtype, torch.float32))
 
     def of_channels(self, target_id: TargetId, sums: Tensor) -> Tensor | None:
         """The sums of a target's blocks; None where its channels can't go."""
@@ -58,8 +56,8 @@ class CoupledPruner(Pruner):
     def _floating(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.model.parameters() if parameter.is_floating_point())
 
-    def _parameter(self, part: Part) -> nn.Parameter:
-        module, _, name = part.parameter.rpartition(".")
+    def _parameter(self, full_name: str) -> nn.Parameter:
+        module, _, name = full_name.rpartition(".")
         return self.chain.space.parameter(TargetId(module, name))
 
     def _goal_problems(self, target_id: TargetId, selected: Selected) -> list[Problem]:

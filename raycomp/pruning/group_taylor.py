@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class GroupTaylorPruner(CoupledPruner):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = restored_statistics(state["sums"], device_of(self.model))
 
-    @property
+    @cached_property
     def _alone(self) -> list[TargetId]:
         """The targets whose channels can't go."""
         none = torch.zeros(len(self.coupling.cells))

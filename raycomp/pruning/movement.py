@@ -21,6 +21,22 @@ from raycomp.pruning.saliency import expand_blocks
 from raycomp.pruning.schedule import Between, Schedule, agp
 
 
+class _StraightThrough(torch.autograd.Function):
+    """A masked value whose gradient goes on to the scores of its blocks, too, as if these multiplied the value."""
+
+    @staticmethod
+    def forward(ctx: Any, masked: Tensor, value: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.scores = scores.shape, scores.dtype
+        return masked.view_as(masked)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
+        (value,) = ctx.saved_tensors
+        shape, dtype = ctx.scores
+        return gradient, None, (gradient * value).sum_to_size(shape).to(dtype)
+
+
 class ScoredMask(Mask, Learns):
     """A mask whose gradient goes, straight through, to a learned score of each block.
 
@@ -52,7 +68,8 @@ class ScoredMask(Mask, Learns):
         if not torch.is_grad_enabled():
             return masked
         scores = expand_blocks(self.scores, self.repeats)
-        return masked + value.detach() * (scores - scores.detach()).to(value.dtype)
+        through: Tensor = _StraightThrough.apply(masked, value.detach(), scores)  # type: ignore[no-untyped-call]
+        return through
 
 
 class MovementPruner(Pruner):

@@ -16,6 +16,7 @@ from raycomp.config.entries import Granularity
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor, ConfigList
 from raycomp.core.evaluator import Evaluator
+from raycomp.core.finite import are_finite
 from raycomp.core.layout import Layout, layout_of
 from raycomp.core.mask import Mask
 from raycomp.core.masks import Masks, fits
@@ -55,6 +56,7 @@ class Pruner(Compressor):
 
     def __init__(self, model: nn.Module | Chain, config_list: ConfigList, evaluator: Evaluator | None = None) -> None:
         self.masks: dict[TargetId, Mask] = {}
+        self._blocks: dict[TargetId, tuple[int, ...]] = {}
         super().__init__(model, config_list, evaluator)
         self.schedule = self.own_schedule()
 
@@ -137,7 +139,9 @@ class Pruner(Compressor):
 
     def blocks(self, target_id: TargetId) -> tuple[int, ...]:
         """The block sizes of a target's granularity."""
-        return block_sizes(self._granularity(target_id), self.layouts[target_id])
+        if target_id not in self._blocks:
+            self._blocks[target_id] = block_sizes(self._granularity(target_id), self.layouts[target_id])
+        return self._blocks[target_id]
 
     def grid(self, target_id: TargetId) -> list[int]:
         """How many blocks a target has in each dimension: the shape of its saliency."""
@@ -219,9 +223,9 @@ class Pruner(Compressor):
 
     def made_masks(self, saliencies: Mapping[TargetId, Tensor], progress: float) -> dict[TargetId, Tensor]:
         """The masks of these saliencies; errors as in `decide`."""
-        for target_id, saliency in saliencies.items():
-            if not bool(torch.isfinite(saliency).all()):
-                raise NotFiniteError(f"the saliency of {target_id} is not finite")
+        if not are_finite(saliencies.values()):
+            bad = next(key for key, saliency in saliencies.items() if not are_finite([saliency]))
+            raise NotFiniteError(f"the saliency of {bad} is not finite")
         try:
             made, notes = make_masks(self.requests(saliencies, progress), self.costs)
         except ValueError as error:
@@ -233,6 +237,7 @@ class Pruner(Compressor):
         """Prunes by other settings from now on, of the same targets."""
         assert selection.selected.keys() == self.selected.keys()
         self.selection, self.selected = selection, dict(selection.selected)
+        self._blocks.clear()
 
     def begin_again(self) -> None:
         """Decides as it did, from where the training is now; what is masked stays so."""
@@ -349,19 +354,22 @@ class Pruner(Compressor):
 
     def _request(self, target_id: TargetId, saliency: Tensor, progress: float) -> MaskRequest:
         blocks = self.blocks(target_id)
-        pruned = self.masks[target_id].mask[tuple(slice(None, None, block) for block in blocks)] == 0
         settings = self._settings(target_id)
         due = self.schedule.due(progress, self._goal(settings))
-        stays = None if self.grows_back else self.ranked(target_id, pruned)
+        stays = None if self.grows_back else self.ranked(target_id, self._pruned(target_id))
         elements = block_elements(blocks) // (1 if self.layouts[target_id].is_parameter else blocks[0])
         return MaskRequest(target_id, self.ranked(target_id, saliency), elements, settings, due, stays)
+
+    def _pruned(self, target_id: TargetId) -> Tensor:
+        """The blocks that are pruned already, in the shape of the target's grid."""
+        return self.masks[target_id].mask[tuple(slice(None, None, block) for block in self.blocks(target_id))] == 0
 
     def _goal(self, settings: PruneTarget) -> float:
         """The part that goes: of a target by a ratio, of the model by a budget; 0 for a threshold."""
         if settings.budget is None or self.costs is None:
             return settings.sparse_ratio or 0.0
         parts = [self.costs.part(name, limit) for name, limit in settings.budget.limits().items()]
-        return max(1 - min(parts), 0.0)
+        return max(1 - min(parts, default=1.0), 0.0)
 
     def follow(self) -> None:
         """Sets the masks of the targets that follow others."""

@@ -84,9 +84,10 @@ def block_sum(value: Tensor, blocks: Sequence[int]) -> Tensor:
 
 def expand_blocks(grid: Tensor, blocks: Sequence[int]) -> Tensor:
     """The inverse of a block reduction: each entry of `grid` repeated over its block."""
-    for dim, block in enumerate(blocks):
-        grid = grid.repeat_interleave(block, dim=dim)
-    return grid
+    pairs = list(zip(grid.shape, blocks, strict=True))
+    split = grid.reshape([size for count, _ in pairs for size in (count, 1)])
+    repeated = split.expand([size for pair in pairs for size in pair])
+    return repeated.reshape([count * block for count, block in pairs])
 
 
 def block_elements(blocks: Sequence[int]) -> int:
@@ -155,11 +156,11 @@ def layer_adaptive(squares: Tensor) -> Tensor:
     Args:
         squares: each block's squared norm.
     """
-    values, order = squares.detach().double().flatten().sort(stable=True)
+    ascending, order = squares.detach().flatten().sort(stable=True)
+    values = ascending.double()
     above = values.flip(0).cumsum(0).flip(0)
     scores = torch.zeros_like(values)
-    scores[order] = torch.where(above > 0, values / above, 0.0)
-    return scores.view(squares.shape)
+    return scores.scatter_(0, order, torch.where(above > 0, values / above, 0.0)).view(squares.shape)
 
 
 def taylor(weight: Tensor, gradient: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -91,11 +90,13 @@ class BlockMeans(BlockWatcher):
         return {**super().fresh(value), "count": Statistic(count, "sum", f"entries of {self.name}")}
 
     def update(self, value: Tensor) -> None:
+        found = self.function(value.to(self.sum.dtype))
         if self.channel_dim is not None:
-            value = value.movedim(self.channel_dim, -1).flatten(0, -2)
-        blocks = self.blocks_of(value)
-        self.sum.add_(block_sum(self.function(value.to(self.sum.dtype)), blocks))
-        self.gathered["count"].tensor.add_(prod(blocks))
+            # Summed where they lie: moving the channels would copy the whole value.
+            channels = self.channel_dim % value.dim()
+            found = found.sum([dim for dim in range(value.dim()) if dim != channels]).unsqueeze(0)
+        self.sum.add_(block_sum(found, self.blocks_of(found)))
+        self.gathered["count"].tensor.add_(value.numel() // self.sum.numel())
 
     def mean(self) -> Tensor:
         """Over everything that was seen, once the ranks' sums are merged; errors as of `sum`."""

@@ -266,3 +266,17 @@ def test_a_detached_copy_is_dense_and_keeps_what_is_the_users_own() -> None:
     assert not is_wrapped(model) and torch.equal(model(torch.ones(1, 2)), expected)
     model[0].weight = nn.Parameter(torch.zeros(2, 2))
     assert not torch.equal(model(torch.ones(1, 2)), expected)
+
+
+def test_ddp_is_kept_from_what_stands_on_targets_and_not_from_the_user_s_buffers() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model._ddp_params_and_buffers_to_ignore = ["1.running_var"]
+    pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}])
+    kept = {*model._ddp_params_and_buffers_to_ignore} & dict(model.named_buffers()).keys()
+    assert kept == {
+        "1.running_var",
+        "0.parametrizations.weight.0.masks.0.mask",
+        "0.parametrizations.bias.0.masks.0.mask",
+    }
+    pruner.unwrap_model()
+    assert model._ddp_params_and_buffers_to_ignore == ["1.running_var"]
