@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 
 import torch
 from torch import Tensor
@@ -64,11 +64,13 @@ class Layers:
         modules: their names.
         channels: of each, in the order of their outputs.
         obstacle: why none of them can ever go; None where they can.
+        blocks: in each of this many equal parts of them the same number must go (grouped convolutions).
     """
 
     modules: tuple[str, ...]
     channels: tuple[int, ...]
     obstacle: str | None = None
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ class Coupling:
         """The layers that make any of these channels."""
         wanted = set(channels)
         return {name for each in self.layers if wanted.intersection(each.channels) for name in each.modules}
+
+    def blocks(self, channels: Sequence[int]) -> int:
+        """In how many equal parts of these channels the same number must go."""
+        wanted = set(channels)
+        return lcm(*(each.blocks for each in self.layers if wanted.intersection(each.channels)))
 
     def norms(self, channels: Sequence[int]) -> set[str]:
         """The modules whose weight has one entry for each channel, these among them."""

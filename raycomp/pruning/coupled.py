@@ -45,22 +45,30 @@ def with_coupling(model: nn.Module, selection: Selection, example: Any) -> Selec
 
 
 def _shared(selection: Selection, found: Coupling) -> dict[TargetId, Selected]:
-    """The selected targets; those with a budget that have the same channels share one mask, as nothing goes before all
-    of them let it go."""
+    """The selected targets; of those with a budget the ones that have the same channels share one mask, as nothing goes
+    before all of them let it go, and the groups of a convolution lose as many each."""
+    own = {key: found.channels_of(str(key), selection.layouts[key].channel_dim or 0) for key in selection.selected}
     sharing: dict[tuple[int, ...], list[TargetId]] = {}
     for key, item in selection.selected.items():
-        settings, dim = item.settings, selection.layouts[key].channel_dim or 0
-        assert isinstance(settings, PruneTarget)
-        own = found.channels_of(str(key), dim) if key.target == "weight" else None
-        if own is not None and settings.budget is not None and settings.dependency_group_id is None:
-            sharing.setdefault(own, []).append(key)
-    groups = {key: f"channels of {keys[0].module}" for keys in sharing.values() if len(keys) > 1 for key in keys}
-    return {
-        key: replace(item, settings=item.settings.model_copy(update={"dependency_group_id": groups[key]}))
-        if key in groups
-        else item
-        for key, item in selection.selected.items()
-    }
+        assert isinstance(item.settings, PruneTarget)
+        channels = own[key]
+        if channels is not None and key.target == "weight" and item.settings.budget is not None:
+            sharing.setdefault(channels, []).append(key)
+    selected = dict(selection.selected)
+    for channels, keys in sharing.items():
+        ids = [id_ for key in keys if (id_ := getattr(selected[key].settings, "dependency_group_id", None)) is not None]
+        together: dict[str, Any] = {}
+        if len(keys) > 1:
+            together["dependency_group_id"] = ids[0] if ids else f"channels of {keys[0].module}"
+        if (blocks := found.blocks(channels)) > 1:
+            together["internal_metric_block"] = blocks
+        for key in keys:
+            item = selected[key]
+            assert isinstance(item.settings, PruneTarget)
+            # What the user, or the graph before, says already goes first.
+            update = {name: value for name, value in together.items() if getattr(item.settings, name) is None}
+            selected[key] = replace(item, settings=item.settings.model_copy(update=update))
+    return selected
 
 
 def _refuse_none(example: Any) -> None:

@@ -37,7 +37,7 @@ def _coupling(traced: TracedModel, module_names: Sequence[str], rules: Registry)
     reasons = study.obstacles(groups, study.followers(groups))
     channels = _Channels(study, [group for group, reason in zip(groups, reasons, strict=True) if reason is None])
     layers = [
-        Layers(group.modules, tuple(channels.of(study.outputs(group.modules[0])).tolist()), reason)
+        Layers(group.modules, tuple(channels.of(study.outputs(group.modules[0])).tolist()), reason, group.blocks)
         for group, reason in zip(groups, reasons, strict=True)
     ]
     return Coupling(
