@@ -116,6 +116,8 @@ class SearchingPruner(AroundPruner):
         if evaluator is None:
             raise CompressionError("a search needs an evaluator", remedy="TorchEvaluator(…, evaluating_func=…)")
         judge = judge_by(self.pruner, space, evaluator.evaluate)
+        # From now on: what was done, or trained, since this was made isn't the search's.
+        self.limits = Limits(self.limits.evaluations, self.limits.seconds)
         self.result = searched(self.search(space), judge, goes_on=self.limits.go_on)
         self.pruner.choose(space.chosen(self.result.ratios))
 

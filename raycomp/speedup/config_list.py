@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -80,10 +81,10 @@ def _with_groups(
     chosen = [name for is_grouped, own in zip(grouped, selected, strict=True) if is_grouped for name in own]
     names = [name for name in chosen if _has_channels(model, name)]
     groups = list(dependencies(traced, names, obstacles=False).groups) if names else []
-    groups += _groups_of_norms(traced, [name for name in chosen if name not in names])
+    settings = {n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if grouped[i]}
+    groups = _with_norms(traced, groups, [name for name in chosen if name not in names], settings)
     if not groups:
         return [dict(entry) for entry in config_list]
-    settings = {n: _settings(config_list[i]) for i, own in enumerate(selected) for n in own if grouped[i]}
     numbers = _numbered(groups, settings)
     result: ConfigList = []
     for index, entry in enumerate(config_list):
@@ -94,18 +95,26 @@ def _with_groups(
     return result
 
 
-def _groups_of_norms(traced: TracedModel, norms: Sequence[str]) -> list[Group]:
-    """Norms whose channels can only go together: those behind layers whose channels do."""
+def _with_norms(
+    traced: TracedModel, groups: Sequence[Group], norms: Sequence[str], settings: Mapping[str, dict[str, Any]]
+) -> list[Group]:
+    """The groups with those of norms whose channels can only go together: behind layers whose channels do.
+
+    Under a budget layers and their norms are of one group, as what one of them keeps stays.
+    """
     if not norms:
-        return []
+        return list(groups)
     found = dependencies(traced, layers_of(traced), obstacles=False)
     behind = {parameter: name for name, parameters in found.followers.items() for parameter in parameters}
     together: dict[Group, list[str]] = {}
     for norm in norms:
-        group = next((each for each in found.groups if behind.get(f"{norm}.weight") in each.modules), None)
-        if group is not None:
-            together.setdefault(group, []).append(norm)
-    return [Group(tuple(names), group.blocks, group.unit) for group, names in together.items()]
+        layers = next((each for each in found.groups if behind.get(f"{norm}.weight") in each.modules), None)
+        if layers is not None:
+            own = next((each for each in groups if set(each.modules) <= set(layers.modules)), None)
+            shares = own is not None and "budget" in settings[norm]
+            together.setdefault(own if own is not None and shares else layers, []).append(norm)
+    grown = [replace(group, modules=(*group.modules, *together.pop(group, ()))) for group in groups]
+    return [*grown, *(Group(tuple(names), group.blocks, group.unit) for group, names in together.items())]
 
 
 def _selected(

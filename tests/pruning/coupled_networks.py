@@ -59,12 +59,13 @@ class Grouped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.g = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3, groups=2)
-        self.p, self.fc = nn.Conv2d(24, 12, 1), nn.Linear(12, 3)
+        self.a, self.na = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.g, self.ng = nn.Conv2d(16, 24, 3, groups=2), nn.BatchNorm2d(24)
+        self.p, self.np, self.fc = nn.Conv2d(24, 12, 1), nn.BatchNorm2d(12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.relu(self.g(functional.relu(self.a(x))))
-        return self.fc(functional.relu(self.p(x)).mean((2, 3)))
+        x = functional.relu(self.ng(self.g(functional.relu(self.na(self.a(x))))))
+        return self.fc(functional.relu(self.np(self.p(x))).mean((2, 3)))
 
 
 class Transposed(nn.Module):

@@ -161,9 +161,10 @@ def test_every_pruner_is_within_two_percent(kind: str, part: float) -> None:
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-@pytest.mark.parametrize("name", ["residual", "unnormed", "depthwise"])
+@pytest.mark.parametrize("name", ["residual", "unnormed", "depthwise", "grouped"])
 def test_slimmed_norms_keep_a_budget(name: str, ranked: bool) -> None:
-    """Norms of one sum share a mask; a channel that one branch brings without a norm counts as one that stays."""
+    """Norms of one sum share a mask, those behind groups lose as many in each, and a channel that one branch brings
+    without a norm counts as one that stays."""
     model, example = network(name)
     keys = {"budget": {"macs": 0.5}, **({"global_group_id": "g"} if ranked else {})}
     entries = [{"op_types": ["BatchNorm2d"], **keys}]
@@ -171,6 +172,15 @@ def test_slimmed_norms_keep_a_budget(name: str, ranked: bool) -> None:
     left = after_speedup(pruner, example)
     assert left == pytest.approx(predicted(pruner), rel=1e-12)
     assert left["macs"] <= 0.5
+
+
+def test_layers_and_their_norms_share_a_mask_where_both_have_a_budget() -> None:
+    model, example = network("residual")
+    entries = [{"op_types": ["Conv2d", "BatchNorm2d"], "budget": B, "global_group_id": "g"}]
+    pruner = L1NormPruner(model, entries, evaluator_of(model, example))
+    left = after_speedup(pruner, example)
+    assert left == pytest.approx(predicted(pruner), rel=1e-12)
+    assert 0.45 < left["macs"] <= 0.5
 
 
 def test_what_a_ratio_prunes_beside_a_budget_counts() -> None:

@@ -273,6 +273,33 @@ def test_each_turn_of_a_script_prunes_the_same_part_of_what_is_left(kind: str, l
         assert wanted - 1e-3 <= found[turn] <= wanted + step
 
 
+def test_the_seconds_of_a_search_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the training of earlier turns nor what a script does before it searches counts."""
+    clock = [0.0]
+    monkeypatch.setattr("raycomp.pruning.searching.time.monotonic", lambda: clock[0])
+    judged: list[float] = []
+
+    def metric_of(model: nn.Module) -> float:
+        judged.append(clock[0])
+        return metric(model)
+
+    pruner = basic(metric_of)
+    evaluator = pruner.evaluator
+    assert isinstance(evaluator, TorchEvaluator)
+    train = evaluator.training_func
+
+    def slow(*args: Any) -> None:
+        clock[0] += 100.0
+        train(*args)
+
+    evaluator.training_func = slow
+    made = AutoCompressPruner(pruner, total_iteration=2, seconds=50.0, cool_down_rate=0.4, candidates=2)
+    clock[0] += 100.0
+    made.compress(max_steps=2)
+    # Each turn judges the uniform choice and two rounds of two.
+    assert judged == [100.0] * 5 + [200.0] * 5
+
+
 @pytest.mark.parametrize("cut", [True, False])
 def test_a_jobs_turns_are_stages(cut: bool) -> None:
     auto = {
