@@ -29,7 +29,7 @@ from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.inputs import real_inputs
 from raycomp.pipeline.stage import StageStart, stage_chain
 from raycomp.pipeline.task import Task
-from raycomp.pruning.coupled import by_macs
+from raycomp.pruning.graph import by_macs
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import l2_norm
 from raycomp.pruning.search.space import Ratios, SearchSpace

@@ -15,10 +15,10 @@ from raycomp.pipeline.build import ResolvedStage, weight_dtype
 from raycomp.pipeline.stage import StageStart, stage_chain
 from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.metrics import evaluate
+from raycomp.pruning.bases.searching import SearchingPruner, judge_by
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.search import Judge, Judged, Search, searched
 from raycomp.pruning.search.space import SearchSpace, config_list
-from raycomp.pruning.searching import SearchingPruner, judge_by
 from raycomp.results.summary import SearchFigures
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raycomp.pruning.activations import ActivationPruner
+from raycomp.pruning.bases.activations import ActivationPruner
 
 
 class ActivationAPoZRankPruner(ActivationPruner):

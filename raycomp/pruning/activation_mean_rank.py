@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from raycomp.pruning.activations import ActivationPruner
+from raycomp.pruning.bases.activations import ActivationPruner
 
 
 class ActivationMeanRankPruner(ActivationPruner):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from raycomp.core.evaluator import Evaluator
+from raycomp.pruning.bases.searching import Mode, SearchingPruner
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.amc import AMC
 from raycomp.pruning.search.search import Search
 from raycomp.pruning.search.space import SearchSpace
-from raycomp.pruning.searching import Mode, SearchingPruner
 
 
 class AMCPruner(SearchingPruner):

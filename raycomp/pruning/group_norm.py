@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from raycomp.core.target import TargetId
-from raycomp.pruning.coupled_pruner import CoupledPruner
+from raycomp.pruning.bases.coupled import CoupledPruner
 from raycomp.pruning.saliency import block_sum
 
 

@@ -15,7 +15,7 @@ from raycomp.core.evaluator import Evaluator
 from raycomp.core.model import device_of
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state
 from raycomp.core.target import TargetId
-from raycomp.pruning.coupled_pruner import CoupledPruner
+from raycomp.pruning.bases.coupled import CoupledPruner
 from raycomp.pruning.saliency import block_sum
 
 

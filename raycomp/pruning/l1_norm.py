@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from raycomp.pruning.magnitude import MagnitudePruner
+from raycomp.pruning.bases.magnitude import MagnitudePruner
 from raycomp.pruning.saliency import l1_norm
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from raycomp.config import PruneTarget
 from raycomp.core.target import TargetId
-from raycomp.pruning.magnitude import MagnitudePruner
+from raycomp.pruning.bases.magnitude import MagnitudePruner
 from raycomp.pruning.saliency import block_sum, layer_adaptive
 
 

@@ -14,7 +14,7 @@ from raycomp.core.evaluator import Evaluator
 from raycomp.core.selection import Selected
 from raycomp.core.target import TargetId
 from raycomp.errors import Problem
-from raycomp.pruning.magnitude import MagnitudePruner
+from raycomp.pruning.bases.magnitude import MagnitudePruner
 from raycomp.pruning.masks import MaskRequest
 from raycomp.pruning.saliency import block_elements, block_vectors, from_block_vectors, l1_norm, padded_sizes
 

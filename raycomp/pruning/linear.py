@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from raycomp.pruning.bases.scheduled import StepwisePruner
 from raycomp.pruning.schedule import linear
-from raycomp.pruning.scheduled import StepwisePruner
 
 
 class LinearPruner(StepwisePruner):

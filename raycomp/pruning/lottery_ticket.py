@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from raycomp.core.evaluator import Evaluator
+from raycomp.pruning.bases.scheduled import ScheduledPruner
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import RoundEnds, same_part_each_time
-from raycomp.pruning.scheduled import ScheduledPruner
 
 
 class LotteryTicketPruner(ScheduledPruner):

@@ -27,7 +27,7 @@ from raycomp.core.target import TargetId, target_kind
 from raycomp.errors import CompressionError, ConfigError, NotFiniteError, Problem
 from raycomp.pruning.alignment import Follower, alignment_problems, followed_mask, followers, in_order
 from raycomp.pruning.budget import Costs
-from raycomp.pruning.coupled import by_macs, costs, in_groups, with_coupling
+from raycomp.pruning.graph import by_macs, costs, in_groups, with_coupling
 from raycomp.pruning.masks import MaskRequest, make_masks
 from raycomp.pruning.saliency import block_elements, block_sizes, expand_blocks
 from raycomp.pruning.schedule import Once, Schedule

@@ -17,8 +17,8 @@ from raycomp.core.model import device_of
 from raycomp.core.reduction import Statistic, restored_statistics, statistics_state, world_size
 from raycomp.core.target import TargetId
 from raycomp.core.watching import in_training_step
+from raycomp.pruning.bases.watched import BlockWatcher, WatchingPruner
 from raycomp.pruning.saliency import taylor
-from raycomp.pruning.watching import BlockWatcher, WatchingPruner
 
 
 class BlockGradients(BlockWatcher):

@@ -12,7 +12,7 @@ from raycomp.core.compressor import Compressor
 from raycomp.distillation import LayerwiseDistiller
 from raycomp.errors import ConfigError
 from raycomp.pruning import Pruner
-from raycomp.pruning.scheduled import ScheduledPruner, StepwisePruner
+from raycomp.pruning.bases.scheduled import ScheduledPruner, StepwisePruner
 from raycomp.quantization import Quantizer
 
 

@@ -8,9 +8,9 @@ import torch
 from raycomp.core.coupling import Cost, Coupling, Part
 from raycomp.core.watching import watch
 from raycomp.pruning.activation_apoz_rank import ActivationAPoZRankPruner
+from raycomp.pruning.bases.watched import BlockMeans
 from raycomp.pruning.movement import ScoredMask
 from raycomp.pruning.saliency import expand_blocks
-from raycomp.pruning.watching import BlockMeans
 
 
 @pytest.mark.parametrize(("shape", "channel_dim"), [((3, 4, 5, 2), 1), ((3, 5, 4), -1), ((6, 4), -1)])

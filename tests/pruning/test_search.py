@@ -22,9 +22,9 @@ from raycomp.pruning import (
     SimulatedAnnealingPruner,
     TaylorPruner,
 )
+from raycomp.pruning.bases.searching import judge_by
 from raycomp.pruning.search.search import Judged, searched
 from raycomp.pruning.search.space import Ratios, SearchSpace
-from raycomp.pruning.searching import judge_by
 from raycomp.speedup import ModelSpeedup
 from raycomp.speedup.graph.macs import count_macs
 from tests.contracts.tiny import job
@@ -276,7 +276,7 @@ def test_each_turn_of_a_script_prunes_the_same_part_of_what_is_left(kind: str, l
 def test_the_seconds_of_a_search_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the training of earlier turns nor what a script does before it searches counts."""
     clock = [0.0]
-    monkeypatch.setattr("raycomp.pruning.searching.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("raycomp.pruning.bases.searching.time.monotonic", lambda: clock[0])
     judged: list[float] = []
 
     def metric_of(model: nn.Module) -> float:

@@ -15,7 +15,7 @@ from raycomp.core.masks import Masks
 from raycomp.core.model import evaluation_mode
 from raycomp.core.selection import Selection
 from raycomp.errors import CompressionError
-from raycomp.pruning.around import AroundPruner
+from raycomp.pruning.bases.around import AroundPruner
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.search import Judge, Judged, Search, searched
 from raycomp.pruning.search.space import Ratios, SearchSpace, config_list

@@ -12,7 +12,7 @@ from torch import Tensor
 from raycomp.core.selection import Selected
 from raycomp.core.target import TargetId
 from raycomp.errors import Problem
-from raycomp.pruning.watching import BlockMeans, BlockWatcher, WatchingPruner
+from raycomp.pruning.bases.watched import BlockMeans, BlockWatcher, WatchingPruner
 
 
 class MagnitudePruner(WatchingPruner):

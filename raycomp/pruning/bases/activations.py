@@ -16,7 +16,7 @@ from raycomp.core.evaluator import Evaluator
 from raycomp.core.selection import Selected
 from raycomp.core.target import TargetId
 from raycomp.errors import Problem
-from raycomp.pruning.watching import BlockMeans, BlockWatcher, WatchingPruner
+from raycomp.pruning.bases.watched import BlockMeans, BlockWatcher, WatchingPruner
 
 Activation = Callable[[Tensor], Tensor]
 

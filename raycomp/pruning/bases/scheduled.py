@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from raycomp.core.evaluator import Evaluator
 from raycomp.errors import CompressionError, ConfigError, Problem
-from raycomp.pruning.around import AroundPruner
+from raycomp.pruning.bases.around import AroundPruner
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.schedule import Every, Once, Schedule
 
