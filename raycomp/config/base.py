@@ -207,6 +207,8 @@ def _explained(cls: type[Settings], line: dict[str, Any]) -> InitErrorDetails:
     if kind == UNKNOWN_TYPE:
         name, choices = Given(value).values.get("type"), context["choices"].split()
         message = "the key 'type' is missing" if name is None else f"there is no {shown(str(name))}"
+        if str(name) in context["elsewhere"].split():
+            return _line((*loc, "type"), kind, f"{name} can't stand here", f"choose from {', '.join(choices)}", value)
         meant, names = closest(str(name or ""), choices), ", ".join(choices)
         remedy = f"did you mean '{meant}'? There are {names}" if meant else f"choose from {names}"
         if str(name) in nni.NAMES:

@@ -179,7 +179,10 @@ class OneOf:
             discriminator="type",
             custom_error_type=UNKNOWN_TYPE,
             custom_error_message="no such type",
-            custom_error_context={"choices": " ".join(each.name for each in chosen)},
+            custom_error_context={
+                "choices": " ".join(each.name for each in chosen),
+                "elsewhere": " ".join(each.name for each in COMPRESSORS.values() if each not in chosen),
+            },
         )
 
 
