@@ -19,14 +19,14 @@ from raycomp.core.layout import traced_shapes
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.core.selection import resolve
-from raycomp.core.target import TargetId
+from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
 from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.notes import Notes, layers_by_cause
+from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.search import searches
 from raycomp.pipeline.stage import stage_context
@@ -36,6 +36,7 @@ from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.space import SearchSpace
 from raycomp.quantization.quantizer import Quantizer
+from raycomp.report.text import layers_by_cause
 from raycomp.speedup import obstacles
 
 
@@ -188,6 +189,10 @@ def _computed_in_float(task: Task, chain: Chain, context: BuildContext) -> tuple
     with notes.instead_of("there will be no int8 model"):
         found = foreseen_hindrances(dense_model(task, context.seed), calibration, chain.folds(), context.example)
         notes.say(*(f"int8 will compute in float {each}" for each in layers_by_cause(found)))
+        weights = {module for module, targets in calibration.items() if "parameter" in map(target_kind, targets)}
+        if not weights - found.keys():
+            lack = "" if weights else ": no weight is quantized; add `weight` to target_names"
+            notes.say(f"the int8 model will compute nothing with integers{lack}")
     return notes()
 
 

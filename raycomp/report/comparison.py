@@ -43,7 +43,7 @@ def verification_text(summary: RunSummary) -> str:
     """One sentence on how far the sped-up model is from the form that it was cut from."""
     check = summary.verification
     if check is None:
-        return "There is no sped-up model to verify."
+        return f"sped-up: {nothing_cut(summary)}." if any(row.name == "sped-up" for row in summary.models) else ""
     batches = " and ".join(str(batch) for batch in check.batch_sizes)
     verdict = "within" if check.passed else "NOT within"
     return (
@@ -51,6 +51,12 @@ def verification_text(summary: RunSummary) -> str:
         f"{text.number(check.relative)} of their range ({verdict} the tolerance of "
         f"{text.number(check.tolerance)}; batch sizes {batches}){_metric(summary, check.metric_difference)}."
     )
+
+
+def nothing_cut(summary: RunSummary) -> str:
+    """What the sped-up model is where there is no verification of it."""
+    reference = "masked" if any(row.name == "masked" for row in summary.models) else "simulated"
+    return f"nothing was cut, so it is the {reference} model as it stands"
 
 
 def rounding_texts(summary: RunSummary) -> tuple[str, ...]:

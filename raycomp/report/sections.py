@@ -14,11 +14,12 @@ from raycomp.report.comparison import (
     float_share,
     int8_reference,
     load_line,
+    nothing_cut,
     rounding_texts,
     verification_text,
 )
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
-from raycomp.report.outcome import change, doubts, outcome
+from raycomp.report.outcome import change, doubts, outcome, why_in_float
 from raycomp.report.plots import Mark, Point, bar, line_chart
 from raycomp.results.progress import ProgressEvent
 from raycomp.results.summary import FORMS, LayerFigures, ModelFigures, RunSummary
@@ -104,7 +105,11 @@ def result(summary: RunSummary) -> str:
         "soft small",
     )
     described = {**FORMS, "int8": FORMS["int8"] + float_share(summary)}
-    if not any(model.name == "masked" for model in summary.models):
+    if summary.int8 is not None and not summary.int8.computes_integers:
+        described["int8"] = "the sped-up model in ONNX Runtime, its weights in integers and all computed in float"
+    if summary.verification is None:
+        described["sped-up"] = nothing_cut(summary)
+    elif not any(model.name == "masked" for model in summary.models):
         described["sped-up"] = described["sped-up"].replace("masked model", "simulated model")
     forms = facts({model.name: described[model.name] for model in summary.models if model.name in described})
     load = ""
@@ -138,9 +143,9 @@ def int8(summary: RunSummary) -> str:
         else "The processor that measured has no VNNI instructions: 8-bit dot products may saturate there and gain "
         "little or no speed; expect better latency on one that has them."
     )
-    if figures.layers and len(figures.float_layers) == figures.layers:
-        hardware = "No layer computes with integers: see what is computed in float."
-    if figures.reduce_range:
+    if not figures.computes_integers:
+        hardware = f"No layer computes with integers: {why_in_float(figures)}."
+    elif figures.reduce_range:
         hardware += " Weights were held to 7 bits, so that sums do not saturate without VNNI."
     pairs = {
         "Signal to noise": f"{text.number(figures.sqnr_db)} dB, of its outputs against {reference}",

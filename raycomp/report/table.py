@@ -85,7 +85,8 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
         print_line(console, f"warning: {doubt}", "bold red")
     console.print(Visible(result_table(summary)))
     passed = summary.verification is None or summary.verification.passed
-    print_line(console, verification_text(summary), "" if passed else "bold red")
+    if verified := verification_text(summary):
+        print_line(console, verified, "" if passed else "bold red")
     for sentence in rounding_texts(summary):
         print_line(console, sentence)
     for warning in summary.warnings:

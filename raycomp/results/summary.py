@@ -110,6 +110,11 @@ class Int8Figures:
     layers: int = 0
     float_layers: ManyNamed[str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def computes_integers(self) -> bool:
+        """Whether any layer does."""
+        return len(self.float_layers) < self.layers
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:

@@ -277,6 +277,21 @@ def test_what_is_masked_in_other_pieces_than_channels_is_told(entry: dict[str, A
     assert any(told in warning for warning in check_stages(parse_job(raw), Recurrent()).warnings)
 
 
+def test_that_nothing_will_be_computed_with_integers_is_told() -> None:
+    def told(names: list[str]) -> list[str]:
+        entry = {"op_names": ["lstm"], "target_names": names, "quant_dtype": "int8"}
+        raw = job([{"type": "QATQuantizer", "config_list": [entry]}])
+        return [warning for warning in check_stages(parse_job(raw), Recurrent()).warnings if "int8" in warning]
+
+    assert told(["weight_ih_l0"]) == [
+        "int8 will compute in float lstm: ONNX Runtime has no integer kernel for LSTM: leave it out of the quantizer",
+        "the int8 model will compute nothing with integers",
+    ]
+    assert told(["_input_"]) == [
+        "the int8 model will compute nothing with integers: no weight is quantized; add `weight` to target_names"
+    ]
+
+
 class _Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter([(torch.randn(8), torch.tensor(0))] * 64)

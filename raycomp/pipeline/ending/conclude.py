@@ -21,10 +21,11 @@ from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
 from raycomp.pipeline.inputs import differing_inputs, real_inputs
-from raycomp.pipeline.notes import Notes, layers_by_cause
+from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.report.text import layers_by_cause
 from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, SearchFigures, Unpruned, Verification
 from raycomp.speedup import Plan, restored_mask
 
@@ -236,7 +237,8 @@ def _lowered(
         int8 = lower_int8(
             result.model, result.calibration, result.folds, example, others=others, reduce_range=reduce_range
         )
-        notes.say(*(f"int8 computes in float {each}" for each in layers_by_cause(int8.float_causes)))
+        if len(int8.float_causes) < len(int8.layers):  # else it is said first of all
+            notes.say(*(f"int8 computes in float {each}" for each in layers_by_cause(int8.float_causes)))
         if int8.grown_scales:
             notes.say(f"the scale of {', '.join(int8.grown_scales)} had to grow so that the bias fits into int32")
         return int8
