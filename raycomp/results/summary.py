@@ -118,7 +118,8 @@ class Int8Figures:
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """One compressed layer; shapes are its weight's, `quantized` names the data type of its weight or is None."""
+    """One compressed layer; shapes are its weight's, `quantized` names the data type of its weight or is None. Where
+    another parameter is compressed, `module` ends with its name."""
 
     module: str
     type: str

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from raycomp.config import JobConfig
+from raycomp.core.attach import share_of_parameters
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
+from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8
 from raycomp.pipeline.build import ResolvedStage, dense_model
 from raycomp.pipeline.earlier import standing_in
@@ -148,7 +150,7 @@ def _concluded(
         layers = figures.layer_figures(dense, masks, result)
     unpruned = _last_of_each(outcomes)
     with notes.instead_of("what is masked and was not cut is not listed"):
-        notes.say(*_left_in_place(result.model, unpruned))
+        notes.say(*_left_in_place(dense, masks, unpruned))
     environment = dict(facts.environment)
     with notes.instead_of("the environment is not told"):
         environment = {**figures.environment(), **environment}
@@ -203,17 +205,16 @@ def _with_metric(found: Verification | None, rows: Sequence[ModelFigures]) -> Ve
     return replace(found, reference=reference, metric_difference=difference)
 
 
-def _left_in_place(model: nn.Module, unpruned: Sequence[Unpruned]) -> list[str]:
-    """What is masked and was not cut, by its reason, with its part of the model's parameters."""
-    sizes = {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()}
-    total = max(sum(parameter.numel() for parameter in model.parameters()), 1)
+def _left_in_place(dense: nn.Module, masks: Masks, unpruned: Sequence[Unpruned]) -> list[str]:
+    """What is masked and was not cut, by its reason, with the part of the dense model's parameters that has masks."""
     by_reason: dict[str, list[str]] = {}
     for item in unpruned:
         by_reason.setdefault(item.reason, []).append(item.module)
     told = []
     for reason, found in by_reason.items():
         names = list(dict.fromkeys(found))
-        part = sum(sizes.get(name, 0) for name in names) / total
+        targets = [TargetId(name, target) for name in names for target in masks.get(name, ())]
+        part = share_of_parameters(dense, [each for each in targets if target_kind(each.target) == "parameter"])
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         told.append(f"masked and not cut: {shown} ({part:.0%} of the parameters): {reason}")
     return told

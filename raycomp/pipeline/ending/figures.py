@@ -174,19 +174,20 @@ def _likeness(
 
 
 def layer_figures(dense: nn.Module, masks: Masks, final: StageResult) -> tuple[LayerFigures, ...]:
-    """Each layer that was masked or quantized: its weight's shape before and after."""
+    """Each layer that was masked or quantized: its weight's shape before and after; of one that has no compressed
+    weight, those of its other parameters."""
     modules = dict(final.model.named_modules())
     rows = []
     for name, kind in module_names(dense).items():
-        weight = dense.get_submodule(name)._parameters.get("weight")
-        mask = masks.get(name, {}).get("weight")
-        quantized = final.calibration.get(name, {}).get("weight")
-        if weight is None or (mask is None and quantized is None):
-            continue
-        after = getattr(modules.get(name), "weight", weight)
-        sparsity = 1 - int(after.count_nonzero()) / weight.numel()
-        dtype = None if quantized is None else quantized["quant_dtype"]
-        rows.append(LayerFigures(name, kind, tuple(weight.shape), tuple(after.shape), sparsity, dtype))
+        scales = final.calibration.get(name, {})
+        found = [target for target in dict.fromkeys((*masks.get(name, ()), *scales)) if not target.startswith("_")]
+        for target in ["weight"] if "weight" in found else found:
+            before = getattr(dense.get_submodule(name), target)
+            after = getattr(modules.get(name), target, before)
+            sparsity = 1 - int(after.count_nonzero()) / before.numel()
+            dtype = scales[target]["quant_dtype"] if target in scales else None
+            shown = name if target == "weight" else f"{name}.{target}"
+            rows.append(LayerFigures(shown, kind, tuple(before.shape), tuple(after.shape), sparsity, dtype))
     return tuple(rows)
 
 
