@@ -16,7 +16,7 @@ from raycomp.report.comparison import (
     load_line,
     nothing_cut,
     rounding_texts,
-    verification_text,
+    verification_texts,
 )
 from raycomp.report.markup import Column, code_block, dotted, facts, figure, paragraph, section, table
 from raycomp.report.outcome import change, doubts, outcome, why_in_float
@@ -104,6 +104,8 @@ def result(summary: RunSummary) -> str:
         "machine under Environment.",
         "soft small",
     )
+    if summary.earlier:
+        note += paragraph("The forms are those of the last stage.", "soft small")
     described = {**FORMS, "int8": FORMS["int8"] + float_share(summary)}
     if summary.int8 is not None and not summary.int8.computes_integers:
         described["int8"] = "the sped-up model in ONNX Runtime, its weights in integers and all computed in float"
@@ -120,13 +122,12 @@ def result(summary: RunSummary) -> str:
 
 def verification(summary: RunSummary) -> str:
     """Whether the sped-up model is the same function as the one that it was cut from; and how near what rounds is."""
-    check = summary.verification
-    if check is None:
+    checks = summary.verifications
+    if not checks:
         return ""
-    badge = (
-        '<span class="badge good">verified</span>' if check.passed else '<span class="badge bad">not verified</span>'
-    )
-    texts = map(paragraph, (verification_text(summary), *rounding_texts(summary)))
+    passed = all(check.passed for check in checks)
+    badge = '<span class="badge good">verified</span>' if passed else '<span class="badge bad">not verified</span>'
+    texts = map(paragraph, (*(sentence for sentence, _ in verification_texts(summary)), *rounding_texts(summary)))
     return section("Is the sped-up model the same function?", f"<p>{badge}</p>", *texts)
 
 
@@ -234,7 +235,7 @@ def searches(summary: RunSummary) -> str:
 
 def unpruned(summary: RunSummary) -> str:
     """What masks wanted gone and speedup kept, since removing it would have changed the outputs."""
-    if summary.verification is None and not summary.unpruned:
+    if not summary.verifications and not summary.unpruned:
         return ""
     if not summary.unpruned:
         return section("Left in place", paragraph("Nothing: all that the masks set to zero was cut out."))

@@ -159,7 +159,8 @@ def _concluded(
         run=facts.run,
         created=facts.created,
         models=rows,
-        verification=_with_metric(_worst([outcome.verification for outcome in outcomes]), rows),
+        verification=_with_metric(result.verification, rows, job),
+        earlier=tuple(outcome.verification for outcome, _, _ in earlier if outcome.verification is not None),
         simulation=simulation,
         int8=int8_row,
         layers=layers,
@@ -196,13 +197,14 @@ def _forms(dense: nn.Module, result: StageResult, int8: Int8Model | None, notes:
     return figures.Forms(dense, result.under_masks, result.simulated, result.masked, result.model, on_grids, int8)
 
 
-def _with_metric(found: Verification | None, rows: Sequence[ModelFigures]) -> Verification | None:
-    """The verification, by the words of the forms that are shown."""
+def _with_metric(found: Verification | None, rows: Sequence[ModelFigures], job: JobConfig) -> Verification | None:
+    """The last stage's verification, by the words of the forms that are shown."""
     if found is None:
         return None
     reference = "masked" if any(row.name == "masked" for row in rows) else "simulated"
     difference = figures.metric_difference("sped-up", reference, rows)
-    return replace(found, reference=reference, metric_difference=difference)
+    stage = job.stages[-1].name if len(job.stages) > 1 else ""
+    return replace(found, reference=reference, metric_difference=difference, stage=stage)
 
 
 def _left_in_place(dense: nn.Module, masks: Masks, unpruned: Sequence[Unpruned]) -> list[str]:
@@ -257,7 +259,3 @@ def dense_masks(parts: Sequence[tuple[Masks, Plan]]) -> Masks:
         for target_id, mask in masks.by_target():
             merged.put(target_id, restored_mask(mask, str(target_id), plan), masks.method(*target_id))
     return merged
-
-
-def _worst(found: Sequence[Verification | None]) -> Verification | None:
-    return max((item for item in found if item is not None), key=lambda item: item.relative, default=None)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -157,6 +157,21 @@ def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: Sequence[Model
     )
 
 
+def with_metric(job: JobConfig, task: Task, index: int, result: StageResult) -> StageResult:
+    """The result of a stage before the last, whose verification says what cutting did to the metric, too."""
+    if result.verification is None:
+        return result
+    stage = job.stages[index].name
+    notes = Notes(*result.notes)
+    metrics: dict[str, dict[str, float]] = {}
+    with notes.instead_of(f"stage {stage}: what cutting did to the metric is not known"):
+        metrics = _metrics(job, task, {"masked": result.under_masks, "sped-up": result.model}, notes)
+    before, after = (next(iter(metrics.get(name, {}).values()), None) for name in ("masked", "sped-up"))
+    difference = None if before is None or after is None else after - before
+    found = replace(result.verification, reference="masked", metric_difference=difference, stage=stage)
+    return replace(result, verification=found, notes=notes())
+
+
 def metric_difference(form: str, reference: str, rows: Sequence[ModelFigures]) -> float | None:
     """A form's main metric minus that of another; None where one of them is not known."""
     metrics = {row.name: next(iter(row.metrics.values()), None) for row in rows}
@@ -213,7 +228,8 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
             stack.enter_context(evaluation_mode(module))
         stack.enter_context(restored_generators())
         # Threads would mix the forms' draws.
-        one = draws(modules["dense"], real_inputs(task, _dtype(modules["dense"]), 2))
+        first = next(iter(modules.values()))
+        one = draws(first, real_inputs(task, _dtype(first), 2))
         at_once = 1 if one else max(1, _cores() // job.scaling.threads_per_worker)
         pool = stack.enter_context(ThreadPoolExecutor(at_once))
         begun, seen = time.monotonic(), 0
