@@ -23,7 +23,7 @@ from raycomp.core.selection import resolve
 from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
+from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, recast, try_stage
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
@@ -78,7 +78,9 @@ def _check_stages(job: JobConfig, task: Task) -> Checked:
         problems += _length_problems(stage, index, steps)
         try:
             context = stage_context(job, index, task)
-            model = dense_model(task, context.seed).to(dtype=context.dtype)
+            model = dense_model(task, context.seed)
+            warnings += recast(model, job.training_for(stage))
+            model = model.to(dtype=context.dtype)
             cuts = job.speedup.enabled and stage.speedup
             uncut = _obstacles(model, stage, context) if cuts and job.speedup.exact else {}
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)

@@ -332,3 +332,14 @@ def test_layers_whose_compressed_parameter_has_another_name_are_listed() -> None
         LayerFigures("rnn.weight_ih_l0", "LSTM", (32, 6), (32, 6), 0.25),
         LayerFigures("rnn.weight_hh_l0", "LSTM", (32, 8), (32, 8), 0.0, "int8"),
     )
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float64, torch.float32), (torch.float16, torch.float16)])
+def test_what_is_stored_in_fewer_bits_alone_counts_as_no_compression(
+    before: torch.dtype, after: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conclude, "dense_model", lambda task, seed: nn.Linear(2, 2).to(before))
+    notes = Notes()
+    assert conclude._dense(parse_job(RAW), build_task(parse_job(RAW).task), notes).weight.dtype == after
+    (told,) = notes()
+    assert told.startswith(f"the model is in {str(before)[6:]}, and trains and is published in float32")

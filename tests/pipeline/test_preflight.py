@@ -277,6 +277,19 @@ def test_what_is_masked_in_other_pieces_than_channels_is_told(entry: dict[str, A
     assert any(told in warning for warning in check_stages(parse_job(raw), Recurrent()).warnings)
 
 
+class Double(Small):
+    def model(self) -> nn.Module:
+        return super().model().double()
+
+
+def test_a_model_that_trains_in_another_precision_than_its_own_is_told() -> None:
+    told = "the model is in float64, and trains and is published in float32; training.precision: float64 keeps it"
+    assert told in check_stages(parse_job(job([L1])), Double()).warnings
+    for kept, task in (("float64", Double()), ("float64", Small()), ("bf16", Small())):
+        found = check_stages(parse_job(job([L1], precision=kept)), task).warnings
+        assert not any("is published in" in warning for warning in found)
+
+
 class Grouped(Small):
     """A transposed convolution of two groups between two others."""
 

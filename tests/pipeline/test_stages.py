@@ -24,6 +24,7 @@ from raycomp.pipeline.inputs import differing_inputs
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.stage import StageResult, StageStart, real_inputs
 from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.metrics import evaluate
 from raycomp.speedup import apply_plan
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, finish, train
@@ -283,7 +284,11 @@ def test_a_stage_before_the_last_says_what_cutting_did_to_its_metric(tmp_path: P
     found = with_metric(parsed, task, 0, first).verification
     assert found is not None and (found.reference, found.stage) == ("masked", parsed.stages[0].name)
     assert found.metric_difference == 0.0
+    labels = [int(label) for _, label in task.eval_data()]
+    hits = evaluate(task, first.under_masks, task.eval_data(), batch_size=8)["accuracy"] * len(labels)
+    label = next(each for each in range(3) if labels.count(each) != round(hits))
     with torch.no_grad():
-        first.model.fc.weight.neg_()
+        first.model.fc.bias[label] += 1e3
     broken = with_metric(parsed, task, 0, first).verification
-    assert broken is not None and broken.metric_difference not in (None, 0.0)
+    assert broken is not None
+    assert broken.metric_difference == pytest.approx((labels.count(label) - hits) / len(labels))

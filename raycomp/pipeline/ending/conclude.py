@@ -18,7 +18,7 @@ from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import Int8Model, lower_int8, simulate_int8
-from raycomp.pipeline.build import ResolvedStage, dense_model
+from raycomp.pipeline.build import ResolvedStage, dense_model, recast, weight_dtype
 from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending import artifact, figures
 from raycomp.pipeline.ending.outcome import StageOutcome
@@ -128,7 +128,7 @@ def _concluded(
     masks = result.masks
     with notes.instead_of("masks.safetensors holds the masks of the last stage alone"):
         masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
-    dense = dense_model(task, job.training.seed).eval()
+    dense = _dense(job, task, notes)
     example, *others = _inputs(task, job.training.seed, notes)
     with watch.part("lower to int8"):
         int8 = _lowered(job, result, example, others, notes)
@@ -175,6 +175,15 @@ def _concluded(
     )
     notes.say(*told)
     return Conclusion(artifact.write_summary(folder, summary, notes), masks, result.calibration)
+
+
+def _dense(job: JobConfig, task: Task, notes: Notes) -> nn.Module:
+    """The model as it was; where its weights were wider than what is published, as wide: that is no compression."""
+    training = job.training_for(job.stages[-1])
+    model, dtype = dense_model(task, job.training.seed).eval(), weight_dtype(training)
+    notes.say(*recast(model, training))
+    wider = any(each.is_floating_point() and each.itemsize > dtype.itemsize for each in model.parameters())
+    return model.to(dtype=dtype) if wider else model
 
 
 def _inputs(task: Task, seed: int, notes: Notes) -> tuple[Any, ...]:
