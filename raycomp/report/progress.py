@@ -62,22 +62,27 @@ class ProgressPrinter:
             self._live = None
 
     def message(self, line: str) -> None:
-        """Prints a line that stays: a part of the run begins or ends."""
+        """Prints a line that stays: a part of the run begins or ends, or workers were replaced."""
+        self._first = None  # the pace is that of what comes now, without the time in between
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(Text(visible(line, lines=True)), soft_wrap=True)
 
     def event(self, event: ProgressEvent) -> None:
         """Takes the news from training."""
-        if self._first is None or event.stage != self._first.stage or event.step < self._first.step:
+        last = self._last
+        if self._first is None or last is None or event.stage != last.stage or event.step < last.step:
             self._first = event
         left = _left_s(self._first, event)
         if self._live is not None:
             if _ends(event):
                 self._live.update(Text(""))
-                self.message(event_line(event, left))
+                self._print(event_line(event, left))
             else:
                 self._live.update(_live_lines(event, left))
         elif self._is_due(event):
-            self.message(event_line(event, left))
+            self._print(event_line(event, left))
             self._printed_at = self._clock()
         self._last = event
 
@@ -90,7 +95,8 @@ class ProgressPrinter:
 
 
 def _left_s(first: ProgressEvent, event: ProgressEvent) -> float | None:
-    """Seconds until the stage's training ends, at the pace since the first event that was seen of it."""
+    """Seconds until the stage's training ends, at the pace since the first event that was seen of it, or of its workers'
+    last replacement."""
     done = event.step - first.step
     return (event.elapsed_s - first.elapsed_s) / done * (event.steps - event.step) if done > 0 else None
 

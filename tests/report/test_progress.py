@@ -97,6 +97,22 @@ def test_the_time_left_is_told_at_the_pace_of_the_stage() -> None:
     assert second.endswith("lr 0.01  sparsity 25.0 %  1 worker  70.0 s  60.0 s left")
 
 
+def test_after_a_worker_is_replaced_the_time_left_is_told_at_the_new_pace() -> None:
+    """With half a minute of waiting counted as training, it was told as ten times what it was."""
+    printer, clock, file = _plain()
+    with printer:
+        for now, step, elapsed_s in ((0.0, 3, 27.0), (20.0, 16, 30.0), (40.0, 6, 45.0), (60.0, 26, 65.0)):
+            clock.now = now
+            printer.event(replace(EVENT, step=step, elapsed_s=elapsed_s))
+        printer.message("worker 0 failed: new workers go on from the last checkpoint")
+        for now, step, elapsed_s in ((80.0, 30, 100.0), (100.0, 50, 110.0)):
+            clock.now = now
+            printer.event(replace(EVENT, step=step, elapsed_s=elapsed_s))
+    left = [line.split("workers  ")[-1].partition("  ")[2] for line in file.getvalue().splitlines()]
+    # 20 steps in 20 s, 74 to go; then 20 in 10 s, 50 to go.
+    assert [each for each in left if each][1:] == ["74.0 s left", "25.0 s left"]
+
+
 def test_a_log_has_no_ten_lines_a_second_however_short_the_epochs() -> None:
     printer, clock, file = _plain()
     with printer:
