@@ -46,7 +46,8 @@ def _slower(summary: RunSummary) -> str:
         for batch in sorted(before.keys() & after.keys(), key=int)
         if after[batch] > before[batch]
     ]
-    return f" int8 is slower than float on this machine: {', '.join(slower)}." if slower else ""
+    told = f" On this machine int8 is slower than the sped-up model in float: {', '.join(slower)}."
+    return told if slower else ""
 
 
 def doubts(summary: RunSummary) -> tuple[str, ...]:

@@ -95,16 +95,21 @@ class ProgressPrinter:
 
 
 def _left_s(first: ProgressEvent, event: ProgressEvent) -> float | None:
-    """Seconds until the stage's training ends, at the pace since the first event that was seen of it, or of its workers'
-    last replacement."""
+    """Seconds until the stage's training ends, at the pace since its first event, or since workers were replaced."""
     done = event.step - first.step
     return (event.elapsed_s - first.elapsed_s) / done * (event.steps - event.step) if done > 0 else None
 
 
 def event_line(event: ProgressEvent, left_s: float | None = None) -> str:
     """In one line: `stage fused  epoch 2/5  step 40/100  loss 0.31  accuracy 0.97  sparsity 25.0 %  2 workers …`."""
-    parts = [f"stage {event.stage}", f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
-    return "  ".join(parts + _figures(event, left_s))
+    return "  ".join([f"stage {event.stage}", *_position(event), *_figures(event, left_s)])
+
+
+def _position(event: ProgressEvent) -> list[str]:
+    """Where training stands; a stage that only calibrates has no steps."""
+    if not event.steps:
+        return ["without training"]
+    return [f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
 
 
 def _figures(event: ProgressEvent, left_s: float | None) -> list[str]:
@@ -121,7 +126,7 @@ def _live_lines(event: ProgressEvent, left_s: float | None) -> RenderableType:
     bar.add_row(
         Text(event.stage, style="bold"),
         ProgressBar(total=max(event.steps, 1), completed=event.step, width=28),
-        Text(f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}"),
+        Text("  ".join(_position(event))),
     )
     return Group(bar, Text("  ".join(_figures(event, left_s)), style="dim"))
 

@@ -343,3 +343,9 @@ def test_what_is_stored_in_fewer_bits_alone_counts_as_no_compression(
     assert conclude._dense(parse_job(RAW), build_task(parse_job(RAW).task), notes).weight.dtype == after
     (told,) = notes()
     assert told.startswith(f"the model is in {str(before)[6:]}, and trains and is published in float32")
+
+
+def test_a_job_without_int8_took_no_time_for_it(checkpoint: Path, tmp_path: Path) -> None:
+    assert "lower to int8" in ended(checkpoint, tmp_path).timings
+    (tmp_path / "float").mkdir()
+    assert "lower to int8" not in ended(checkpoint, tmp_path / "float", int8={"enabled": False}).timings

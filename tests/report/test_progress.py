@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from raycomp.report import ProgressPrinter
+from raycomp.report.progress import event_line
 from raycomp.results.progress import ProgressEvent
 
 EVENT = ProgressEvent("fused", 1, 2, 10, 100, 0.5, {}, 0.25, 2, 3.0)
@@ -95,6 +96,11 @@ def test_the_time_left_is_told_at_the_pace_of_the_stage() -> None:
     first, second, third = file.getvalue().splitlines()
     assert "left" not in first and "left" not in third
     assert second.endswith("lr 0.01  sparsity 25.0 %  1 worker  70.0 s  60.0 s left")
+
+
+def test_a_stage_that_only_calibrates_counts_no_steps() -> None:
+    line = event_line(replace(EVENT, stage="ptq", epochs=1, step=0, steps=0, loss=None, metrics={"accuracy": 0.9}))
+    assert line == "stage ptq  without training  accuracy 0.9  sparsity 25.0 %  2 workers  3.00 s"
 
 
 def test_after_a_worker_is_replaced_the_time_left_is_told_at_the_new_pace() -> None:

@@ -130,8 +130,10 @@ def _concluded(
         masks = dense_masks([*((found, plan) for _, found, plan in earlier), (result.masks, start.plan)])
     dense = _dense(job, task, notes)
     example, *others = _inputs(task, job.training.seed, notes)
-    with watch.part("lower to int8"):
-        int8 = _lowered(job, result, example, others, notes)
+    int8 = None
+    if job.wants_int8:
+        with watch.part("lower to int8"):
+            int8 = _lowered(job, result, example, others, notes)
     with watch.part("write the artifact"):
         artifact.write_models(folder, result, int8, example, others, notes)
         with notes.instead_of("masks or calibration are not written"):
@@ -240,9 +242,7 @@ def _last_of_each(outcomes: Sequence[StageOutcome]) -> tuple[Unpruned, ...]:
 def _lowered(
     job: JobConfig, result: StageResult, example: Any, others: Sequence[Any], notes: Notes
 ) -> Int8Model | None:
-    """The int8 model, None where none is wanted or the model can't be lowered."""
-    if not job.wants_int8:
-        return None
+    """The int8 model, None where the model can't be lowered."""
     wanted = job.int8.reduce_range
     reduce_range = None if wanted == "auto" else bool(wanted)
     with notes.instead_of("there is no int8 model"):
