@@ -349,3 +349,15 @@ def test_a_job_without_int8_took_no_time_for_it(checkpoint: Path, tmp_path: Path
     assert "lower to int8" in ended(checkpoint, tmp_path).timings
     (tmp_path / "float").mkdir()
     assert "lower to int8" not in ended(checkpoint, tmp_path / "float", int8={"enabled": False}).timings
+
+
+@pytest.mark.usefixtures("ready_exports")
+def test_each_form_that_is_held_against_another_runs_once_for_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[nn.Module] = []
+    run = figures._outputs
+    monkeypatch.setattr(figures, "_outputs", lambda module, inputs: (ran.append(module), run(module, inputs))[1])
+    found = ended(checkpoint, tmp_path)
+    assert found.simulation is not None and found.int8 is not None
+    assert len(ran) == len(set(map(id, ran))) == 3

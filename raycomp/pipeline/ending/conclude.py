@@ -28,7 +28,16 @@ from raycomp.pipeline.stage import StageResult, StageStart, finish_stage
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.report.text import layers_by_cause
-from raycomp.results.summary import LayerFigures, ModelFigures, RunSummary, SearchFigures, Unpruned, Verification
+from raycomp.results.summary import (
+    Int8Figures,
+    LayerFigures,
+    ModelFigures,
+    RunSummary,
+    SearchFigures,
+    Simulation,
+    Unpruned,
+    Verification,
+)
 from raycomp.speedup import Plan, restored_mask
 
 _SHOWN = 4
@@ -141,12 +150,7 @@ def _concluded(
     with watch.part("measure"):
         forms = _forms(dense, result, int8, notes)
         rows, timed_how = figures.model_figures(job, task, forms, example, folder / artifact.ONNX, notes)
-        simulation, int8_row = None, None
-        with notes.instead_of("the sped-up model is not compared with simulated quantization"):
-            simulation = figures.simulation(task, forms, rows)
-        if int8 is not None:
-            with notes.instead_of("int8 is not compared with the simulated quantization"):
-                int8_row = figures.int8_figures(task, forms, int8, rows)
+        simulation, int8_row = _held_against(job, task, forms, rows, notes)
     layers: tuple[LayerFigures, ...] = ()
     with notes.instead_of("the layers are not listed"):
         layers = figures.layer_figures(dense, masks, result)
@@ -206,6 +210,24 @@ def _forms(dense: nn.Module, result: StageResult, int8: Int8Model | None, notes:
     with notes.instead_of("there is no sped-up model with simulated quantization"):
         on_grids = simulate_int8(result.model, result.calibration, result.folds)
     return figures.Forms(dense, result.under_masks, result.simulated, result.masked, result.model, on_grids, int8)
+
+
+def _held_against(
+    job: JobConfig, task: Task, forms: figures.Forms, rows: Sequence[ModelFigures], notes: Notes
+) -> tuple[Simulation | None, Int8Figures | None]:
+    """The forms that round, each against the one whose function it should have."""
+    simulation, int8 = None, None
+    given: figures.Outputs = {}
+    if forms.sped_up_simulated is not None or forms.int8 is not None:
+        with notes.instead_of("no form that rounds is compared with another"):
+            given = figures.outputs(job, task, forms)
+    if given:
+        with notes.instead_of("the sped-up model is not compared with simulated quantization"):
+            simulation = figures.simulation(forms, given, rows)
+    if given and forms.int8 is not None:
+        with notes.instead_of("int8 is not compared with the simulated quantization"):
+            int8 = figures.int8_figures(forms, given, forms.int8, rows)
+    return simulation, int8
 
 
 def _with_metric(found: Verification | None, rows: Sequence[ModelFigures], job: JobConfig) -> Verification | None:
