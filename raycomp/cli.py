@@ -169,7 +169,7 @@ def submit(
 def show(uri: str) -> None:
     """Show what a stored run holds, or which runs a job's folder holds."""
     from raycomp.report import files_table, result_table
-    from raycomp.report.comparison import load_line, rounding_texts, verification_text
+    from raycomp.report.comparison import load_line, rounding_texts, verification_texts
     from raycomp.report.outcome import doubts
     from raycomp.report.table import Visible, print_line
     from raycomp.results.summary import RunSummary
@@ -186,7 +186,7 @@ def show(uri: str) -> None:
             found = RunSummary.from_figures(manifest.figures, **names)
             console.print(Visible(result_table(found)))
             warnings = [f"warning: {warning}" for warning in (*doubts(found), *found.warnings)]
-            lines = [verification_text(found), *rounding_texts(found), *warnings]
+            lines = [*(sentence for sentence, _ in verification_texts(found)), *rounding_texts(found), *warnings]
         else:
             lines = [f"{manifest.job}  {manifest.run}"]
         alone = bool(manifest.figures.get("runs_alone", True))

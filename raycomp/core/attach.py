@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -244,6 +244,13 @@ def original_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if parametrize.is_parametrized(module, name):
         return module.parametrizations[name].original  # type: ignore[index, union-attr, return-value]
     return module._parameters[name]  # type: ignore[return-value]
+
+
+def share_of_parameters(model: nn.Module, targets: Iterable[TargetId]) -> float:
+    """What part of a model's parameters these are."""
+    found = [original_parameter(model.get_submodule(name), target) for name, target in targets]
+    sizes = {id(parameter): parameter.numel() for parameter in found}
+    return sum(sizes.values()) / max(sum(parameter.numel() for parameter in model.parameters()), 1)
 
 
 def without_quantizers(model: nn.Module) -> nn.Module:

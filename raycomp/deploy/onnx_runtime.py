@@ -16,7 +16,7 @@ from raycomp.deploy.onnx_check import check_onnx
 from raycomp.deploy.onnx_file import METADATA_KEY, require_onnx
 from raycomp.deploy.signature import count_tensors, read_description
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import bind, flatten, rebuild
+from raycomp.speedup.graph.example import bind_as_exported, flatten, rebuild
 
 _TORCH_DTYPES = {
     "tensor(float)": torch.float32,
@@ -83,7 +83,7 @@ class OnnxModule(nn.Module):
         """
         dropped = self.ignored - set(self.input_tree["items"])
         named = {name: value for name, value in kwargs.items() if name not in dropped}
-        tensors = flatten(self.input_tree, bind(self.parameter_names, args, named))
+        tensors = flatten(self.input_tree, bind_as_exported(self.input_tree, self.parameter_names, args, named))
         feed = {
             name: tensor.detach().to("cpu", dtype).contiguous().numpy()
             for (name, dtype, _), tensor in zip(self.inputs, tensors, strict=True)

@@ -21,7 +21,7 @@ from raycomp.deploy.signature import Signature, count_tensors, read_description
 from raycomp.deploy.sizes import ExportReport, describe_fixed, leaf_names
 from raycomp.deploy.versions import versions
 from raycomp.errors import SpeedupError
-from raycomp.speedup.graph.example import Example, bind, describe, flatten, parameter_names, rebuild
+from raycomp.speedup.graph.example import Example, bind, bind_as_exported, describe, flatten, parameter_names, rebuild
 from raycomp.speedup.graph.interpreted import GraphError
 from raycomp.speedup.graph.program import as_float32, cause_of, example_as_float32, export_program, quiet
 from raycomp.speedup.graph.result_bytes import is_traced
@@ -60,7 +60,7 @@ class ProgramModule(nn.Module):
             TypeError: other arguments than the exported model takes.
             GraphError: tensors of other sizes than it takes, or an operator that refuses them.
         """
-        tensors = flatten(self.input_tree, bind(self.parameter_names, args, kwargs))
+        tensors = flatten(self.input_tree, bind_as_exported(self.input_tree, self.parameter_names, args, kwargs))
         if not is_traced():
             self._check_sizes(tensors)
         return rebuild(self.output_tree, iter(self.program(*tensors)))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray import _raylet
 from ray._private import auto_init_hook
 from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
@@ -19,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raycomp.config import ClusterConfig, JobConfig, ScalingConfig
 from raycomp.distributed.capacity import Tell, await_growth, demand, lack_of, worker_bundles
-from raycomp.distributed.interrupt import raise_if_interrupted, same_signals
+from raycomp.distributed.interrupt import held_back, raise_if_interrupted, same_signals
 from raycomp.distributed.local_ray import QUIET, local_folder, local_ray
 from raycomp.errors import ClusterError, RaycompError
 from raycomp.storage import s3
@@ -31,6 +33,8 @@ _TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
+# Whether Ray's C++ core has put its handler on SIGTERM and crashes in this process: it does so once.
+_HANDLES_SIGNALS = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
 _MOST_WORKERS_PER_CORE = 4
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # is set for the driver of a submitted job
 # CPUs of a local Ray beyond what workers may take: for what user code asks of Ray, or a task each of two data sets.
@@ -120,13 +124,25 @@ def connect(job: JobConfig, tell: Tell = _silent, *, for_data: bool = False) -> 
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Within the block, Ray takes no signal for itself: its way out is `sys.exit`, with a code and not a word."""
-    before = ray_utils.set_sigterm_handler
+    """Within the block, Ray takes no signal for itself, and none finds it half connected.
+
+    Its way out would be `sys.exit`, with a code and not a word; that of its C++ core, from the midst of the connection
+    on, an abort with a stack of calls.
+    """
+    with suppress(ValueError):  # a Ray without it: `same_signals` takes the signal back once Ray is connected
+        ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), _HANDLES_SIGNALS).value = True
+    handler, connecting = ray_utils.set_sigterm_handler, ray_worker.connect
+
+    def connect_whole(*args: Any, **kwargs: Any) -> None:
+        with held_back():
+            connecting(*args, **kwargs)
+
     ray_utils.set_sigterm_handler = lambda handler: None
+    ray_worker.connect = connect_whole
     try:
         yield
     finally:
-        ray_utils.set_sigterm_handler = before
+        ray_utils.set_sigterm_handler, ray_worker.connect = handler, connecting
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from raycomp.storage.explain import explain
 
 # Deep in what Ray tells of a lost actor.
 _DEATH = re.compile(r"The actor (?:is dead|died) because (its [^.]*)\.")
+# Where a file that Ray has put into the storage is no longer there.
+_AWAY = re.compile(r"Unable to set up cluster storage .*storage_fs_path='([^']*)'", re.DOTALL)
 
 
 class StopOnOurErrors(UserCallback):
@@ -108,6 +110,8 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     if found := _DEATH.search(text):
         return f"{found[1]} (killed, out of memory, or crashed)" if "process" in found[1] else found[1]
+    if found := _AWAY.search(text):
+        return f"the storage at {found[1]} is away from its node, or is not the one that the run began with"
     lines = text.splitlines()
     if isinstance(error, ray.exceptions.RayActorError) and "creation task" in lines[0]:
         return f"a process of Ray's could not start: {lines[-1].strip()}"

@@ -14,6 +14,7 @@ from raycomp.errors import ArtifactError
 from raycomp.pipeline.build import ResolvedStage
 from raycomp.pipeline.earlier import standing_in
 from raycomp.pipeline.ending.conclude import Conclusion, RunFacts, conclude
+from raycomp.pipeline.ending.figures import with_metric
 from raycomp.pipeline.ending.load import stored_conclusion
 from raycomp.pipeline.ending.outcome import StageOutcome, load_outcome, save_outcome
 from raycomp.pipeline.stage import finish_stage, resolve_start
@@ -76,7 +77,8 @@ def end_stage(order: HeadOrder) -> None:
     state, index = order.state(), order.index
     start = order.run_store.fetch_start(index)
     with scratch() as folder, data_made_once(), standing_in() as told:
-        result = finish_stage(order.job, index, order.task(folder / "task"), start, order.resolved, state)
+        task = order.task(folder / "task")
+        result = with_metric(order.job, task, index, finish_stage(order.job, index, task, start, order.resolved, state))
         result = replace(result, notes=(*result.notes, *told))
         save_outcome(folder / "outcome", StageOutcome.of(result, state), result)
         order.run_store.upload(f"stages/{index}", folder / "outcome")

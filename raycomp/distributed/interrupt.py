@@ -18,6 +18,8 @@ _AGAIN_S = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _heard: list[int] = []
 """The signals since the outermost block began; they are the process's, as signals are."""
+_holding: list[bool] = []
+"""One for each block within which a first signal is only noted."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,6 +82,20 @@ def raise_if_interrupted() -> None:
 
 
 @contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block, a first signal is only noted; it raises at the block's end. For what mustn't stop halfway."""
+    if not _hears_signals():
+        yield
+        return
+    _holding.append(True)
+    try:
+        yield
+    finally:
+        _holding.pop()
+    raise_if_interrupted()
+
+
+@contextmanager
 def same_signals() -> Iterator[None]:
     """After the block, signals do what they did before it; Ray takes SIGTERM for itself when it is connected."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -118,6 +134,8 @@ def _raise_again(number: int) -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if not _heard:
         _heard.append(number)
+        if _holding:
+            return
         raise Interrupted(number)
     try:
         from raycomp.storage.scratch import remove_held

@@ -122,6 +122,8 @@ class Lease:
 
     def _say(self, holder: Holder) -> None:
         with suppress(StorageError):
+            if _last(self._signs) is None:
+                return  # the storage is away: it must not be made anew
             write_record(self._signs, self._name, _HOLDER, holder)
 
 

@@ -261,9 +261,14 @@ class _Run:
         return whole
 
     def _record(self, record: RunRecord) -> None:
-        self.lease.check()
+        self._check()
         self.record = record
         self.run_store.write_record(record)
+
+    def _check(self) -> None:
+        """Comes before anything is stored: the storage is there, and the run is in this process's hands."""
+        self.run_store.require()
+        self.lease.check()
 
     def _settled(self, index: int, resolved: ResolvedStage) -> ResolvedStage:
         """What the stage prunes by, once what has to be timed and searched for is."""
@@ -292,6 +297,7 @@ class _Run:
     def _end_stage(self, order: HeadOrder) -> None:
         name = self.work.config.stages[order.index].name
         self.work.listener.tell(f"stage {name}: speedup and verification on the head node")
+        self._check()
         with self.work.watch.part("speed up and verify"):
             on_head(end_stage, order)
         self._record(replace(self.record, stages_done=order.index + 1))
@@ -302,7 +308,7 @@ class _Run:
         environment = {"ray": ray.__version__, "cluster": self.cluster.description}
         environment["workers"] = str(self.work.config.scaling.num_workers)
         facts = RunFacts(self.run_store.run, self.record.created, uri, environment, self.work.watch.timings)
-        self.lease.check()
+        self._check()
         conclusion = on_head(publish_run, order, facts)
         self._record(replace(self.record, finished=True))
         report = self.run_store.artifacts.join(self.run_store.run, REPORT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from raycomp.storage.explain import explained
 from raycomp.storage.upload import upload_file
 
 _RECORD = "run.json"
+_AWAY_LOOKS, _LOOK_S = 30, 1.0
 KEPT_CHECKPOINTS = 2
 """Of a stage: the second serves where the first is damaged."""
 _CHECKPOINT = "checkpoint_"  # as Ray Train names them, with the time behind it
@@ -99,6 +101,21 @@ class RunStore:
     def write_record(self, record: RunRecord) -> None:
         """Stores the record."""
         write_record(self.files, _RECORD, _ADAPTER, record)
+
+    def require(self) -> None:
+        """Comes before anything is stored later than the record: storage that is away must not be made anew.
+
+        Raises:
+            StorageError: the run's record is not there, nor comes back while it is waited for.
+        """
+        for _ in range(_AWAY_LOOKS):
+            if self.files.exists(_RECORD):
+                return
+            time.sleep(_LOOK_S)
+        message = "the storage is away, or not the one that the run began with: its record is not there"
+        raise StorageError(
+            message, where=self.files.uri, remedy="bring it back, and run again with --resume", passing=True
+        )
 
     def upload(self, name: str, folder: Path) -> None:
         """Stores a folder's files below the run's, and behind them their digests."""

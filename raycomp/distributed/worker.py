@@ -64,8 +64,8 @@ News = ProgressEvent | Saved | str
 class _RayListener:
     """Progress goes to the driver's actor at once, checkpoints through Ray Train."""
 
-    def __init__(self, sink: ActorHandle, place: str) -> None:
-        self._sink, self._place = sink, place
+    def __init__(self, sink: ActorHandle, run_store: RunStore) -> None:
+        self._sink, self._run_store = sink, run_store
 
     def progress(self, event: ProgressEvent) -> None:
         self._sink.push.remote(event)
@@ -75,7 +75,8 @@ class _RayListener:
             ray.train.report(dict(metrics))
             return
         state = make()
-        with scratch() as folder, explained(self._place):
+        self._run_store.require()
+        with scratch() as folder, explained(self._run_store.train.uri):
             state.save(folder)
             ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
         self._sink.push.remote(Saved(state.stage, state.epoch))
@@ -108,7 +109,7 @@ def _train(order: WorkerOrder, folder: Path) -> None:
         chain=chain,
         training=training,
         evaluation=job.evaluation,
-        listener=_RayListener(order.sink, order.run_store.train.uri),
+        listener=_RayListener(order.sink, order.run_store),
         device=device,
         data=_shards(),
         started=order.started,

@@ -89,6 +89,16 @@ def weight_dtype(training: TrainingConfig) -> torch.dtype:
     return _DTYPES[training.precision]
 
 
+def recast(model: nn.Module, training: TrainingConfig) -> tuple[str, ...]:
+    """What to say where a model's weights are not what they train in and are published as."""
+    ours = str(weight_dtype(training)).removeprefix("torch.")
+    theirs = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    if theirs <= {ours, "float32"}:  # who asked for more than float32 knows
+        return ()
+    remedy = "; training.precision: float64 keeps it" if "float64" in theirs else ""
+    return (f"the model is in {', '.join(sorted(theirs))}, and trains and is published in {ours}{remedy}",)
+
+
 def dense_model(task: Task, seed: int) -> nn.Module:
     """The task's model, the same in every process."""
     model = given(task, "model", seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from raycomp.errors import RaycompError
@@ -46,11 +46,3 @@ class Notes:
     def __call__(self) -> tuple[str, ...]:
         """All of them, each once."""
         return tuple(dict.fromkeys(self._said))
-
-
-def layers_by_cause(causes: Mapping[str, str]) -> list[str]:
-    """Layers that share a cause in one text: `conv1, conv2: its output has no scale`."""
-    layers: dict[str, list[str]] = {}
-    for layer, cause in causes.items():
-        layers.setdefault(cause, []).append(layer)
-    return [f"{', '.join(names)}: {cause}" for cause, names in layers.items()]

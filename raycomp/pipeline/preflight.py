@@ -13,20 +13,21 @@ from torch import nn
 
 from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, TrainingConfig, parse_config_list
 from raycomp.config.compressors import AroundSettings, PrunerSettings
+from raycomp.core.attach import share_of_parameters
 from raycomp.core.chain import Chain
 from raycomp.core.compressor import Compressor
-from raycomp.core.layout import traced_shapes
+from raycomp.core.layout import Layout, traced_shapes
 from raycomp.core.masks import Masks
 from raycomp.core.moments import Calibration
 from raycomp.core.selection import resolve
-from raycomp.core.target import TargetId
+from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, try_stage
+from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, recast, try_stage
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
-from raycomp.pipeline.notes import Notes, layers_by_cause
+from raycomp.pipeline.notes import Notes
 from raycomp.pipeline.rehearsal import rehearse_task
 from raycomp.pipeline.search import searches
 from raycomp.pipeline.stage import stage_context
@@ -36,6 +37,7 @@ from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.space import SearchSpace
 from raycomp.quantization.quantizer import Quantizer
+from raycomp.report.text import layers_by_cause
 from raycomp.speedup import obstacles
 
 
@@ -76,12 +78,13 @@ def _check_stages(job: JobConfig, task: Task) -> Checked:
         problems += _length_problems(stage, index, steps)
         try:
             context = stage_context(job, index, task)
-            model = dense_model(task, context.seed).to(dtype=context.dtype)
-            if job.speedup.enabled and job.speedup.exact and stage.speedup:
-                warnings += _what_stays(model, stage, context)
+            model = dense_model(task, context.seed)
+            warnings += recast(model, job.training_for(stage))
+            model = model.to(dtype=context.dtype)
+            cuts = job.speedup.enabled and stage.speedup
+            uncut = _obstacles(model, stage, context) if cuts and job.speedup.exact else {}
             made, chain = try_stage(model, stage, context, f"stages[{index}]", problems)
-            if job.speedup.enabled and stage.speedup:
-                warnings += _no_channels(stage, chain)
+            warnings += [*_what_stays(stage, chain, uncut), *(_no_channels(stage, chain) if cuts else ())]
             resolved.append(made)
             trains |= chain.wants_training
             if steps is None and chain.wants_training and not any(each.where == "training.epochs" for each in problems):
@@ -135,10 +138,9 @@ def _search_problems(stage: StageConfig, chain: Chain, index: int) -> Iterator[P
             yield from (Problem(f"{where}.{each.where}", each.message, each.remedy) for each in error.problems)
 
 
-def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> list[str]:
-    """Layers that will be masked and can't be cut, each with its part of the model's parameters."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    told = []
+def _obstacles(model: nn.Module, stage: StageConfig, context: BuildContext) -> dict[tuple[str, ...], str]:
+    """Layers that can't be cut, and why."""
+    found: dict[tuple[str, ...], str] = {}
     for settings in stage.compressors:
         holder = settings.pruner if isinstance(settings, AroundSettings) else settings
         if not isinstance(holder, PrunerSettings):
@@ -148,35 +150,52 @@ def _what_stays(model: nn.Module, stage: StageConfig, context: BuildContext) -> 
         except ConfigError:
             continue
         given = [entry.model_dump(by_alias=True) for entry in holder.config_list]
-        for names, reason in obstacles(model, given, context.example).items():
-            part = sum(model.get_submodule(name).get_parameter("weight").numel() for name in names) / total
-            told.append(
-                f"stage {stage.name}: {', '.join(names)} ({part:.0%} of the parameters) will be masked and can't be "
-                f"cut: {reason}"
-            )
+        found |= obstacles(model, given, context.example)
+    return found
+
+
+def _what_stays(stage: StageConfig, chain: Chain, found: Mapping[tuple[str, ...], str]) -> list[str]:
+    """Layers that will be masked and can't be cut, each with what part of the model's parameters will be masked so."""
+    masked = [key for pruner in _pruners(chain) for key in pruner.selected if pruner.layouts[key].is_parameter]
+    told = []
+    for names, reason in found.items():
+        part = share_of_parameters(chain.model, [key for key in masked if key.module in names])
+        told.append(
+            f"stage {stage.name}: {', '.join(names)} ({part:.0%} of the parameters) will be masked and can't be cut: "
+            f"{reason}"
+        )
     return told
 
 
 def _no_channels(stage: StageConfig, chain: Chain) -> list[str]:
     """What will be masked in other pieces than a layer's channels, of which speedup makes nothing smaller."""
-    total = sum(parameter.numel() for parameter in chain.model.parameters())
     found: dict[str, list[TargetId]] = {}
-    for pruner in [member for member in chain.members if isinstance(member, Pruner)]:
+    for pruner in _pruners(chain):
         for target_id in pruner.goals:
             if not pruner.layouts[target_id].is_parameter:
                 continue
             if target_id.target not in ("weight", "bias"):
-                found.setdefault("channels are those of weights and biases", []).append(target_id)
-            elif sum(count > 1 for count in pruner.grid(target_id)) > 1:
+                found.setdefault("raycomp cuts no other parameters than weight and bias", []).append(target_id)
+            elif not _in_channels(pruner.grid(target_id), pruner.layouts[target_id]):
                 found.setdefault("its granularity is finer than channels", []).append(target_id)
     told = []
     for reason, targets in found.items():
-        part = sum(chain.space.parameter(target_id).numel() for target_id in targets) / total
+        part = share_of_parameters(chain.model, targets)
         names = ", ".join(map(str, targets))
         told.append(
             f"stage {stage.name}: {names} ({part:.0%} of the parameters) will be masked and not be cut: {reason}"
         )
     return told
+
+
+def _in_channels(grid: Sequence[int], layout: Layout) -> bool:
+    """Whether blocks are whole slices of one dimension; those of a transposed weight's groups are of its second."""
+    by_group = layout.groups > 1 and grid[0] == layout.groups
+    return sum(count > 1 for count in grid[by_group:]) <= 1
+
+
+def _pruners(chain: Chain) -> list[Pruner]:
+    return [member for member in chain.members if isinstance(member, Pruner)]
 
 
 def _computed_in_float(task: Task, chain: Chain, context: BuildContext) -> tuple[str, ...]:
@@ -188,6 +207,10 @@ def _computed_in_float(task: Task, chain: Chain, context: BuildContext) -> tuple
     with notes.instead_of("there will be no int8 model"):
         found = foreseen_hindrances(dense_model(task, context.seed), calibration, chain.folds(), context.example)
         notes.say(*(f"int8 will compute in float {each}" for each in layers_by_cause(found)))
+        weights = {module for module, targets in calibration.items() if "parameter" in map(target_kind, targets)}
+        if not weights - found.keys():
+            lack = "" if weights else ": no weight is quantized; add `weight` to target_names"
+            notes.say(f"the int8 model will compute nothing with integers{lack}")
     return notes()
 
 

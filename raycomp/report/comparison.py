@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from raycomp.report import text
-from raycomp.results.summary import ModelFigures, RunSummary
+from raycomp.results.summary import ModelFigures, RunSummary, Verification
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,31 @@ def comparison(models: Sequence[ModelFigures]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def verification_text(summary: RunSummary) -> str:
-    """One sentence on how far the sped-up model is from the form that it was cut from."""
-    check = summary.verification
-    if check is None:
-        return "There is no sped-up model to verify."
+def verification_texts(summary: RunSummary) -> tuple[tuple[str, bool], ...]:
+    """For each stage a sentence on how far the sped-up model is from the form that it was cut from, and whether it is
+    near enough."""
+    found = [(_verification_text(summary, check), check.passed) for check in summary.verifications]
+    if summary.verification is None and any(row.name == "sped-up" for row in summary.models):
+        found.append((f"sped-up: {nothing_cut(summary)}.", True))
+    return tuple(found)
+
+
+def _verification_text(summary: RunSummary, check: Verification) -> str:
     batches = " and ".join(str(batch) for batch in check.batch_sizes)
     verdict = "within" if check.passed else "NOT within"
+    stage = f"stage {check.stage}: " if check.stage else ""
     return (
-        f"sped-up against {check.reference}: greatest difference of outputs {text.number(check.max_abs_diff)}, that is "
-        f"{text.number(check.relative)} of their range ({verdict} the tolerance of "
+        f"{stage}sped-up against {check.reference}: greatest difference of outputs {text.number(check.max_abs_diff)}, "
+        f"that is {text.number(check.relative)} of their range ({verdict} the tolerance of "
         f"{text.number(check.tolerance)}; batch sizes {batches}){_metric(summary, check.metric_difference)}."
     )
+
+
+def nothing_cut(summary: RunSummary) -> str:
+    """What the sped-up model is where there is no verification of it."""
+    reference = "masked" if any(row.name == "masked" for row in summary.models) else "simulated"
+    where = " in the last stage" if summary.earlier else ""
+    return f"nothing was cut{where}, so it is the {reference} model as it stands"
 
 
 def rounding_texts(summary: RunSummary) -> tuple[str, ...]:

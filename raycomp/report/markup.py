@@ -43,7 +43,7 @@ def paragraph(line: str, css: str = "") -> str:
 
 
 def code_block(source: str) -> str:
-    """Text as it stands, in a scrolling block."""
+    """Text as it stands, its long lines wrapped."""
     return f"<pre><code>{escape(source)}</code></pre>"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raycomp.report import text
-from raycomp.results.summary import RunSummary
+from raycomp.results.summary import Int8Figures, RunSummary
 
 _LEAST_SQNR_DB = 10.0
 
@@ -27,7 +27,12 @@ def outcome(summary: RunSummary) -> str:
             f" {first.capitalize()} {text.number(last.metrics[first])} against {text.number(dense.metrics[first])}."
         )
     compared = f"against the dense one it was made from: {' and '.join(gains) or 'as large'}."
-    return f"The {last.name} model, {compared}{quality}{_slower(summary)}"
+    return f"The {last.name} model, {compared}{quality}{_in_float(summary)}{_slower(summary)}"
+
+
+def _in_float(summary: RunSummary) -> str:
+    in_float = summary.int8 is not None and not summary.int8.computes_integers
+    return " No layer of it computes with integers." if in_float else ""
 
 
 def _slower(summary: RunSummary) -> str:
@@ -41,16 +46,28 @@ def _slower(summary: RunSummary) -> str:
         for batch in sorted(before.keys() & after.keys(), key=int)
         if after[batch] > before[batch]
     ]
-    return f" int8 is slower than float on this machine: {', '.join(slower)}." if slower else ""
+    told = f" On this machine int8 is slower than the sped-up model in float: {', '.join(slower)}."
+    return told if slower else ""
 
 
 def doubts(summary: RunSummary) -> tuple[str, ...]:
     """What speaks against using the result."""
-    if summary.int8 is None or summary.int8.sqnr_db >= _LEAST_SQNR_DB:
+    int8 = summary.int8
+    if int8 is None:
         return ()
-    sqnr = f"SQNR {text.number(summary.int8.sqnr_db)} dB, below {_LEAST_SQNR_DB:g}"
-    remedy = "leave the layers out of the quantizer that take it badly, or train longer"
-    return (f"the int8 model's outputs are not those of the simulated quantization: {sqnr} ({remedy})",)
+    found = [] if int8.computes_integers else [f"the int8 model computes everything in float: {why_in_float(int8)}"]
+    if int8.sqnr_db < _LEAST_SQNR_DB:
+        sqnr = f"SQNR {text.number(int8.sqnr_db)} dB, below {_LEAST_SQNR_DB:g}"
+        remedy = "leave the layers out of the quantizer that take it badly, or train longer"
+        found.append(f"the int8 model's outputs are not those of the simulated quantization: {sqnr} ({remedy})")
+    return tuple(found)
+
+
+def why_in_float(int8: Int8Figures) -> str:
+    """Why no layer computes with integers, and what would change it."""
+    if not int8.layers:
+        return "no weight is stored in integers; quantize `weight`, with granularity out_channel or one scale"
+    return "; ".join(text.layers_by_cause(int8.float_layers))
 
 
 def change(dense: float | None, last: float | None, better: str, worse: str) -> tuple[str, str]:

@@ -62,22 +62,27 @@ class ProgressPrinter:
             self._live = None
 
     def message(self, line: str) -> None:
-        """Prints a line that stays: a part of the run begins or ends."""
+        """Prints a line that stays: a part of the run begins or ends, or workers were replaced."""
+        self._first = None  # the pace is that of what comes now, without the time in between
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         self._console.print(Text(visible(line, lines=True)), soft_wrap=True)
 
     def event(self, event: ProgressEvent) -> None:
         """Takes the news from training."""
-        if self._first is None or event.stage != self._first.stage or event.step < self._first.step:
+        last = self._last
+        if self._first is None or last is None or event.stage != last.stage or event.step < last.step:
             self._first = event
         left = _left_s(self._first, event)
         if self._live is not None:
             if _ends(event):
                 self._live.update(Text(""))
-                self.message(event_line(event, left))
+                self._print(event_line(event, left))
             else:
                 self._live.update(_live_lines(event, left))
         elif self._is_due(event):
-            self.message(event_line(event, left))
+            self._print(event_line(event, left))
             self._printed_at = self._clock()
         self._last = event
 
@@ -90,15 +95,21 @@ class ProgressPrinter:
 
 
 def _left_s(first: ProgressEvent, event: ProgressEvent) -> float | None:
-    """Seconds until the stage's training ends, at the pace since the first event that was seen of it."""
+    """Seconds until the stage's training ends, at the pace since its first event, or since workers were replaced."""
     done = event.step - first.step
     return (event.elapsed_s - first.elapsed_s) / done * (event.steps - event.step) if done > 0 else None
 
 
 def event_line(event: ProgressEvent, left_s: float | None = None) -> str:
     """In one line: `stage fused  epoch 2/5  step 40/100  loss 0.31  accuracy 0.97  sparsity 25.0 %  2 workers …`."""
-    parts = [f"stage {event.stage}", f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
-    return "  ".join(parts + _figures(event, left_s))
+    return "  ".join([f"stage {event.stage}", *_position(event), *_figures(event, left_s)])
+
+
+def _position(event: ProgressEvent) -> list[str]:
+    """Where training stands; a stage that only calibrates has no steps."""
+    if not event.steps:
+        return ["without training"]
+    return [f"epoch {event.epoch}/{event.epochs}", f"step {event.step}/{event.steps}"]
 
 
 def _figures(event: ProgressEvent, left_s: float | None) -> list[str]:
@@ -115,7 +126,7 @@ def _live_lines(event: ProgressEvent, left_s: float | None) -> RenderableType:
     bar.add_row(
         Text(event.stage, style="bold"),
         ProgressBar(total=max(event.steps, 1), completed=event.step, width=28),
-        Text(f"epoch {event.epoch}/{event.epochs}  step {event.step}/{event.steps}"),
+        Text("  ".join(_position(event))),
     )
     return Group(bar, Text("  ".join(_figures(event, left_s)), style="dim"))
 

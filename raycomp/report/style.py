@@ -23,9 +23,8 @@ p { margin: .5rem 0; max-width: 44rem; }
 .small { font-size: .875rem; }
 code, pre { font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem;
-  overflow-x: auto; margin: .5rem 0; }
+  white-space: pre-wrap; margin: .5rem 0; }
 code { overflow-wrap: anywhere; }
-pre code { overflow-wrap: normal; }
 .heads { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
   margin: 1.5rem 0 0; padding: 0; }
 .heads div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .8rem 1rem; }
@@ -41,6 +40,7 @@ thead th { color: var(--soft); font-size: .85rem; vertical-align: bottom; }
 tr > :first-child { padding-left: 0; }
 tr > :last-child { padding-right: 0; }
 .result th:not(:first-child), .result td, .num { text-align: right; white-space: nowrap; }
+.result thead th:not(:first-child) { white-space: normal; }
 .result tbody th { font-weight: 400; }
 .result small { display: block; color: var(--soft); }
 .result small.worse { color: var(--bad); }
@@ -71,6 +71,10 @@ line.mark { stroke: var(--soft); stroke-dasharray: 2 3; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: .5rem 0; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
 details summary { cursor: pointer; }
+@media (max-width: 56rem) {
+  .result { font-size: .82rem; } .result thead th { font-size: .78rem; }
+  .result th, .result td { padding: .4rem .3rem; }
+}
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.5rem; }

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from raycomp.errors import visible
 from raycomp.report import text
-from raycomp.report.comparison import Cell, comparison, load_line, rounding_texts, verification_text
+from raycomp.report.comparison import Cell, comparison, load_line, rounding_texts, verification_texts
 from raycomp.report.outcome import doubts, outcome
 from raycomp.results.summary import RunSummary, TrialFigures
 
@@ -84,8 +84,8 @@ def print_result(console: Console, summary: RunSummary, artifact_uri: str, repor
     for doubt in doubts(summary):
         print_line(console, f"warning: {doubt}", "bold red")
     console.print(Visible(result_table(summary)))
-    passed = summary.verification is None or summary.verification.passed
-    print_line(console, verification_text(summary), "" if passed else "bold red")
+    for sentence, passed in verification_texts(summary):
+        print_line(console, sentence, "" if passed else "bold red")
     for sentence in rounding_texts(summary):
         print_line(console, sentence)
     for warning in summary.warnings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 
 _METRIC_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -67,6 +68,14 @@ def times(dense: float | None, other: float | None) -> str:
 def channels(type_name: str, shape: tuple[int, ...]) -> int:
     """Output channels of a weight: dimension 0, or 1 for transposed convolutions, which keep inputs first."""
     return shape[1 if "Transpose" in type_name else 0] if shape else 0
+
+
+def layers_by_cause(causes: Mapping[str, str]) -> list[str]:
+    """Layers that share a cause in one text: `conv1, conv2: its output has no scale`."""
+    layers: dict[str, list[str]] = {}
+    for layer, cause in causes.items():
+        layers.setdefault(cause, []).append(layer)
+    return [f"{', '.join(names)}: {cause}" for cause, names in layers.items()]
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...], base: str) -> str:

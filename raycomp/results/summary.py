@@ -15,8 +15,8 @@ from raycomp.storage.documents import ManyFrozen, ManyNamed, not_a_document, par
 
 FORMS = {
     "dense": "the model as it was, before compression",
-    "masked": "the trained model under its masks, without rounding; as large and as fast as dense",
-    "simulated": "what trained: masks, and rounding simulated in float; as large as dense, and slower",
+    "masked": "the trained model under its masks, without rounding; as large and as fast as what its stage began with",
+    "simulated": "what trained: masks, and rounding simulated in float; as large as masked, and slower",
     "sped-up": "what was masked is cut out; computes the same function as the masked model",
     "sped-up simulated": "the sped-up model with rounding simulated in float; the simulated model, cut",
     "int8": "the sped-up model computing with 8-bit integers, with the scales that training learned",
@@ -60,6 +60,7 @@ class Verification:
         passed: whether `relative` is at most `tolerance`.
         reference: the form that it was cut from.
         metric_difference: sped-up metric minus that form's; None where one of them is not known.
+        stage: the stage that cut; empty where the job has no other.
     """
 
     max_abs_diff: float
@@ -70,6 +71,7 @@ class Verification:
     passed: bool
     reference: str = "simulated"
     metric_difference: float | None = None
+    stage: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,16 @@ class Int8Figures:
     layers: int = 0
     float_layers: ManyNamed[str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def computes_integers(self) -> bool:
+        """Whether any layer does."""
+        return len(self.float_layers) < self.layers
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerFigures:
-    """One compressed layer; shapes are its weight's, `quantized` names the data type of its weight or is None."""
+    """One compressed layer; shapes are its weight's, `quantized` names the data type of its weight or is None. Where
+    another parameter is compressed, `module` ends with its name."""
 
     module: str
     type: str
@@ -171,7 +179,9 @@ class RunSummary:
         job: the job's name.
         run: the run's id.
         created: UTC time, ISO 8601.
-        models: dense first, then each form that the run made, in order.
+        models: dense first, then each form that the run's last stage made, in order.
+        verification: of what the last stage cut.
+        earlier: of what each stage before it cut, whose forms are not among the models.
         timings: part of the run -> seconds.
         environment: what the run stood on (versions, processor, nodes), shown as it is.
         config_yaml: the job file as it was run.
@@ -185,6 +195,7 @@ class RunSummary:
     created: str
     models: ManyFrozen[ModelFigures]
     verification: Verification | None = None
+    earlier: ManyFrozen[Verification] = ()
     simulation: Simulation | None = None
     int8: Int8Figures | None = None
     layers: ManyFrozen[LayerFigures] = ()
@@ -201,6 +212,11 @@ class RunSummary:
     # JSON has no NaN; a diverged loss or an exact int8 model (infinite SQNR) must come back as what it was.
     __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings", extra="forbid")
 
+    @property
+    def verifications(self) -> tuple[Verification, ...]:
+        """Those of all stages that cut, in order."""
+        return (*self.earlier, *(() if self.verification is None else (self.verification,)))
+
     def to_json(self) -> str:
         """The summary as JSON text; `from_json` gives an equal summary back."""
         return _ADAPTER.dump_json(self, indent=2).decode()
@@ -215,6 +231,7 @@ class RunSummary:
         kept = {
             "models",
             "verification",
+            "earlier",
             "simulation",
             "int8",
             "unpruned",

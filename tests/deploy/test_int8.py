@@ -148,6 +148,14 @@ def test_what_has_no_integer_kernel_is_computed_in_float_and_named(
     assert sqnr_db(simulated, real) > 40
 
 
+def test_a_recurrent_layer_s_integer_weights_are_computed_in_float_and_named() -> None:
+    model = nn.LSTM(4, 3, batch_first=True)
+    weights = {name: entry(-torch.ones(()), torch.ones(())) for name in ("weight_ih_l0", "weight_hh_l0")}
+    lowered = lower_int8(nn.Sequential(model), {"0": weights}, [], torch.randn(2, 5, 4))
+    cause = "ONNX Runtime has no integer kernel for LSTM: leave it out of the quantizer"
+    assert (lowered.layers, lowered.float_causes, lowered.hindrances) == (("0",), {"0": cause}, {"0": cause})
+
+
 def test_a_convolution_without_output_quantizer_is_named(residual: tuple[nn.Module, Tensor]) -> None:
     model, x = residual
     calibration = calibrate(model, x, RESIDUAL_LAYERS, folds=RESIDUAL_FOLDS, outputs=False, per_channel=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from raycomp import TorchEvaluator
 from raycomp.deploy.int8 import lower_int8, simulate_int8, sqnr_db
 from raycomp.quantization import QATQuantizer
+from raycomp.speedup import ModelSpeedup, cut_calibration
 from tests.deploy.networks import RESIDUAL_FOLDS, ResidualNet, randomize_norms_
 
 
@@ -50,6 +51,43 @@ def test_what_training_simulated_is_what_integers_compute(granularity: str, acti
     lowered = lower_int8(model, calibration, folds, x, reduce_range=False)
     assert lowered.float_layers == ()
     assert sqnr_db(trained, lowered.as_module(threads=1)(x)) > 33
+
+
+def test_a_grouped_transposed_convolution_is_quantized_per_channel_and_cut() -> None:
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(8, 12, 2, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(12, 10))
+    gone_before, gone = [1, 6], [0, 4, 7, 8]
+    mask = torch.ones(2, 4, 6, 2, 2)
+    mask[0, :, [0, 4]] = mask[1, :, [1, 2]] = 0
+    masks = {"0": {"weight": torch.ones(8, 3, 3, 3), "bias": torch.ones(8)}}
+    masks["2"] = {"weight": mask.reshape(8, 6, 2, 2), "bias": torch.ones(12)}
+    for target in masks["0"].values():
+        target[gone_before] = 0
+    masks["2"]["bias"][gone] = 0
+    with torch.no_grad():
+        for name, targets in masks.items():
+            for target, each in targets.items():
+                model.get_submodule(name).get_parameter(target).mul_(each)
+    settings = {
+        "weight": {"granularity": "out_channel"},
+        "_input_": {"quant_dtype": "uint8", "quant_scheme": "affine"},
+        "_output_": {"quant_dtype": "uint8", "quant_scheme": "affine"},
+    }
+    entry = {"op_names": ["0", "2"], "target_names": [*settings], "target_settings": settings}
+    evaluator = TorchEvaluator(train, torch.optim.SGD(model.parameters(), 0.0), step)
+    quantizer = QATQuantizer(model, [entry], evaluator)
+    _, calibration = quantizer.compress(4, None)
+    quantizer.chain.unwrap()
+    x = torch.randn(16, 3, 16, 16)
+    speedup = ModelSpeedup(model, x, masks)
+    small, scales = speedup.speedup_model(), cut_calibration(calibration, speedup.plan)
+    assert scales["2"]["weight"]["scale"].shape == (6, 4, 1, 1)
+    with torch.no_grad():
+        simulated = simulate_int8(model, calibration)(x)
+        assert torch.allclose(simulate_int8(small, scales)(x), simulated, atol=1e-6)
+    assert sqnr_db(simulated, lower_int8(small, scales, [], x, reduce_range=False).as_module(threads=1)(x)) > 33
 
 
 class Block(nn.Module):

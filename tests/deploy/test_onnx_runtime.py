@@ -74,8 +74,8 @@ def test_labels_are_left_out_and_other_keywords_are_not(exported: tuple[Classifi
     ids, mask = torch.randint(9, (5, 4)), torch.rand(5, 4)
     assert "loss" not in module(ids, mask=mask, labels=torch.zeros(5))
     for args, kwargs, message in (
-        ((ids,), {}, "keys ids, mask"),
-        ((ids, mask), {"colour": ids}, "keys ids, mask"),
+        ((ids,), {}, "takes ids, mask, and needs mask"),
+        ((ids, mask), {"colour": ids}, "takes ids, mask, and got colour; what else its class takes"),
         ((ids, mask), {"mask": mask}, "several values for argument 'mask'"),
         ((ids, 3), {}, "expected a tensor, got int"),
     ):

@@ -115,6 +115,15 @@ def test_keywords_and_nested_outputs(tmp_path: Path) -> None:
     assert torch.allclose(loaded["parts"][1], expected["parts"][1], atol=1e-6)
 
 
+def test_an_argument_that_only_the_class_takes_is_named_with_the_way_to_it(archive: Path) -> None:
+    """Its class may take `labels`; the program was exported without them."""
+    told = r"takes input, and got labels; .*raycomp\.load\(uri, model\)"
+    with pytest.raises(TypeError, match=told):
+        load_pt2(archive)(torch.randn(2, 4), labels=torch.zeros(2))
+    with pytest.raises(TypeError, match=r"takes input, and needs input$"):
+        load_pt2(archive)()
+
+
 def test_the_archive_holds_neither_pickles_nor_paths(archive: Path) -> None:
     with zipfile.ZipFile(archive) as opened:
         contents = {name: opened.read(name) for name in opened.namelist()}

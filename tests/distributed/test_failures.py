@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import ray.train
 import torch.distributed as dist
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from raycomp import CompressionJob
 from raycomp.distributed import job as job_module
+from raycomp.distributed import run_store as run_store_module
 from raycomp.distributed.failures import StopOnOurErrors, translated
+from raycomp.distributed.run_store import RunRecord, RunStore
 from raycomp.distributed.worker import _RayListener
 from raycomp.errors import ClusterError, StorageError, TaskError
 from raycomp.pipeline.training.checkpoint import StageState
@@ -83,8 +87,43 @@ def test_storage_that_is_away_is_tried_again() -> None:
     StopOnOurErrors(_Sink()).after_exception(None, {0: away, 1: RuntimeError("collateral")})
 
 
+def _begun(root: Path) -> RunStore:
+    run_store = RunStore(str(root / "job"), "run")
+    run_store.write_record(RunRecord("run", "digest", "", "now"))
+    return run_store
+
+
+def test_storage_that_went_away_is_told_as_such_and_a_checkpoint_does_not_make_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_store = _begun(tmp_path / "volume")
+    (tmp_path / "volume").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(run_store_module, "_LOOK_S", 0.0)
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    state = StageState("prune", 1, 4, {}, {}, ())
+    with pytest.raises(StorageError, match=r"/volume/job/runs/run: the storage is away") as caught:
+        _RayListener(SimpleNamespace(), run_store).checkpoint(lambda: state, {})
+    assert caught.value.passing and not (tmp_path / "volume").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "volume")
+    run_store.require()
+
+
+def test_ray_s_storage_that_is_away_is_told_with_its_place(tmp_path: Path) -> None:
+    sink = _Sink()
+    context = StorageContext(str(tmp_path), "run")
+    (marker,) = (path for path in (tmp_path / "run").iterdir())
+    marker.unlink()
+    with pytest.raises(RuntimeError) as caught:
+        context._check_validation_file()
+    StopOnOurErrors(sink).after_exception(None, {0: caught.value})
+    (told,) = sink.heard
+    assert told.startswith(f"worker 0 failed: the storage at {tmp_path} is away from its node, or is not the one")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray's upload raises a plain OSError, which Ray would take for a lost worker."""
 
     def report(*_: Any, **__: Any) -> None:
@@ -94,8 +133,8 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_at_once(number: int, monke
     monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     state = StageState("prune", 1, 4, {}, {}, ())
     with pytest.raises(StorageError) as caught:
-        _RayListener(SimpleNamespace(), "/models/run").checkpoint(lambda: state, {})
-    with pytest.raises(StorageError, match=r"/models/run: the (disk is full|file system is read-only)"):
+        _RayListener(SimpleNamespace(), _begun(tmp_path)).checkpoint(lambda: state, {})
+    with pytest.raises(StorageError, match=r"/train/run: the (disk is full|file system is read-only)"):
         StopOnOurErrors(_Sink()).after_exception(None, {0: caught.value})
 
 

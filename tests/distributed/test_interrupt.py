@@ -15,7 +15,7 @@ import psutil  # Ray brings it along, once it is imported (by conftest).
 import pytest
 import yaml
 
-from raycomp.distributed.interrupt import Interrupted, interruptible, same_signals, told
+from raycomp.distributed.interrupt import Interrupted, held_back, interruptible, same_signals, told
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
 
@@ -89,6 +89,16 @@ def test_a_signal_that_a_finalizer_meets_is_not_lost() -> None:
         time.sleep(10)
         raise AssertionError("it was not heard")
     assert caught.value.exit_code == 143
+
+
+def test_what_must_not_stop_halfway_ends_before_the_signal_is_heard() -> None:
+    done: list[str] = []
+    with pytest.raises(Interrupted) as caught, interruptible():
+        with held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("whole")
+        done.append("more")
+    assert done == ["whole"] and caught.value.exit_code == 143
 
 
 def test_of_nested_blocks_the_innermost_tells_and_the_code_stays() -> None:
@@ -172,3 +182,30 @@ def test_a_terminated_job_says_how_to_go_on_and_leaves_nothing_running(tmp_path:
     assert "***" not in out and "Traceback" not in out
     _, alive = psutil.wait_procs(family, timeout=10)
     assert [member for member in alive if member.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.cluster
+def test_a_signal_that_meets_ray_half_connected_ends_the_process_with_its_code(tmp_path: Path) -> None:
+    """Ray's C++ core takes SIGTERM for itself as it connects, and would abort with a stack of calls."""
+    script = f"""
+import os, signal, sys
+from ray._private import worker
+from raycomp.config import parse_job
+from raycomp.distributed.cluster import connect
+from raycomp.distributed.interrupt import Interrupted, interruptible
+whole = worker.connect
+def signalled(*args, **kwargs):
+    whole(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)
+worker.connect = signalled
+try:
+    with interruptible(), connect(parse_job({tiny.job(steps=4) | {"storage": {"uri": str(tmp_path)}}!r})):
+        print("went on")
+except Interrupted as interrupted:
+    sys.exit(interrupted.exit_code)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (143, "") and "***" not in ended.stderr

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -182,3 +183,13 @@ def test_a_check_waits_for_a_store_that_is_away_as_the_run_does(
     with lease(place, print) as held:
         patience = [each.filesystem.attempts for each in (held._store, held._signs)]  # type: ignore[attr-defined]
     assert patience == [9, 3]
+
+
+def test_signs_of_life_do_not_make_storage_anew_that_went_away(tmp_path: Path) -> None:
+    """A volume that is unmounted leaves its mount point, which must not be filled beneath it."""
+    volume = tmp_path / "volume"
+    with lease(open_store(volume / "job"), print):
+        volume.rename(tmp_path / "elsewhere")
+        time.sleep(0.2)
+        assert not volume.exists()
+    assert not volume.exists()

@@ -6,13 +6,16 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from raycomp.config import parse_job
+from raycomp.core.masks import Masks
 from raycomp.deploy.int8 import Int8Model
 from raycomp.deploy.sizes import ExportReport
 from raycomp.errors import TaskError
@@ -27,7 +30,7 @@ from raycomp.pipeline.training.checkpoint import StageState
 from raycomp.pipeline.training.metrics import evaluate
 from raycomp.report import render_report
 from raycomp.report.comparison import load_line
-from raycomp.results.summary import FORMS, RunSummary
+from raycomp.results.summary import FORMS, LayerFigures, RunSummary, Unpruned
 from raycomp.speedup import RULES, Plan, apply_plan
 from raycomp.storage import load_tensors, open_store, publish
 from tests.contracts import tiny
@@ -302,3 +305,59 @@ def test_nothing_stands_in_before_the_training(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(type(task), "model", fail)
         with pytest.raises(TaskError, match="ZeroDivisionError"):
             given(task, "model")
+
+
+def recurrent() -> nn.ModuleDict:
+    """The layer has weights of 32 x 6 and 32 x 8 and two biases of 32, the other one 9 parameters."""
+    return nn.ModuleDict({"rnn": nn.LSTM(6, 8), "fc": nn.Linear(8, 1)})
+
+
+def test_the_part_that_stays_masked_is_of_what_has_masks() -> None:
+    model = recurrent()
+    masks = Masks({"rnn": {"weight_ih_l0": torch.zeros(32, 6), "_input_0": torch.zeros(6)}})
+    (told,) = conclude._left_in_place(model, masks, [Unpruned("rnn", 0, 32, "no rule")])
+    # 192 of 192 + 256 + 64 + 9
+    assert told == "masked and not cut: rnn (37% of the parameters): no rule"
+
+
+def test_layers_whose_compressed_parameter_has_another_name_are_listed() -> None:
+    model = recurrent()
+    masks = Masks({"rnn": {"weight_ih_l0": torch.ones(32, 6)}})
+    masks["rnn"]["weight_ih_l0"][:8] = 0
+    with torch.no_grad():
+        model["rnn"].weight_ih_l0[:8] = 0
+    final = SimpleNamespace(model=model, calibration={"rnn": {"weight_hh_l0": {"quant_dtype": "int8"}}})
+    rows = figures.layer_figures(model, masks, final)  # type: ignore[arg-type]
+    assert rows == (
+        LayerFigures("rnn.weight_ih_l0", "LSTM", (32, 6), (32, 6), 0.25),
+        LayerFigures("rnn.weight_hh_l0", "LSTM", (32, 8), (32, 8), 0.0, "int8"),
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.float64, torch.float32), (torch.float16, torch.float16)])
+def test_what_is_stored_in_fewer_bits_alone_counts_as_no_compression(
+    before: torch.dtype, after: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conclude, "dense_model", lambda task, seed: nn.Linear(2, 2).to(before))
+    notes = Notes()
+    assert conclude._dense(parse_job(RAW), build_task(parse_job(RAW).task), notes).weight.dtype == after
+    (told,) = notes()
+    assert told.startswith(f"the model is in {str(before)[6:]}, and trains and is published in float32")
+
+
+def test_a_job_without_int8_took_no_time_for_it(checkpoint: Path, tmp_path: Path) -> None:
+    assert "lower to int8" in ended(checkpoint, tmp_path).timings
+    (tmp_path / "float").mkdir()
+    assert "lower to int8" not in ended(checkpoint, tmp_path / "float", int8={"enabled": False}).timings
+
+
+@pytest.mark.usefixtures("ready_exports")
+def test_each_form_that_is_held_against_another_runs_once_for_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[nn.Module] = []
+    run = figures._outputs
+    monkeypatch.setattr(figures, "_outputs", lambda module, inputs: (ran.append(module), run(module, inputs))[1])
+    found = ended(checkpoint, tmp_path)
+    assert found.simulation is not None and found.int8 is not None
+    assert len(ran) == len(set(map(id, ran))) == 3

@@ -114,10 +114,10 @@ def test_two_compressors_of_one_target_hide_no_other_problem() -> None:
 
 
 def test_what_will_be_masked_and_can_not_be_cut_is_told() -> None:
-    """The last layer's outputs are the model's, 48 of 195 parameters; the first one's go."""
+    """The last layer's outputs are the model's, 51 of 195 parameters; the first one's go."""
     raw = job([{"type": "L1NormPruner", "config_list": [{"op_types": ["Linear"], "sparse_ratio": 0.5}]}])
     (warning,) = check_stages(parse_job(raw), Small()).warnings
-    assert warning.startswith("stage s0: 2 (25% of the parameters) will be masked and can't be cut: ")
+    assert warning.startswith("stage s0: 2 (26% of the parameters) will be masked and can't be cut: ")
     assert check_stages(parse_job({**raw, "speedup": {"enabled": False}}), Small()).warnings == ()
 
 
@@ -264,7 +264,7 @@ class Recurrent(Small):
     [
         (
             {"op_names": ["lstm"], "target_names": ["weight_ih_l0"], "sparse_ratio": 0.5},
-            "lstm.weight_ih_l0 (42% of the parameters) will be masked and not be cut: channels are those of weights",
+            "lstm.weight_ih_l0 (42% of the parameters) will be masked and not be cut: raycomp cuts no other",
         ),
         (
             {"op_names": ["head"], "target_names": ["weight"], "sparse_ratio": 0.5, "granularity": [1, 1]},
@@ -275,6 +275,51 @@ class Recurrent(Small):
 def test_what_is_masked_in_other_pieces_than_channels_is_told(entry: dict[str, Any], told: str) -> None:
     raw = job([{"type": "L1NormPruner", "config_list": [entry]}])
     assert any(told in warning for warning in check_stages(parse_job(raw), Recurrent()).warnings)
+
+
+class Double(Small):
+    def model(self) -> nn.Module:
+        return super().model().double()
+
+
+def test_a_model_that_trains_in_another_precision_than_its_own_is_told() -> None:
+    told = "the model is in float64, and trains and is published in float32; training.precision: float64 keeps it"
+    assert told in check_stages(parse_job(job([L1])), Double()).warnings
+    for kept, task in (("float64", Double()), ("float64", Small()), ("bf16", Small())):
+        found = check_stages(parse_job(job([L1], precision=kept)), task).warnings
+        assert not any("is published in" in warning for warning in found)
+
+
+class Grouped(Small):
+    """A transposed convolution of two groups between two others."""
+
+    def model(self) -> nn.Module:
+        up = nn.ConvTranspose2d(8, 12, 1, groups=2)
+        layers = (nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 8, 1), up, nn.ReLU(), nn.Conv2d(12, 3, 1))
+        return nn.Sequential(*layers, nn.Flatten())
+
+
+@pytest.mark.parametrize(("entry", "told"), [({}, False), ({"granularity": [1, 1, 1, 1]}, True)])
+def test_channels_of_a_grouped_transposed_weight_are_channels(entry: dict[str, Any], told: bool) -> None:
+    """The blocks of its channels are as many as its groups in its first dimension, too."""
+    raw = job([{"type": "L1NormPruner", "config_list": [{"op_names": ["2"], "sparse_ratio": 0.5, **entry}]}])
+    found = check_stages(parse_job(raw), Grouped()).warnings
+    assert any("2.weight" in warning and "finer than channels" in warning for warning in found) == told
+
+
+def test_that_nothing_will_be_computed_with_integers_is_told() -> None:
+    def told(names: list[str]) -> list[str]:
+        entry = {"op_names": ["lstm"], "target_names": names, "quant_dtype": "int8"}
+        raw = job([{"type": "QATQuantizer", "config_list": [entry]}])
+        return [warning for warning in check_stages(parse_job(raw), Recurrent()).warnings if "int8" in warning]
+
+    assert told(["weight_ih_l0"]) == [
+        "int8 will compute in float lstm: ONNX Runtime has no integer kernel for LSTM: leave it out of the quantizer",
+        "the int8 model will compute nothing with integers",
+    ]
+    assert told(["_input_"]) == [
+        "the int8 model will compute nothing with integers: no weight is quantized; add `weight` to target_names"
+    ]
 
 
 class _Stream(IterableDataset[Any]):

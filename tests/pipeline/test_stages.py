@@ -18,12 +18,13 @@ from raycomp.config import parse_job
 from raycomp.core.target import TargetId
 from raycomp.errors import ConfigError
 from raycomp.pipeline import stage
-from raycomp.pipeline.ending.figures import layer_figures
+from raycomp.pipeline.ending.figures import layer_figures, with_metric
 from raycomp.pipeline.entrypoint import build_task
 from raycomp.pipeline.inputs import differing_inputs
 from raycomp.pipeline.preflight import check_stages
 from raycomp.pipeline.stage import StageResult, StageStart, real_inputs
 from raycomp.pipeline.training.checkpoint import StageState
+from raycomp.pipeline.training.metrics import evaluate
 from raycomp.speedup import apply_plan
 from tests.contracts import tiny
 from tests.contracts.training import Keeper, finish, train
@@ -273,3 +274,21 @@ def test_what_a_rewritten_forward_no_longer_takes_is_told(tmp_path: Path) -> Non
     (result,) = run(raw, tmp_path)
     assert result.model.fc.in_features == 64
     assert [note for note in result.notes if "rewritten; it no longer takes temperature" in note]
+
+
+def test_a_stage_before_the_last_says_what_cutting_did_to_its_metric(tmp_path: Path) -> None:
+    raw = job({"compressors": [CHANNELS]}, {"compressors": [tiny.distiller()]})
+    first, _ = run(raw, tmp_path)
+    parsed = parse_job(raw)
+    task = build_task(parsed.task)
+    found = with_metric(parsed, task, 0, first).verification
+    assert found is not None and (found.reference, found.stage) == ("masked", parsed.stages[0].name)
+    assert found.metric_difference == 0.0
+    labels = [int(label) for _, label in task.eval_data()]
+    hits = evaluate(task, first.under_masks, task.eval_data(), batch_size=8)["accuracy"] * len(labels)
+    label = next(each for each in range(3) if labels.count(each) != round(hits))
+    with torch.no_grad():
+        first.model.fc.bias[label] += 1e3
+    broken = with_metric(parsed, task, 0, first).verification
+    assert broken is not None
+    assert broken.metric_difference == pytest.approx((labels.count(label) - hits) / len(labels))

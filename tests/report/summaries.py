@@ -60,7 +60,7 @@ def summary() -> RunSummary:
             ModelFigures("int8", {"accuracy": 0.984}, 20_000, 1_000_000, 32_000, {"1": 0.0002, "32": 0.002}),
         ),
         verification=Verification(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True),
-        int8=Int8Figures(38.25, -0.001, 20_000, 80_000, False, True),
+        int8=Int8Figures(38.25, -0.001, 20_000, 80_000, False, True, layers=4),
         layers=(
             LayerFigures("stem.conv", "Conv2d", (16, 1, 3, 3), (8, 1, 3, 3), 0.5, "int8"),
             LayerFigures("block1.residual.0.conv1", "Conv2d", (32, 16, 3, 3), (15, 8, 3, 3), 0.53, "int8"),

@@ -132,7 +132,7 @@ def test_verification_and_int8_are_explained() -> None:
 def test_vnni_and_failed_verification_read_otherwise() -> None:
     other = replace(
         summary(),
-        int8=Int8Figures(40.0, 0.0, 1, 4, True, False),
+        int8=Int8Figures(40.0, 0.0, 1, 4, True, False, layers=1),
         verification=Verification(0.5, 2.0, 0.25, 1e-4, (1, 8), False),
     )
     sections = _sections(other)

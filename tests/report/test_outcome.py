@@ -34,10 +34,10 @@ def printed(shown: RunSummary) -> list[str]:
 
 
 def test_int8_that_is_slower_than_float_says_so_in_the_first_line() -> None:
-    told = "int8 is slower than float on this machine: 500 µs against 400 µs with batch 1."
+    told = "On this machine int8 is slower than the sped-up model in float: 500 µs against 400 µs with batch 1."
     assert outcome(slow()).endswith(told)
     assert printed(slow())[0].endswith(told)
-    assert "slower than float" not in outcome(summary())
+    assert "is slower than" not in outcome(summary())
 
 
 def test_a_low_sqnr_is_a_warning_in_the_first_lines() -> None:
@@ -55,4 +55,28 @@ def test_layers_in_float_are_listed_with_their_cause_and_nothing_says_otherwise(
     every = with_int8(layers=1, float_layers={"stem.conv": cause}, vnni=True)
     page = render_report(every)
     assert "No layer computes with integers" in page and "exact and fast" not in page
+    assert outcome(every).endswith(" No layer of it computes with integers.")
+    told = f"the int8 model computes everything in float: stem.conv: {cause}"
+    assert doubts(every) == (told,) and printed(every)[1] == f"warning: {told}"
     assert "SQNR 38.25 dB; accuracy −0.001; 1 of its 1 quantized layers compute in float." in "\n".join(printed(every))
+
+
+def test_an_int8_model_without_integer_weights_is_no_int8_model_and_told_what_to_do() -> None:
+    (told,) = doubts(with_int8(layers=0))
+    assert told.startswith("the int8 model computes everything in float: no weight is stored in integers; quantize")
+    assert "VNNI" not in render_report(with_int8(layers=0)).split("Integer arithmetic</h2>")[1].split("<h2>")[0]
+
+
+def test_a_run_that_cut_nothing_says_what_its_sped_up_model_is() -> None:
+    shown = replace(summary(), verification=None, unpruned=())
+    assert "sped-up: nothing was cut, so it is the simulated model as it stands." in printed(shown)
+    assert "nothing was cut, so it is the simulated model as it stands" in render_report(shown)
+
+
+def test_a_model_as_large_as_dense_is_not_said_to_be_faster() -> None:
+    """Two times of one model differ by chance."""
+    found = summary()
+    dense, simulated, sped_up, _ = found.models
+    unchanged = replace(sped_up, parameters=dense.parameters, macs=dense.macs)
+    assert "faster than dense, batch 32" in render_report(replace(found, int8=None, models=(dense, simulated, sped_up)))
+    assert "faster than dense" not in render_report(replace(found, int8=None, models=(dense, simulated, unchanged)))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from raycomp.report import ProgressPrinter
+from raycomp.report.progress import event_line
 from raycomp.results.progress import ProgressEvent
 
 EVENT = ProgressEvent("fused", 1, 2, 10, 100, 0.5, {}, 0.25, 2, 3.0)
@@ -95,6 +96,27 @@ def test_the_time_left_is_told_at_the_pace_of_the_stage() -> None:
     first, second, third = file.getvalue().splitlines()
     assert "left" not in first and "left" not in third
     assert second.endswith("lr 0.01  sparsity 25.0 %  1 worker  70.0 s  60.0 s left")
+
+
+def test_a_stage_that_only_calibrates_counts_no_steps() -> None:
+    line = event_line(replace(EVENT, stage="ptq", epochs=1, step=0, steps=0, loss=None, metrics={"accuracy": 0.9}))
+    assert line == "stage ptq  without training  accuracy 0.9  sparsity 25.0 %  2 workers  3.00 s"
+
+
+def test_after_a_worker_is_replaced_the_time_left_is_told_at_the_new_pace() -> None:
+    """With half a minute of waiting counted as training, it was told as ten times what it was."""
+    printer, clock, file = _plain()
+    with printer:
+        for now, step, elapsed_s in ((0.0, 3, 27.0), (20.0, 16, 30.0), (40.0, 6, 45.0), (60.0, 26, 65.0)):
+            clock.now = now
+            printer.event(replace(EVENT, step=step, elapsed_s=elapsed_s))
+        printer.message("worker 0 failed: new workers go on from the last checkpoint")
+        for now, step, elapsed_s in ((80.0, 30, 100.0), (100.0, 50, 110.0)):
+            clock.now = now
+            printer.event(replace(EVENT, step=step, elapsed_s=elapsed_s))
+    left = [line.split("workers  ")[-1].partition("  ")[2] for line in file.getvalue().splitlines()]
+    # 20 steps in 20 s, 74 to go; then 20 in 10 s, 50 to go.
+    assert [each for each in left if each][1:] == ["74.0 s left", "25.0 s left"]
 
 
 def test_a_log_has_no_ten_lines_a_second_however_short_the_epochs() -> None:

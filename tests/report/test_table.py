@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from raycomp.report import files_table, print_result, result_table, sweep_table
-from raycomp.report.comparison import comparison, rounding_texts, verification_text
+from raycomp.report import files_table, print_result, render_report, result_table, sweep_table
+from raycomp.report.comparison import comparison, rounding_texts, verification_texts
 from raycomp.report.table import ARTIFACT_LABEL, Visible, short_keys
-from raycomp.results.summary import ModelFigures, Simulation, Verification
+from raycomp.results.summary import ModelFigures, RunSummary, Simulation, Verification
 from tests.report.summaries import summary, trials
 
 
@@ -147,6 +147,19 @@ def test_keys_are_cut_to_what_tells_them_apart() -> None:
     assert short_keys([]) == []
 
 
+def test_of_several_stages_each_that_cut_has_its_verification() -> None:
+    pruned = Verification(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True, "masked", -0.002, "prune")
+    found = replace(summary(), earlier=(pruned,), verification=None)
+    (first, passed), (second, _) = verification_texts(found)
+    assert first.startswith("stage prune: sped-up against masked: ") and first.endswith("; accuracy −0.002.") and passed
+    assert second == "sped-up: nothing was cut in the last stage, so it is the simulated model as it stands."
+    assert RunSummary.from_json(found.to_json()).earlier == (pruned,)
+    page = render_report(found)
+    assert "stage prune: sped-up against masked" in page and "The forms are those of the last stage." in page
+    assert "as large as dense" not in page and "as fast as dense" not in page
+    assert "The forms are" not in render_report(summary())
+
+
 def test_every_form_is_held_against_the_one_whose_function_it_should_have() -> None:
     """In one report two models were called simulated: the one that trained, and the one that speedup keeps."""
     found = replace(
@@ -154,7 +167,7 @@ def test_every_form_is_held_against_the_one_whose_function_it_should_have() -> N
         verification=Verification(3e-6, 20.0, 1.5e-7, 1e-4, (1, 8), True, "masked", 0.0),
         simulation=Simulation(58.5, 0.0003),
     )
-    texts = [verification_text(found), *rounding_texts(found)]
+    texts = [*(sentence for sentence, _ in verification_texts(found)), *rounding_texts(found)]
     assert [sentence.partition(":")[0] for sentence in texts] == [
         "sped-up against masked",
         "sped-up simulated against simulated",

@@ -84,6 +84,16 @@ def test_scales_of_a_grouped_weight_follow_its_blocks() -> None:
     assert cut["a"]["weight"]["scale"].tolist() == [[2], [3], [4]]
 
 
+def test_scales_of_a_grouped_transposed_weight_follow_rows_and_columns_of_its_blocks() -> None:
+    """Two inputs and three outputs of each of two groups; every output channel has one scale, in all rows."""
+    scale = torch.tensor([[1.0, 2, 3], [1, 2, 3], [4, 5, 6], [4, 5, 6]])
+    blocks = BlockCut("a.weight", (4, 3), (Block((1,), (0, 2)), Block((2, 3), (1, 2))))
+    calibration = {"a": {"weight": {"scale": scale, "zero_point": torch.zeros(1, 1)}}}
+    cut = cut_calibration(calibration, Plan((Surgery(block_cuts=(blocks,)),)))
+    assert cut["a"]["weight"]["scale"].tolist() == [[1, 3], [5, 6], [5, 6]]
+    assert cut["a"]["weight"]["zero_point"].shape == (1, 1)
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     for masks, message in (
         ({"nowhere": {"weight": torch.ones(1)}}, "module that the model lacks: 'nowhere'"),

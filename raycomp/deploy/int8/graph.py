@@ -28,15 +28,8 @@ def is_fake_quantize(node: ir.Node | None) -> bool:
 
 
 def node_grid(node: ir.Node) -> Grid:
-    """The grid that a FakeQuantize node's attributes hold."""
-    axis = node.attributes["axis"].as_int()
-    return Grid(
-        scale=tuple(node.attributes["scale"].as_floats()),
-        zero_point=tuple(node.attributes["zero_point"].as_ints()),
-        quant_min=node.attributes["quant_min"].as_int(),
-        quant_max=node.attributes["quant_max"].as_int(),
-        axis=None if axis < 0 else axis,
-    )
+    """The grid that a FakeQuantize node's attribute holds."""
+    return Grid.from_text(node.attributes["grid"].as_string())
 
 
 def node_target(node: ir.Node) -> str:
@@ -46,14 +39,7 @@ def node_target(node: ir.Node) -> str:
 
 def fake_quantize(x: ir.Value, grid: Grid, target: str) -> ir.Node:
     """A new FakeQuantize node."""
-    attributes = [
-        ir.AttrFloat32s("scale", grid.scale),
-        ir.AttrInt64s("zero_point", grid.zero_point),
-        ir.AttrInt64("quant_min", grid.quant_min),
-        ir.AttrInt64("quant_max", grid.quant_max),
-        ir.AttrInt64("axis", -1 if grid.axis is None else grid.axis),
-        ir.AttrString("target", target),
-    ]
+    attributes = [ir.AttrString("grid", grid.to_text()), ir.AttrString("target", target)]
     return ir.Node(DOMAIN, FAKE_QUANTIZE, [x], attributes)
 
 

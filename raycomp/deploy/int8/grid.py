@@ -6,6 +6,7 @@ Every grid comes from a calibration (the scales and zero points that training le
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,17 @@ class Grid:
     quant_min: int
     quant_max: int
     axis: int | None
+
+    def to_text(self) -> str:
+        """The grid as one text, which `from_text` gives back: torch writes lists of numbers out anew each time it
+        changes a graph, thousands for every layer."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_text(text: str) -> Grid:
+        """What `to_text` wrote."""
+        fields = json.loads(text)
+        return Grid(**{**fields, "scale": tuple(fields["scale"]), "zero_point": tuple(fields["zero_point"])})
 
     def parameters(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point as tensors that broadcast against `like`."""

@@ -9,6 +9,16 @@ import onnx_ir as ir
 
 _KERNELS = ("Conv", "Gemm", "MatMul")
 _LOOKUPS = ("Gather",)
+# A weight that goes through these reaches the operator that computes with it rearranged.
+_MOVEMENTS = ("Concat", "Expand", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_SUFFIX = "_quantized"
+
+
+def layer_of(name: str) -> str | None:
+    """The layer whose integer weight a constant is; None for another constant."""
+    layer, dot, parameter = name.removesuffix(_SUFFIX).rpartition(".")
+    is_weight = (bool(dot) and "bias" not in parameter) or parameter == "weight"
+    return layer if name.endswith(_SUFFIX) and is_weight else None
 
 
 def hindrances(graph: ir.Graph) -> dict[str, str]:
@@ -23,10 +33,10 @@ def hindrances(graph: ir.Graph) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in graph:
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" and node.domain == "" else None
-        if weight is None or weight.const_value is None or not (weight.name or "").endswith(".weight_quantized"):
+        layer = None if weight is None or weight.const_value is None else layer_of(weight.name or "")
+        if weight is None or layer is None:
             continue
-        layer = str(weight.name).removesuffix(".weight_quantized")
-        for user in _users(node):
+        for user in _computing(node):
             cause = None if user.op_type in _LOOKUPS else _cause(node, weight, user)
             if cause is not None:
                 found[layer] = cause
@@ -36,6 +46,10 @@ def hindrances(graph: ir.Graph) -> dict[str, str]:
 def _cause(dequantize: ir.Node, weight: ir.Value, user: ir.Node) -> str | None:
     if user.op_type not in _KERNELS:
         return f"ONNX Runtime has no integer kernel for {user.op_type}: leave it out of the quantizer"
+    if not any(user is each for each in _users(dequantize)):
+        return (
+            f"its weight reaches {user.op_type} rearranged, and no integer kernel does: leave it out of the quantizer"
+        )
     if _dtype(weight) != np.int8:
         return "its weight takes 16 bits: quantize it to 8, with granularity out_channel or one scale"
     other = user.inputs[0] if user.inputs[0] is not dequantize.outputs[0] else user.inputs[1]
@@ -53,6 +67,15 @@ def _cause(dequantize: ir.Node, weight: ir.Value, user: ir.Node) -> str | None:
 
 def _users(node: ir.Node) -> Iterator[ir.Node]:
     return (use.node for use in node.outputs[0].uses())
+
+
+def _computing(node: ir.Node) -> Iterator[ir.Node]:
+    """What computes with a node's output, behind what only moves it."""
+    for user in _users(node):
+        if user.op_type in _MOVEMENTS:
+            yield from _computing(user)
+        else:
+            yield user
 
 
 def _dtype(value: ir.Value | None) -> np.dtype[np.generic] | None:

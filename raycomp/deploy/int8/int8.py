@@ -66,19 +66,16 @@ class Int8Model:
     @cached_property
     def float_layers(self) -> tuple[str, ...]:
         """The layers with integer weights that ONNX Runtime nevertheless computes in float on this machine."""
-        return tuple(layer for name in self.execution.dequantized if (layer := _layer_of(name)) is not None)
+        from raycomp.deploy.int8.hindrances import layer_of
+
+        found = map(layer_of, self.execution.dequantized)
+        return tuple(dict.fromkeys(layer for layer in found if layer is not None))
 
     @property
     def float_causes(self) -> dict[str, str]:
         """Why it computes each of them in float, with the remedy where there is one."""
         unknown = "ONNX Runtime has no integer kernel for it as it stands in the model"
         return {layer: self.hindrances.get(layer, unknown) for layer in self.float_layers}
-
-
-def _layer_of(name: str) -> str | None:
-    """The layer whose integer weight a constant is; None for another constant."""
-    layer, _, target = name.rpartition(".")
-    return layer if target == "weight_quantized" else None
 
 
 def lower_int8(
@@ -116,8 +113,9 @@ def lower_int8(
     initializers = exported.graph.graph.initializers.values()
     tensors = [value.const_value for value in initializers if value.const_value is not None]
     state = [*model.parameters(), *model.buffers()]
-    from raycomp.deploy.int8.hindrances import hindrances
+    from raycomp.deploy.int8.hindrances import hindrances, layer_of
 
+    stored = [layer_of(value.name or "") for value in initializers]
     return Int8Model(
         onnx=content,
         signature=exported.signature,
@@ -127,7 +125,7 @@ def lower_int8(
         vnni=machine.vnni,
         grown_scales=grown,
         fixed=fixed,
-        layers=tuple(layer for value in initializers if (layer := _layer_of(value.name or "")) is not None),
+        layers=tuple(dict.fromkeys(layer for layer in stored if layer is not None)),
         hindrances=hindrances(exported.graph.graph),
     )
 

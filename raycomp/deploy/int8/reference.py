@@ -57,18 +57,10 @@ class GridQuantizer(nn.Module):
         """The nearest numbers of the grid; inside `lowering` an ONNX node of the same meaning."""
         if not _lowering.get():
             return self.grid.fake_quantize(x)
-        axis = self.grid.axis
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::{FAKE_QUANTIZE}",
             (x,),
-            {
-                "scale": list(self.grid.scale),
-                "zero_point": list(self.grid.zero_point),
-                "quant_min": self.grid.quant_min,
-                "quant_max": self.grid.quant_max,
-                "axis": -1 if axis is None else axis,
-                "target": self.name,
-            },
+            {"grid": self.grid.to_text(), "target": self.name},
             dtype=x.dtype,
             shape=x.shape,
             version=1,

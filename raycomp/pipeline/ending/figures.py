@@ -6,9 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,8 @@ from raycomp.speedup.graph.example import describe, flatten
 from raycomp.speedup.graph.macs import count_macs
 from raycomp.storage import save_tensors
 
+Outputs = Mapping[str, Future[Tensor]]
+_ROUNDING = ("simulated", "sped-up simulated", "int8")
 _SQNR_SAMPLES = 256
 _TIMING_S = 5.0
 """How long the forms are timed with one batch size, in turn; the simulation apart from them is run once."""
@@ -134,17 +136,26 @@ def model_figures(
     return tuple(rows), timed_how
 
 
-def simulation(task: Task, forms: Forms, rows: Sequence[ModelFigures]) -> Simulation | None:
+def outputs(job: JobConfig, task: Task, forms: Forms) -> dict[str, Future[Tensor]]:
+    """What each form that rounds gives for the same inputs, as many at once as fit; one that fails raises where its
+    outputs are asked for."""
+    wanted = {name: forms.modules[name] for name in _ROUNDING if name in forms.modules}
+    inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
+    with ThreadPoolExecutor(_at_once(job, task, wanted)) as pool:
+        return {name: pool.submit(_outputs, module, inputs) for name, module in wanted.items()}
+
+
+def simulation(forms: Forms, given: Outputs, rows: Sequence[ModelFigures]) -> Simulation | None:
     """The sped-up model with simulated rounding against the simulated one; None where nothing is quantized."""
     if forms.sped_up_simulated is None:
         return None
-    return Simulation(*_likeness(task, forms, "sped-up simulated", "simulated", rows))
+    return Simulation(*_likeness(given, "sped-up simulated", "simulated", rows))
 
 
-def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: Sequence[ModelFigures]) -> Int8Figures:
+def int8_figures(forms: Forms, given: Outputs, int8: Int8Model, rows: Sequence[ModelFigures]) -> Int8Figures:
     """The int8 model's outputs and metric against those of the sped-up model with simulated rounding."""
     reference = "simulated" if forms.sped_up_simulated is None else "sped-up simulated"
-    likeness, difference = _likeness(task, forms, "int8", reference, rows)
+    likeness, difference = _likeness(given, "int8", reference, rows)
     return Int8Figures(
         sqnr_db=likeness,
         metric_difference=difference,
@@ -157,6 +168,21 @@ def int8_figures(task: Task, forms: Forms, int8: Int8Model, rows: Sequence[Model
     )
 
 
+def with_metric(job: JobConfig, task: Task, index: int, result: StageResult) -> StageResult:
+    """The result of a stage before the last, whose verification says what cutting did to the metric, too."""
+    if result.verification is None:
+        return result
+    stage = job.stages[index].name
+    notes = Notes(*result.notes)
+    metrics: dict[str, dict[str, float]] = {}
+    with notes.instead_of(f"stage {stage}: what cutting did to the metric is not known"):
+        metrics = _metrics(job, task, {"masked": result.under_masks, "sped-up": result.model}, notes)
+    before, after = (next(iter(metrics.get(name, {}).values()), None) for name in ("masked", "sped-up"))
+    difference = None if before is None or after is None else after - before
+    found = replace(result.verification, reference="masked", metric_difference=difference, stage=stage)
+    return replace(result, verification=found, notes=notes())
+
+
 def metric_difference(form: str, reference: str, rows: Sequence[ModelFigures]) -> float | None:
     """A form's main metric minus that of another; None where one of them is not known."""
     metrics = {row.name: next(iter(row.metrics.values()), None) for row in rows}
@@ -164,29 +190,26 @@ def metric_difference(form: str, reference: str, rows: Sequence[ModelFigures]) -
     return None if before is None or after is None else after - before
 
 
-def _likeness(
-    task: Task, forms: Forms, form: str, reference: str, rows: Sequence[ModelFigures]
-) -> tuple[float, float | None]:
+def _likeness(given: Outputs, form: str, reference: str, rows: Sequence[ModelFigures]) -> tuple[float, float | None]:
     """SQNR in dB and metric difference of a form against the one whose function it should have."""
-    inputs = real_inputs(task, torch.float32, _SQNR_SAMPLES)
-    expected, found = _outputs(forms.modules[reference], inputs), _outputs(forms.modules[form], inputs)
-    return sqnr_db(expected, found), metric_difference(form, reference, rows)
+    return sqnr_db(given[reference].result(), given[form].result()), metric_difference(form, reference, rows)
 
 
 def layer_figures(dense: nn.Module, masks: Masks, final: StageResult) -> tuple[LayerFigures, ...]:
-    """Each layer that was masked or quantized: its weight's shape before and after."""
+    """Each layer that was masked or quantized: its weight's shape before and after; of one that has no compressed
+    weight, those of its other parameters."""
     modules = dict(final.model.named_modules())
     rows = []
     for name, kind in module_names(dense).items():
-        weight = dense.get_submodule(name)._parameters.get("weight")
-        mask = masks.get(name, {}).get("weight")
-        quantized = final.calibration.get(name, {}).get("weight")
-        if weight is None or (mask is None and quantized is None):
-            continue
-        after = getattr(modules.get(name), "weight", weight)
-        sparsity = 1 - int(after.count_nonzero()) / weight.numel()
-        dtype = None if quantized is None else quantized["quant_dtype"]
-        rows.append(LayerFigures(name, kind, tuple(weight.shape), tuple(after.shape), sparsity, dtype))
+        scales = final.calibration.get(name, {})
+        found = [target for target in dict.fromkeys((*masks.get(name, ()), *scales)) if not target.startswith("_")]
+        for target in ["weight"] if "weight" in found else found:
+            before = getattr(dense.get_submodule(name), target)
+            after = getattr(modules.get(name), target, before)
+            sparsity = 1 - int(after.count_nonzero()) / before.numel()
+            dtype = scales[target]["quant_dtype"] if target in scales else None
+            shown = name if target == "weight" else f"{name}.{target}"
+            rows.append(LayerFigures(shown, kind, tuple(before.shape), tuple(after.shape), sparsity, dtype))
     return tuple(rows)
 
 
@@ -211,10 +234,7 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
         for module in modules.values():
             stack.enter_context(evaluation_mode(module))
         stack.enter_context(restored_generators())
-        # Threads would mix the forms' draws.
-        one = draws(modules["dense"], real_inputs(task, _dtype(modules["dense"]), 2))
-        at_once = 1 if one else max(1, _cores() // job.scaling.threads_per_worker)
-        pool = stack.enter_context(ThreadPoolExecutor(at_once))
+        pool = stack.enter_context(ThreadPoolExecutor(_at_once(job, task, modules)))
         begun, seen = time.monotonic(), 0
         for batch, wanted in evaluation_batches(task, data, View(evaluation.batch_size, evaluation.max_samples)):
             if seen and time.monotonic() - begun > evaluation.limit_s:
@@ -228,6 +248,14 @@ def _metrics(job: JobConfig, task: Task, modules: Mapping[str, nn.Module], notes
                 del tallies[name]
             seen += wanted
     return {name: tally.means() for name, tally in tallies.items()}
+
+
+def _at_once(job: JobConfig, task: Task, modules: Mapping[str, nn.Module]) -> int:
+    """How many forms run at the same time; threads would mix what they draw."""
+    first = next(iter(modules.values()), None)
+    if first is None or draws(first, real_inputs(task, _dtype(first), 2)):
+        return 1
+    return max(1, _cores() // job.scaling.threads_per_worker)
 
 
 def _cores() -> int:

@@ -118,6 +118,23 @@ def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any
     return bound | dict(kwargs)
 
 
+def bind_as_exported(
+    tree: Tree, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by parameter name, those that the model was exported with.
+
+    Raises:
+        TypeError: others, or not all.
+    """
+    bound, taken = bind(names, args, kwargs), tree["items"]
+    more, less = ([name for name in some if name not in others] for some, others in ((bound, taken), (taken, bound)))
+    if not more and not less:
+        return bound
+    said = f"{'got' if more else 'needs'} {', '.join(more or less)}"
+    remedy = "; what else its class takes, the model of that class does: raycomp.load(uri, model)" if more else ""
+    raise TypeError(f"the exported program takes {', '.join(taken)}, and {said}{remedy}")
+
+
 def describe(value: Any) -> Tree:
     """The JSON description of a nested value of tensors, sequences, mappings, dataclasses and constants of Python.
 
