@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError
@@ -16,6 +17,8 @@ _MOST_PARTS, _BYTES_OF_A_PART = 2**18, 26
 """Lists and objects in a document, each of which takes a hundred times the memory of its two characters: so many, or
 one for so many bytes. An exported program has one for 28 bytes."""
 _MOST_ERRORS = 1000
+_MOST_KEYS = 20_000
+_KEY = re.compile(rb'"\s*:')
 _EXACT = ConfigDict(strict=True, extra="forbid")
 STRICT = ConfigDict(**_EXACT, frozen=True)
 
@@ -63,9 +66,19 @@ def parse_document(
     """
     check_extent(data, what, where, kind)
     try:
+        if _keys(data) > _MOST_KEYS:
+            # Each unknown key that is told takes half a kB: what has too many isn't read so that they are.
+            unknown = _keys(data) - _keys(adapter.dump_json(adapter.validate_json(data, extra="ignore")))
+            if unknown > _MOST_ERRORS:
+                raise kind(f"this is not {what}: {unknown:,} of its keys or more are unknown", where=where)
         return adapter.validate_json(data)
     except ValidationError as error:
         raise not_a_document(error, what, where, kind) from None
+
+
+def _keys(data: str | bytes) -> int:
+    """How many keys a text has, those within its strings included."""
+    return sum(1 for _ in _KEY.finditer(data.encode() if isinstance(data, str) else data))
 
 
 def check_extent(data: str | bytes, what: str, where: str, kind: type[RaycompError] = ArtifactError) -> None:

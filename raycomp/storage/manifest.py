@@ -18,6 +18,7 @@ from raycomp.storage.documents import ManyNamed, check_extent
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _MOST_PROBLEMS = 5
+_MOST_UNKNOWN = 1000
 _MOST_FILES = 1000
 _DAMAGED = "it is damaged, or nothing that raycomp published"
 
@@ -82,6 +83,8 @@ class Manifest(Settings):
         named = raw.get("files") if isinstance(raw, dict) else None
         if isinstance(named, dict) and len(named) > _MOST_FILES:
             raise ArtifactError(f"the manifest names {len(named):,} files", where=where, remedy=_DAMAGED)
+        if (unknown := _unknown_keys(raw)) > _MOST_UNKNOWN:
+            raise ArtifactError(f"the manifest has {unknown:,} unknown keys", where=where, remedy=_DAMAGED)
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ArtifactError(
@@ -95,6 +98,16 @@ class Manifest(Settings):
             problems = problems_of(error, raw, format_path)
             told = "; ".join(map(str, problems[:_MOST_PROBLEMS])) + (" …" if len(problems) > _MOST_PROBLEMS else "")
             raise ArtifactError(f"the manifest is not right: {told}", where=where, remedy=_DAMAGED) from None
+
+
+def _unknown_keys(raw: object) -> int:
+    """Of a manifest and its files' records: each one that is told takes some kB."""
+    if not isinstance(raw, dict):
+        return 0
+    named = raw.get("files")
+    records = [each for each in named.values() if isinstance(each, dict)] if isinstance(named, dict) else []
+    known = Manifest.model_fields, FileRecord.model_fields
+    return sum(key not in known[0] for key in raw) + sum(key not in known[1] for each in records for key in each)
 
 
 def local_files(names: list[PurePosixPath]) -> list[str]:

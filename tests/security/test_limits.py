@@ -132,6 +132,7 @@ def grouped_again(plan: Any) -> None:
 
 
 MANY = 10**6
+UNKNOWN = {str(number): 0 for number in range(MANY)}
 
 
 def hollow(found: Any) -> None:
@@ -175,6 +176,9 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "a million wrong targets": lambda real: {
         "calibration.json": lambda c: c.update(targets={str(number): 0 for number in range(MANY)})
     },
+    "a million unknown keys of a plan": lambda real: {"plan.json": lambda p: p.update(UNKNOWN)},
+    "a million unknown keys of a summary": lambda real: {"summary.json": lambda s: s.update(UNKNOWN)},
+    "a million unknown keys of a program": lambda real: program(real, lambda p: p["graph_module"].update(UNKNOWN)),
     "coordinates named by thousands of cuts": lambda real: {"plan.json": named_again},
     "coordinates named by thousands of groups": lambda real: {"plan.json": grouped_again},
     "an ONNX constant of 16 GB": lambda real: {"int8.onnx": hollow_onnx(real)},
@@ -187,6 +191,15 @@ def test_a_manifest_of_a_hundred_thousand_files_is_one_short_error(real: Path, t
         manifest["files"].update({f"../{number}": record for number in range(10**5)})
 
     with pytest.raises(RaycompError, match="names 100,011 files"):
+        raycomp.load(crafted(real, tmp_path / "bad", {"manifest.json": change}))
+
+
+@pytest.mark.parametrize("place", ["the manifest", "a file's record"])
+def test_a_manifest_of_a_million_unknown_keys_is_one_short_error(real: Path, tmp_path: Path, place: str) -> None:
+    def change(manifest: Any) -> None:
+        (manifest if place == "the manifest" else manifest["files"]["model.pt2"]).update(UNKNOWN)
+
+    with pytest.raises(RaycompError, match="has 1,000,000 unknown keys"):
         raycomp.load(crafted(real, tmp_path / "bad", {"manifest.json": change}))
 
 
