@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -35,7 +36,7 @@ class Folded:
 
     def through(self, name: str, value: Tensor) -> Any:
         """Behind the next module: the value itself behind the last one."""
-        return value if self.passed + 1 == len(self.names) else Folded(value, self.names, self.passed + 1)
+        return value if self.passed + 1 == len(self.names) else folded(value, self.names, self.passed + 1)
 
     @property
     def next(self) -> str:
@@ -62,6 +63,21 @@ class Folded:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = [value for value in pytree.tree_leaves([args, kwargs or {}]) if isinstance(value, Folded)]
         raise found[0].misused(getattr(function, "__name__", str(function)))
+
+
+class _AsTensor(Folded):
+    """One that says it is a tensor, where a forward asks: it is told so, and passes it on."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What `isinstance` sees."""
+        return Tensor
+
+
+def folded(value: Tensor, names: tuple[str, ...], passed: int = 1) -> Folded:
+    """A folded value; arguments as `Folded`. While a forward is traced there are only tensors that are."""
+    kind = Folded if torch.compiler.is_compiling() else _AsTensor
+    return kind(value, names, passed)
 
 
 def _refused(name: str) -> Any:
@@ -113,7 +129,7 @@ class Hosting(nn.Module):
         """Calls the module, hooks included."""
         self.__dict__["raycomp_called"] = True
         try:
-            return Folded(super().__call__(*args, **kwargs), self.raycomp_fold_names)
+            return folded(super().__call__(*args, **kwargs), self.raycomp_fold_names)
         finally:
             self.__dict__["raycomp_called"] = False
 

@@ -384,3 +384,25 @@ def test_a_forward_that_is_called_past_the_module_is_refused() -> None:
     quantizer = fused_block(block, ("c1", "b1", "relu"), example=images)
     with pytest.raises(ConfigError, match=r"the model calls c1\.forward itself"):
         quantizer.rehearse()
+
+
+class Asking(nn.Module):
+    """Looks at what it has before it passes it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        value = images
+        for module in (self.conv, self.norm, self.relu):
+            value = module(value)
+            assert isinstance(value, Tensor) and value.shape == (3, 2, 4, 4)
+        return value
+
+
+def test_a_forward_that_asks_whether_it_has_a_tensor_hears_that_it_has() -> None:
+    model, images = Asking(), torch.ones(3, 1, 4, 4)
+    entry = {"op_names": ["conv"], "target_names": ["weight"], "fuse_names": [("conv", "norm", "relu")]}
+    QATQuantizer(Chain(model, images), [entry], quant_start_step=NEVER)
+    assert model(images).shape == (3, 2, 4, 4)
