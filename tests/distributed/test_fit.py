@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ class _Listener:
         self.events.append(event)
 
 
+def _settled(stage: Path) -> list[Path]:
+    """A stage's checkpoints, once workers that outlive their driver for a moment write no more."""
+    before: list[Path] = []
+    while before != (now := sorted(stage.rglob("*"))):
+        before = now
+        time.sleep(2)
+    return list(stage.glob("checkpoint_*-*"))
+
+
 def test_a_killed_driver_s_job_is_resumed_though_its_newest_checkpoint_is_damaged(
     local_ray: str, tmp_path: Path
 ) -> None:
@@ -148,7 +158,7 @@ def test_a_killed_driver_s_job_is_resumed_though_its_newest_checkpoint_is_damage
     assert begun, err
     assert list((tmp_path / "artifacts").glob("tiny/artifacts/*/manifest.json")) == []
     (stage,) = (tmp_path / "artifacts").glob("tiny/train/*/quantize")
-    newest = max(stage.glob("checkpoint_*-*"))
+    newest = max(_settled(stage))
     (newest / "model.safetensors").write_bytes(b"")
     (stage / "checkpoint_manager_snapshot.json").write_text("{")  # Ray's list of them
 
