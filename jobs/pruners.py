@@ -101,8 +101,17 @@ class _Last:
 @click.option("--epochs", default=3, show_default=True, help="Of the training with, and after, the pruner.")
 @click.option("--dense-epochs", default=12, show_default=True, help="Of the dense model's training.")
 @click.option("--only", multiple=True, help="These pruners alone.")
+@click.option("--left", multiple=True, type=float, default=(0.5, 0.25), show_default=True, help="Parts of the MACs.")
 @click.option("--rows", default=None, help="A file of rows: those that are there aren't measured again.")
-def main(seeds: int, samples: int, epochs: int, dense_epochs: int, only: tuple[str, ...], rows: str | None) -> None:
+def main(
+    seeds: int,
+    samples: int,
+    epochs: int,
+    dense_epochs: int,
+    only: tuple[str, ...],
+    left: tuple[float, ...],
+    rows: str | None,
+) -> None:
     """Accuracy, MACs and latency of every pruner under the same budgets."""
     torch.set_num_threads(1)
     sys.path.insert(0, str(EXAMPLES))
@@ -111,12 +120,12 @@ def main(seeds: int, samples: int, epochs: int, dense_epochs: int, only: tuple[s
     done = {(row.pruner, row.left, row.seed) for row in found}
     arguments = {"blocks": 3, "epochs": dense_epochs, "train_samples": samples, "teacher_blocks": 3}
     for seed in range(seeds):
-        for left in (0.5, 0.25):
-            for name, settings in pruners({"macs": left}).items():
-                if (name, left, seed) in done or (only and name not in only):
+        for part in left:
+            for name, settings in pruners({"macs": part}).items():
+                if (name, part, seed) in done or (only and name not in only):
                     continue
                 job = _job({"type": name, **settings}, {**arguments, "seed": seed}, epochs, seed)
-                row = Row(name, left, seed, **_measured(job))
+                row = Row(name, part, seed, **_measured(job))
                 found.append(row)
                 with file.open("a") as stream:
                     stream.write(json.dumps(asdict(row)) + "\n")
