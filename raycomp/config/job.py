@@ -200,6 +200,7 @@ class JobConfig(Settings):
     def conflicts(cls, given: Given) -> Iterator[Conflict]:
         yield from super().conflicts(given)
         yield from _turn_conflicts(given)
+        yield from _budget_conflicts(given)
         training, seen = given.child("training").values, set[str]()
         fits = not list(accumulation_conflicts(Given(training)))
         for index, stage in enumerate(given.children("stages")):
@@ -227,6 +228,23 @@ def _turn_conflicts(given: Given) -> Iterator[Conflict]:
         for place in places[1:]:
             where = ("stages", index, "compressors", place)
             yield Conflict(where, "the stage prunes in turns already", "put it in a stage of its own")
+
+
+def _budget_conflicts(given: Given) -> Iterator[Conflict]:
+    """A budget is of what speedup leaves, which goes by the graph."""
+    compressors = [each for stage in given.children("stages") for each in stage.children("compressors")]
+    lists = [
+        entry
+        for each in compressors
+        for holder in (each, each.child("pruner"))
+        for entry in holder.children("config_list")
+    ]
+    if not any(entry.has("budget") for entry in lists):
+        return
+    for key in ("enabled", "align", "dependency_groups"):
+        if given.child("speedup").values.get(key) is False:
+            message = f"a budget is of what speedup leaves, and {key} is off"
+            yield Conflict(("speedup", key), message, "leave it out, or give a sparse_ratio instead of the budget")
 
 
 def _sha256(content: JsonValue) -> str:
