@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,12 @@ class ObjectStore:
             region="us-east-1",
             allow_bucket_creation=allow_bucket_creation,
         )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A test run in the background of a shell's script is born deaf to Ctrl-C, which tests send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,8 @@ def interruptible() -> Iterator[None]:
             yield
         except KeyboardInterrupt as error:
             raise _ours(error) from None
+        finally:
+            _heard.clear()
 
 
 @contextmanager

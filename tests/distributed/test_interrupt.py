@@ -15,7 +15,14 @@ import psutil  # Ray brings it along, once it is imported (by conftest).
 import pytest
 import yaml
 
-from raycomp.distributed.interrupt import Interrupted, held_back, interruptible, same_signals, told
+from raycomp.distributed.interrupt import (
+    Interrupted,
+    held_back,
+    interruptible,
+    raise_if_interrupted,
+    same_signals,
+    told,
+)
 from tests.contracts import tiny
 from tests.distributed.conftest import ROOT
 
@@ -30,6 +37,7 @@ def test_a_signal_ends_the_block_with_its_exit_code(signum: signal.Signals, code
         raise AssertionError("it was not heard")
     assert caught.value.exit_code == code and isinstance(caught.value, KeyboardInterrupt)
     assert signal.getsignal(signum) is before
+    raise_if_interrupted()  # what was heard is over
 
 
 def test_a_signal_that_ray_makes_a_plain_interrupt_of_keeps_its_exit_code() -> None:
