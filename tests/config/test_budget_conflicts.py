@@ -28,20 +28,3 @@ def test_a_budget_without_what_speedup_goes_by_is_a_conflict(compressor: dict[st
 
 def test_a_ratio_needs_none_of_it() -> None:
     assert parse_job(_job(tiny.pruner("L1NormPruner"), align=False, dependency_groups=False))
-
-
-def test_turns_become_stages_that_reach_the_goal_together() -> None:
-    """1 - (1 - 0.5) ** (1/2) of what is left each time where it is cut, and quantizers in the last turn alone."""
-    turns = {"type": "AutoCompressPruner", "pruner": tiny.pruner("L1NormPruner"), "total_iteration": 2}
-    cut = parse_job(tiny.job(turns, tiny.quantizer())).stages
-    assert [stage.name for stage in cut] == ["fused-1", "fused-2"]
-    assert [[each.type for each in stage.compressors] for stage in cut] == [
-        ["SimulatedAnnealingPruner"],
-        ["SimulatedAnnealingPruner", "QATQuantizer"],
-    ]
-    ratios = [stage.compressors[0].pruner.config_list[0].sparse_ratio for stage in cut]  # type: ignore[attr-defined]
-    assert ratios == pytest.approx([1 - 0.5**0.5] * 2)
-    raw = tiny.job(turns)
-    raw["stages"][0]["speedup"] = False
-    kept = [each.compressors[0].pruner.config_list[0].sparse_ratio for each in parse_job(raw).stages]  # type: ignore[attr-defined]
-    assert kept == pytest.approx([1 - 0.5**0.5, 0.5])

@@ -316,7 +316,8 @@ def test_a_jobs_turns_are_stages(cut: bool) -> None:
         },
     }
     given = {**job(auto, {"type": "PtqQuantizer", "config_list": [{"op_types": ["Conv2d"]}]})}
-    config = parse_job({**given, "speedup": {"enabled": cut}} if not cut else given)
+    given["stages"][0]["speedup"] = cut
+    config = parse_job(given)
     stages = in_turns(config).stages
     assert [stage.name for stage in stages] == ["fused-1", "fused-2"]
     assert [[each.type for each in stage.compressors] for stage in stages] == [
