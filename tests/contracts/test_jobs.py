@@ -50,14 +50,14 @@ def test_every_algorithm_has_a_row() -> None:
     assert set(SETTINGS) == set(COMPRESSORS)
 
 
+# Those that decide before the first step, from the weights alone, do under all conditions what one of them does.
+WATCHING = [name for name in SETTINGS if COMPRESSORS[name].needs - {Need.SEARCH} or name == "L1NormPruner"]
 PLAIN = {
     **{name: job(name) for name in SETTINGS},
     **{f"{name} fused": job(*fused(name)) for name in SETTINGS},
     # The fourth of four ranks never has a sample: what it reduces has the others' shape and dtype all the same.
-    **{f"{name} on 3 samples": job(name, arguments={"samples": 3}, steps=6) for name in SETTINGS},
+    **{f"{name} on 3 samples": job(name, arguments={"samples": 3}, steps=6) for name in WATCHING},
 }
-# Those that decide before the first step, from the weights alone, do under all conditions what one of them does.
-WATCHING = [name for name in SETTINGS if COMPRESSORS[name].needs - {Need.SEARCH} or name == "L1NormPruner"]
 CONDITIONED = {f"{name} {how}": job(name, **more) for name in WATCHING for how, more in CONDITIONS.items()}
 
 
