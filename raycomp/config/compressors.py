@@ -300,11 +300,6 @@ class SearchSettings(AroundSettings):
     def least_steps(self) -> int:
         return self.pruner.least_steps
 
-    def search_values(self) -> dict[str, Any]:
-        """What the search is made with, beside what every search has."""
-        shared = {*SearchSettings.model_fields, "type"}
-        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
-
 
 @compressor("raycomp.pruning.simulated_annealing:SimulatedAnnealingPruner", needs={Need.SEARCH})
 class SimulatedAnnealingPrunerConfig(SearchSettings):

@@ -52,12 +52,10 @@ class Layers:
     Args:
         modules: their names.
         channels: of each, in the order of their outputs.
-        obstacle: why none of them can ever go; None where they can.
     """
 
     modules: tuple[str, ...]
     channels: tuple[int, ...]
-    obstacle: str | None = None
 
 
 @dataclass(frozen=True)

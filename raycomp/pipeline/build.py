@@ -19,15 +19,18 @@ from raycomp.config import CompressorSettings, Need, SelectionEntry, SpeedupConf
 from raycomp.config.compressors import AroundSettings, PrunerSettings, SearchSettings
 from raycomp.config.loader import parse_config_list
 from raycomp.core.chain import Chain
+from raycomp.core.compressor import Compressor
 from raycomp.core.kept_masks import KeptMasks
 from raycomp.core.masks import Masks
-from raycomp.core.moments import Moments
+from raycomp.core.moments import Calibration, Moments
 from raycomp.core.selection import Selection, resolve
 from raycomp.distillation.teacher import Predict
 from raycomp.errors import CompressionError, ConfigError, Problem, RaycompError
 from raycomp.pipeline.data.structure import move_batch
 from raycomp.pipeline.task import Task, given
 from raycomp.pipeline.user_code import user_code
+from raycomp.pruning.pruner import Pruner
+from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import complete_config_list
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
@@ -232,6 +235,22 @@ def _build(chain: Chain, settings: CompressorSettings, selection: Selection, con
             raise CompressionError("the task has no teacher", remedy="define teacher(self) in the task")
         values |= {"teacher_model": context.teacher, "teacher_predict": context.teacher_predict}
     return kind(chain, selection, **values)
+
+
+def pruner_at(chain: Chain, place: int) -> Pruner:
+    """The pruner that stands for the compressor at a place of a stage: itself, or the one inside."""
+    found = [member for member in chain.members if isinstance(member, Compressor)][place]
+    assert isinstance(found, Pruner)
+    return found
+
+
+def blank_calibration(chain: Chain) -> Calibration:
+    """The form of all quantizers' calibration, before there are ranges: with scales of 1."""
+    found = Calibration()
+    for member in chain.members:
+        for module, targets in member.blank_calibration().items() if isinstance(member, Quantizer) else ():
+            found.setdefault(module, {}).update(targets)
+    return found
 
 
 @contextmanager

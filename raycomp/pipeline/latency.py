@@ -8,6 +8,7 @@ the one that the stage starts from, as the result will be. The stage then prunes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,24 +17,20 @@ from torch import nn
 
 from raycomp.config import JobConfig, PruneTarget
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import Compressor
 from raycomp.core.detached_copy import detached_copy
-from raycomp.core.moments import Calibration
 from raycomp.core.selection import Selection
 from raycomp.core.target import TargetId
 from raycomp.deploy.int8 import lower_int8
 from raycomp.deploy.measure import latencies_s
 from raycomp.deploy.onnx_export import export_onnx
 from raycomp.deploy.onnx_runtime import load_onnx
-from raycomp.pipeline.build import ResolvedStage
+from raycomp.pipeline.build import ResolvedStage, blank_calibration, pruner_at
 from raycomp.pipeline.inputs import real_inputs
 from raycomp.pipeline.stage import StageStart, stage_chain
 from raycomp.pipeline.task import Task
 from raycomp.pruning.graph import by_macs
-from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.saliency import l2_norm
 from raycomp.pruning.search.space import Ratios, SearchSpace
-from raycomp.quantization.quantizer import Quantizer
 from raycomp.speedup import ModelSpeedup, cut_calibration
 
 _CLOSE = 0.01
@@ -122,10 +119,7 @@ class _Study:
         self.job, self.found = job, found
         self.selection = resolved.selections[place]
         self.chain: Chain = stage_chain(job, index, task, start, resolved)
-        members = [member for member in self.chain.members if isinstance(member, Compressor)]
-        pruner = members[place]
-        assert isinstance(pruner, Pruner)
-        self.pruner = pruner
+        self.pruner = pruner_at(self.chain, place)
         self.last = index == len(job.stages) - 1
         self.example = real_inputs(task, torch.float32, 2)
         self.dense = detached_copy(self.chain.model).float().eval()
@@ -180,28 +174,26 @@ class _Study:
         speedup = ModelSpeedup(self.dense, self.example, self.chain.masks(), exact=self.job.speedup.exact)
         smaller = speedup.speedup_model().eval()
         with TemporaryDirectory() as folder:
-            dense = self._runnable(self.dense, Path(folder) / "dense.onnx")
             if self.job.wants_int8 and self.last:
-                calibration = cut_calibration(self._calibration(), speedup.plan)
+                calibration = cut_calibration(blank_calibration(self.chain), speedup.plan)
                 int8 = lower_int8(smaller, calibration, self.chain.folds(), self.example)
                 pruned: nn.Module = int8.as_module(threads=1)
             else:
                 pruned = self._runnable(smaller, Path(folder) / "pruned.onnx")
             size = self.job.evaluation.latency_batch_size
-            found = latencies_s({"dense": dense, "pruned": pruned}, self.example, size, _RUNS, threads=1)
+            found = latencies_s({"dense": self._dense_form, "pruned": pruned}, self.example, size, _RUNS, threads=1)
         self.dense_s = found["dense"]
         return found["pruned"] / found["dense"]
+
+    @cached_property
+    def _dense_form(self) -> nn.Module:
+        """What every trial is timed beside."""
+        with TemporaryDirectory() as folder:
+            return self._runnable(self.dense, Path(folder) / "dense.onnx")
 
     def _runnable(self, model: nn.Module, path: Path) -> nn.Module:
         export_onnx(model, self.example, path)
         return load_onnx(path, threads=1)
-
-    def _calibration(self) -> Calibration:
-        found = Calibration()
-        for member in self.chain.members:
-            for module, targets in member.blank_calibration().items() if isinstance(member, Quantizer) else ():
-                found.setdefault(module, {}).update(targets)
-        return found
 
     def _stand_in(self, target_id: TargetId) -> torch.Tensor:
         """The norm of the weights as they are: what a pruner ranks by is known in training alone."""

@@ -15,15 +15,21 @@ from raycomp.config import COMPRESSORS, JobConfig, StageConfig, TaskConfig, Trai
 from raycomp.config.compressors import AroundSettings, PrunerSettings
 from raycomp.core.attach import share_of_parameters
 from raycomp.core.chain import Chain
-from raycomp.core.compressor import Compressor
 from raycomp.core.layout import Layout, traced_shapes
 from raycomp.core.masks import Masks
-from raycomp.core.moments import Calibration
 from raycomp.core.selection import resolve
 from raycomp.core.target import TargetId, target_kind
 from raycomp.deploy.int8 import foreseen_hindrances
 from raycomp.errors import ConfigError, Problem, RaycompError, SpeedupError
-from raycomp.pipeline.build import BuildContext, ResolvedStage, dense_model, recast, try_stage
+from raycomp.pipeline.build import (
+    BuildContext,
+    ResolvedStage,
+    blank_calibration,
+    dense_model,
+    pruner_at,
+    recast,
+    try_stage,
+)
 from raycomp.pipeline.data.batches import open_batches
 from raycomp.pipeline.data.plan import BatchPlan
 from raycomp.pipeline.entrypoint import build_task
@@ -36,7 +42,6 @@ from raycomp.pipeline.training.loop import endless
 from raycomp.pipeline.user_code import user_code
 from raycomp.pruning.pruner import Pruner
 from raycomp.pruning.search.space import SearchSpace
-from raycomp.quantization.quantizer import Quantizer
 from raycomp.report.text import layers_by_cause
 from raycomp.speedup import obstacles
 
@@ -127,12 +132,9 @@ def _method_problems(earlier: Masks, chain: Chain, index: int) -> Iterator[Probl
 
 def _search_problems(stage: StageConfig, chain: Chain, index: int) -> Iterator[Problem]:
     """Goals that a search can't share out over the layers."""
-    members = [member for member in chain.members if isinstance(member, Compressor)]
     for place in searches(stage):
-        pruner = members[place]
-        assert isinstance(pruner, Pruner)
         try:
-            SearchSpace(pruner)
+            SearchSpace(pruner_at(chain, place))
         except ConfigError as error:
             where = f"stages[{index}].compressors[{place}].pruner"
             yield from (Problem(f"{where}.{each.where}", each.message, each.remedy) for each in error.problems)
@@ -200,10 +202,7 @@ def _pruners(chain: Chain) -> list[Pruner]:
 
 def _computed_in_float(task: Task, chain: Chain, context: BuildContext) -> tuple[str, ...]:
     """What of the int8 model will not be computed in integers, or why there will be none; of the dense model's form."""
-    notes, calibration = Notes(), Calibration()
-    for member in chain.members:
-        for module, targets in member.blank_calibration().items() if isinstance(member, Quantizer) else ():
-            calibration.setdefault(module, {}).update(targets)
+    notes, calibration = Notes(), blank_calibration(chain)
     with notes.instead_of("there will be no int8 model"):
         found = foreseen_hindrances(dense_model(task, context.seed), calibration, chain.folds(), context.example)
         notes.say(*(f"int8 will compute in float {each}" for each in layers_by_cause(found)))

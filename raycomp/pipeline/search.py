@@ -10,8 +10,7 @@ from torch import nn
 
 from raycomp.config import JobConfig, StageConfig
 from raycomp.config.compressors import SearchSettings
-from raycomp.core.compressor import Compressor
-from raycomp.pipeline.build import ResolvedStage, weight_dtype
+from raycomp.pipeline.build import ResolvedStage, pruner_at, weight_dtype
 from raycomp.pipeline.stage import StageStart, stage_chain
 from raycomp.pipeline.task import Task, given_data
 from raycomp.pipeline.training.metrics import evaluate
@@ -54,8 +53,7 @@ class StageSearch:
         self.device = device or torch.device("cpu")
         self.stage = job.stages[index]
         chain = stage_chain(job, index, task, start, resolved, self.device)
-        pruner = [member for member in chain.members if isinstance(member, Compressor)][place]
-        assert isinstance(pruner, Pruner)
+        pruner = pruner_at(chain, place)
         self.space = SearchSpace(pruner)
         self.judge: Judge = judge_by(pruner, self.space, self._metric)
         self._settings = self.stage.compressors[place]

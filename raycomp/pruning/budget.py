@@ -19,7 +19,7 @@ _ROUNDING = 1e-9
 
 
 class Prunable(Protocol):
-    """Targets that share one mask, which grows step by step; a `masks._Unit`."""
+    """Targets that share one mask, which grows step by step; a `masks.Unit`."""
 
     @property
     def keys(self) -> list[Hashable]:
@@ -60,8 +60,14 @@ class Costs:
             channels = self._indices[key]
             masked[channels] = True
             stays[channels[mask.repeat_interleave(len(channels) // mask.numel()).cpu()]] = True
-        kept, whole = self.coupling.kept(stays | ~masked), self.coupling.kept(torch.ones_like(masked))
-        return {name: cost.of(kept) / cost.of(whole) for name, cost in self.coupling.costs.items()}
+        kept = self.coupling.kept(stays | ~masked)
+        return {name: cost.of(kept) / self._whole[name] for name, cost in self.coupling.costs.items()}
+
+    @cached_property
+    def _whole(self) -> dict[str, float]:
+        """What the model has."""
+        whole = self.coupling.kept(torch.ones(len(self.coupling.cells), dtype=torch.bool))
+        return {name: cost.of(whole) for name, cost in self.coupling.costs.items()}
 
     @cached_property
     def _indices(self) -> dict[Hashable, Tensor]:
@@ -69,8 +75,7 @@ class Costs:
 
     def part(self, name: str, limit: float) -> float:
         """A limit as a part of what the model has."""
-        whole = self.coupling.kept(torch.ones(len(self.coupling.cells), dtype=torch.bool))
-        return limit if limit <= 1 else limit / self.coupling.costs[name].of(whole)
+        return limit if limit <= 1 else limit / self._whole[name]
 
     def within(self, limits: Mapping[str, float], masks: Mapping[Hashable, Tensor]) -> bool:
         """Whether what is left is within limits, which are parts of what the model has."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -69,8 +69,6 @@ class SearchingPruner(AroundPruner):
         seed: of what is drawn.
     """
 
-    only: ClassVar[str] = "one that ranks weights as they are, such as L1NormPruner"
-
     @abstractmethod
     def __init__(
         self,
@@ -84,7 +82,9 @@ class SearchingPruner(AroundPruner):
     ) -> None:
         if pruner.window or pruner.schedule.last_step or not pruner.searchable:
             message = f"{type(pruner).__name__} ranks by what it sees in training, or over all layers"
-            raise CompressionError(message, remedy=f"search with {self.only}")
+            raise CompressionError(
+                message, remedy="search with one that ranks weights as they are, such as L1NormPruner"
+            )
         super().__init__(pruner, evaluator)
         self.mode: Mode = mode
         self.limits = Limits(evaluations, seconds)

@@ -36,10 +36,7 @@ def _coupling(traced: TracedModel, module_names: Sequence[str], rules: Registry)
     groups = study.groups()
     reasons = study.obstacles(groups, study.followers(groups))
     channels = _Channels(study, [group for group, reason in zip(groups, reasons, strict=True) if reason is None])
-    layers = [
-        Layers(group.modules, tuple(channels.of(study.outputs(group.modules[0])).tolist()), reason)
-        for group, reason in zip(groups, reasons, strict=True)
-    ]
+    layers = [Layers(group.modules, tuple(channels.of(study.outputs(group.modules[0])).tolist())) for group in groups]
     return Coupling(
         channels.cells,
         tuple(channels.parts()),
